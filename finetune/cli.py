@@ -1,0 +1,44 @@
+"""What every command shares: the parser's manners, and how a user's mistake ends a program."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake in the input of a user: one sentence that says what was found, where, and what to do."""
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse` that reads `--text_prompt` as `--text-prompt`. `doc` (a docstring) is the text of --help."""
+
+    def __init__(self, doc: str, **kwargs):
+        super().__init__(description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        given = sys.argv[1:] if args is None else list(args)
+        return super().parse_args([_dashed(a) for a in given], namespace)
+
+
+def _dashed(arg: str) -> str:
+    if not arg.startswith("--") or arg == "--":
+        return arg
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs `main` and exits with what it returns. A `UserError` becomes one line on stderr and exit code 2,
+    Ctrl-C exit code 130."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
