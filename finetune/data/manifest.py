@@ -1,0 +1,65 @@
+"""Manifests: JSON lines, one audio file each, `{"path": "calls/1.wav", "duration": 63.2, ...}`.
+
+A relative path is relative to the manifest's own folder, in every tool, and may not leave it.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune.cli import UserError
+
+
+class Line(NamedTuple):
+    number: int  # 1-based, as an editor counts
+    path: Path  # of the audio, resolved
+    fields: dict  # everything the line holds, as written
+
+
+def open_text(path: Path):
+    """The manifest as a text stream; `.gz` is read through gzip. Raises UserError if it is not there."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such manifest")
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+def resolve(manifest: Path, value: str) -> Path:
+    """The file that `value` names in `manifest`. Raises UserError if a relative path leaves the folder."""
+    path = Path(value)
+    if path.is_absolute():
+        return path
+    if ".." in path.parts:
+        raise UserError(f"{value!r} leaves the manifest's folder; write an absolute path if that is on purpose")
+    return manifest.parent / path
+
+
+def parse_line(manifest: Path, number: int, text: str) -> Line:
+    """One line of a manifest. Raises UserError naming manifest and line."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{manifest}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("path"), str) or not fields["path"]:
+        raise UserError(f'{manifest}, line {number}: needs an object with a "path"')
+    try:
+        return Line(number, resolve(manifest, fields["path"]), fields)
+    except UserError as error:
+        raise UserError(f"{manifest}, line {number}: {error}") from None
+
+
+def iterate(manifest: Path, problems: list[str]) -> Iterator[Line]:
+    """The good lines of a manifest, in order; each bad one adds a sentence to `problems`. Blank lines are skipped."""
+    with open_text(manifest) as stream:
+        for number, text in enumerate(stream, start=1):
+            if text.strip():
+                try:
+                    yield parse_line(manifest, number, text)
+                except UserError as error:
+                    problems.append(str(error))
+
+
+def sidecar(audio: Path) -> Path:
+    """The `.json` beside an audio file: word times and prompts."""
+    return audio.with_suffix(".json")
