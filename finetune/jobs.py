@@ -1,0 +1,192 @@
+"""Long runs over many files: shards on SLURM, one sentence per failed file, progress in hours of audio, and
+files that are either whole or absent."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+from tqdm import tqdm
+
+from finetune.cli import UserError
+
+T = TypeVar("T")
+
+SHARD_MINUTES = 24 * 60  # a SLURM job's limit; SBATCH_TIMELIMIT in the environment wins over it
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name of a temporary file beside `path`, moved to `path` when the block ends without an exception.
+
+    The name is fixed, so that what a killed run left behind is overwritten by the next.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def error_file(output: Path) -> Path:
+    """Where the sentence is kept that says why `output` could not be made: `call.json` -> `call.json.err`."""
+    return output.with_name(output.name + ".err")
+
+
+class Failures:
+    """What could not be done, one sentence each.
+
+    It is also written beside the missing output as `.err`, so that a later run knows of it.
+    """
+
+    def __init__(self):
+        self.sentences: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.sentences)
+
+    def add(self, output: Path, sentence: str) -> None:
+        """Counts and writes down why `output` is missing."""
+        sentence = " ".join(sentence.split())
+        self.sentences[str(output)] = sentence
+        try:
+            with replacing(error_file(output)) as temporary:
+                temporary.write_text(sentence + "\n", encoding="utf-8")
+        except OSError:
+            # A folder that is missing or read-only is often the very failure: the summary still tells of it.
+            pass
+
+    def add_earlier(self, output: Path) -> bool:
+        """Counts a failure that an earlier run wrote down. False if there is none."""
+        path = error_file(output)
+        if not path.exists():
+            return False
+        self.sentences[str(output)] = path.read_text(encoding="utf-8", errors="replace").strip()
+        return True
+
+    def table(self, limit: int = 20) -> str:
+        """One line per failure, the first `limit` of them; empty if there are none."""
+        rows = [f"  {name}: {sentence}" for name, sentence in list(self.sentences.items())[:limit]]
+        if len(self) > limit:
+            rows.append(f"  ... and {len(self) - limit} more")
+        return "\n".join(rows)
+
+
+def forget_error(output: Path) -> None:
+    """Removes the `.err` of an output that has been made."""
+    error_file(output).unlink(missing_ok=True)
+
+
+class Progress(tqdm):
+    """A bar over seconds of audio that shows hours done, speed as a multiple of real time, and time left.
+
+    `durations`: seconds of each file to come; one that is None (unknown) costs the bar its end, as a wrong
+    one would be worse. Call `update(seconds)` per file.
+    """
+
+    def __init__(self, durations: Iterable[float | None], description: str, **kwargs):
+        durations = list(durations)
+        total = None if None in durations else sum(durations)
+        left = "" if total is None else ", {remaining} left"
+        super().__init__(
+            total=total,
+            desc=description,
+            # Files come longest first, in lumps: only the average since the start says when it ends.
+            smoothing=0,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            bar_format="{desc}: {bar}| {hours}, {speed}, {elapsed} elapsed" + left + "{postfix}",
+            **kwargs,
+        )
+
+    @property
+    def format_dict(self) -> dict:
+        values = super().format_dict
+        hours = f"{values['n'] / 3600:.2f}"
+        values["hours"] = f"{hours} h" if self.total is None else f"{hours}/{self.total / 3600:.2f} h"
+        values["speed"] = f"{values['n'] / values['elapsed']:.1f}x real time" if values["elapsed"] else "?"
+        return values
+
+
+def shard(items: Sequence[T], index: int, count: int) -> list[T]:
+    """Every `count`-th item from `index` on. The shards of one list share nothing and miss nothing; of items
+    sorted by length they get about the same amount."""
+    return list(items[index::count])
+
+
+class ShardResults(NamedTuple):
+    results: dict[int, Any]  # by shard index, of the shards that ended well
+    dead: list[str]  # one sentence for each of the others
+
+
+def run_shards(
+    function: Callable[[int, int], Any],
+    count: int,
+    folder: Path,
+    name: str,
+    partition: str | None = None,
+    cpus: int = 1,
+    gpus: int = 0,
+) -> ShardResults:
+    """Calls `function(index, count)` for every index in its own job and waits for all of them.
+
+    With a `partition` the jobs are one SLURM task array; without, processes of this machine, all at once.
+    Account, quality of service or a time limit are given to sbatch by its own environment variables
+    (`SBATCH_ACCOUNT`, `SBATCH_QOS`, `SBATCH_TIMELIMIT`, ...). Ctrl-C cancels the jobs.
+
+    Args:
+        function: importable by name from a module other than `__main__`; so is what is bound to it.
+        folder: logs and pickles of the jobs.
+        cpus, gpus: of one job.
+    Raises:
+        UserError: SLURM refuses the jobs or is not there.
+    """
+    # A job starts in this folder but not with this sys.path, and has to import `function`'s module.
+    paths = [p for p in sys.path if p] + [os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in paths if p))
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster="slurm" if partition else "local")
+        slurm = {"slurm_partition": partition, "slurm_array_parallelism": count} if partition else {}
+        executor.update_parameters(
+            name=name, timeout_min=SHARD_MINUTES, cpus_per_task=cpus, gpus_per_node=gpus, **slurm
+        )
+        with executor.batch():
+            jobs = [executor.submit(function, index, count) for index in range(count)]
+    except (RuntimeError, FailedJobError, FailedSubmissionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot submit to SLURM partition {partition!r}: {reason}") from None
+    return _collect(jobs, name)
+
+
+def _collect(jobs: Sequence[submitit.Job], name: str) -> ShardResults:
+    number = {job.job_id: index for index, job in enumerate(jobs)}
+    results, dead = {}, []
+    print(f"{name}: {len(jobs)} shards, jobs {jobs[0].job_id} to {jobs[-1].job_id}", file=sys.stderr)
+    try:
+        for finished, job in enumerate(submitit.helpers.as_completed(jobs, poll_frequency=1), start=1):
+            index = number[job.job_id]
+            state = job.state
+            error = job.exception()
+            if error is None:
+                results[index] = job.result()
+            else:
+                where = f"{name} shard {index + 1} of {len(jobs)} (job {job.job_id})"
+                dead.append(f"{where} died: {_reason(state, str(error))}; its log is {job.paths.stderr}")
+            print(f"{name}: {finished} of {len(jobs)} shards ended, {len(dead)} dead", file=sys.stderr)
+    except KeyboardInterrupt:
+        for job in jobs:
+            job.cancel(check=False)
+        raise
+    return ShardResults(results, dead)
+
+
+def _reason(state: str, text: str) -> str:
+    """The last exception in a job's traceback; without one, the state its scheduler gives."""
+    raised = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*$", text, flags=re.MULTILINE)
+    return raised[-1] if raised else f"state {state}"

@@ -1,0 +1,96 @@
+"""Shards as real jobs of this machine, failures on disk, files that are whole or absent."""
+
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from finetune.cli import UserError
+from finetune.jobs import Failures, Progress, error_file, forget_error, replacing, run_shards, shard
+
+
+def square_or_die(folder: str, index: int, count: int) -> int:
+    if index == 1:
+        raise ValueError("the disk is full")
+    if index == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    Path(folder, f"{index}.done").touch()
+    return 10 * index + count
+
+
+def test_shards_partition_the_items_and_balance_sorted_lengths():
+    lengths = sorted((7 * i % 101 for i in range(100)), reverse=True)
+    shards = [shard(lengths, i, 8) for i in range(8)]
+    assert sorted(x for s in shards for x in s) == sorted(lengths)
+    totals = [sum(s) for s in shards]
+    assert max(totals) - min(totals) <= max(lengths)
+    assert shard([1, 2], 5, 8) == []
+
+
+@pytest.mark.slow
+def test_dead_shards_are_named_and_the_others_keep_their_results(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("submitit.Job._results_timeout_s", 1)  # seconds it waits for a slow network disk
+    done = run_shards(partial(square_or_die, str(tmp_path)), 4, tmp_path / "jobs", "squares")
+    assert done.results == {0: 4, 3: 34}
+    assert len(done.dead) == 2
+    assert "squares shard 2 of 4" in done.dead[0] and "ValueError: the disk is full" in done.dead[0]
+    assert "squares shard 3 of 4" in done.dead[1] and "state" in done.dead[1]
+    log = done.dead[0].split("its log is ")[1]
+    assert "the disk is full" in Path(log).read_text()
+    assert {p.name for p in tmp_path.glob("*.done")} == {"0.done", "3.done"}
+    assert "4 of 4 shards ended, 2 dead" in capfd.readouterr().err
+
+
+def test_without_slurm_a_partition_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="partition 'gpu'"):
+        run_shards(partial(square_or_die, str(tmp_path)), 2, tmp_path / "jobs", "squares", partition="gpu")
+
+
+def test_an_error_is_one_sentence_on_disk_until_it_is_forgotten(tmp_path):
+    failures = Failures()
+    failures.add(tmp_path / "a.json", "first line\n  second line")
+    assert (tmp_path / "a.json.err").read_text() == "first line second line\n"
+    later = Failures()
+    assert later.add_earlier(tmp_path / "a.json") and not later.add_earlier(tmp_path / "b.json")
+    assert later.sentences == failures.sentences
+    forget_error(tmp_path / "a.json")
+    forget_error(tmp_path / "a.json")
+    assert not error_file(tmp_path / "a.json").exists()
+
+
+def test_a_failure_in_a_folder_that_is_not_there_is_still_counted(tmp_path):
+    failures = Failures()
+    failures.add(tmp_path / "nowhere" / "a.json", "no such file")
+    assert len(failures) == 1 and "nowhere" in failures.table()
+    for i in range(30):
+        failures.add(tmp_path / f"{i}.json", "broken")
+    assert failures.table(limit=5).count("\n") == 5 and "and 26 more" in failures.table(limit=5)
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_progress_counts_hours_and_multiples_of_real_time(capsys):
+    with Progress([1800.0, 1800.0], "annotating") as bar:
+        time.sleep(0.05)
+        bar.update(1800)
+        shown = str(bar)
+    assert "annotating" in shown and "0.50/1.00 h" in shown and "x real time" in shown and "left" in shown
+    speed = float(shown.split("h, ")[1].split("x")[0])
+    assert speed == pytest.approx(1800 / bar.format_dict["elapsed"], rel=0.5)
+    with Progress([1800.0, None], "annotating") as bar:
+        assert "left" not in str(bar) and "0.00 h" in str(bar)
