@@ -1,0 +1,149 @@
+"""Processes and sharding: one path for a laptop CPU (gloo), one GPU, and nodes of them (nccl).
+
+A single process is a process group of one, so nothing elsewhere asks how many there are.
+"""
+
+import contextlib
+import datetime
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fully_shard as fsdp2
+
+from finetune.cli import UserError
+
+TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: a rank may be saving or evaluating meanwhile
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all ranks, on each of them."""
+        tensor = tensor.to(self.device, copy=True)
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: object) -> list:
+        """One picklable value of each rank, in rank order, on every rank."""
+        out: list = [None] * self.size
+        dist.all_gather_object(out, value)
+        return out
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Runs the block on rank 0 and then on the others, as for filling a shared cache."""
+        if self.rank != 0:
+            self.barrier()
+        yield
+        if self.rank == 0:
+            self.barrier()
+
+
+def _environment() -> tuple[int, int, int, int]:
+    """(rank, world size, local rank, local size) as torchrun or srun tell them; one process otherwise."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        local = int(env.get("LOCAL_RANK", 0))
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), local, int(env.get("LOCAL_WORLD_SIZE", 1))
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun only, not in a plain sbatch shell
+        if "MASTER_ADDR" not in env:
+            nodes = subprocess.run(
+                ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
+                check=True, capture_output=True, text=True,
+            )  # fmt: skip
+            env["MASTER_ADDR"] = nodes.stdout.split()[0]
+        env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 20_000))
+        size = int(env["SLURM_STEP_NUM_TASKS"])
+        local_size = int(env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
+        return int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size
+    return 0, 1, 0, 1
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu` or `cuda`. torch counts the visible GPUs, whatever CUDA_VISIBLE_DEVICES holds (nothing, indices,
+    UUIDs). Raises UserError if there is no such GPU."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"process {local_rank} of this node has no GPU: torch sees {count}; start as many processes as there are "
+            "GPUs, or set device: cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def session(device: str = "auto") -> Iterator[World]:
+    """The process group for the length of a run. A rank that raises leaves without waiting for the others."""
+    rank, size, local_rank, local_size = _environment()
+    where = pick_device(device, local_rank)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+    store = dist.HashStore() if size == 1 else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    try:
+        yield World(rank, size, local_rank, local_size, where)
+    finally:
+        dist.destroy_process_group()
+
+
+def make_mesh(world: World, sharding: str) -> DeviceMesh:
+    """The mesh of `sharding`: `full` cuts parameters over all ranks, `hybrid` within a node and copies them between
+    nodes, `none` copies them everywhere."""
+    copies = {"full": 1, "hybrid": max(1, world.size // world.local_size), "none": world.size}[sharding]
+    if sharding == "full":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    return init_device_mesh(
+        world.device.type, (copies, world.size // copies), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def shard(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, param_dtype: torch.dtype) -> None:
+    """FSDP2 on each of `layers` and on `model` itself; gradients are reduced in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    for module in [*layers, model]:
+        _register(type(module))
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def _register(cls: type) -> None:
+    """Makes fully_shard usable on moshi's modules.
+
+    It gives a module the class `(FSDPModule, cls)`, which Python refuses where `cls` derives from abc.ABC before
+    nn.Module, as moshi's StreamingModule does ("object layout differs"). The other order of bases is accepted and has
+    the same methods; fully_shard takes it from its table of classes.
+    """
+    if cls in fsdp2.cls_to_fsdp_cls or issubclass(cls, FSDPModule):
+        return
+    refuse = {"__deepcopy__": fsdp2._unimplemented_deepcopy}
+    fsdp2.cls_to_fsdp_cls[cls] = type(f"FSDP{cls.__name__}", (cls, FSDPModule), refuse)

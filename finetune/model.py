@@ -1,0 +1,302 @@
+"""The two model families as specs, and how their files are found, built, filled with weights and sharded."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from moshi.models import LMModel, MimiModel, loaders
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from finetune import lora
+from finetune.cli import UserError
+from finetune.personaplex import CODEBOOKS, DEP_Q, expansion_plan
+from finetune.weights import WeightFile
+
+# Keys of a config.json that are not arguments of LMModel (moshi/models/loaders.py, CheckpointInfo.from_hf_repo).
+_NOT_LM = {
+    "moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "model_type", "version",
+    "lm_gen_config", "tts_config", "stt_config", "model_id", "lora", "lora_rank", "lora_scaling",
+    "depformer_causal",  # in NVIDIA's kwargs; LMModel has no such argument
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model family: what the trainer has to know that the checkpoint's config does not say."""
+
+    name: str
+    default_repo: str
+    dep_q: int | None  # depformer steps; None: as the config says
+    prompts: bool  # windows begin with a hybrid system prompt
+
+
+MOSHI = Spec("moshi", "kyutai/moshiko-pytorch-bf16", dep_q=None, prompts=False)
+PERSONAPLEX = Spec("personaplex", "nvidia/personaplex-7b-v1", dep_q=DEP_Q, prompts=True)
+
+
+class Checkpoint:
+    """The files of a pretrained model: a hub repository (from the local cache without a network) or a folder.
+
+    Nothing but config.json is fetched before it is asked for, so that Mimi alone does not cost 16 GB.
+
+    Attributes:
+        source: repository id or folder.
+        raw_config: config.json as stored; empty for repositories without one.
+        lm_config: arguments of LMModel; `dep_q` as the config says, not yet as a spec wants it.
+    """
+
+    def __init__(self, source: str, files: dict[str, str | None], config_path: str | None):
+        self.source = source
+        self._files = files
+        self._folder = Path(source) if Path(source).is_dir() else None
+        config = Path(config_path) if config_path else self._find("config.json", required=False)
+        self.raw_config: dict = {}
+        if config is not None:
+            try:
+                self.raw_config = json.loads(config.read_text())
+            except (OSError, ValueError) as error:
+                raise UserError(f"{config}: not readable as JSON ({error})") from None
+        lm_config = {k: v for k, v in self.raw_config.items() if k not in _NOT_LM}
+        # The hub's PersonaPlex config names the type only; Moshiko's first release had no config at all.
+        if "dim" not in lm_config:
+            lm_config = dict(loaders._lm_kwargs) | lm_config
+            if self.raw_config.get("model_type") == "personaplex":
+                lm_config["dep_q"] = DEP_Q
+        lm_config.pop("depformer_causal", None)
+        self.lm_config = lm_config
+
+    def _find(self, name: str, required: bool = True) -> Path | None:
+        if self._folder is not None:
+            path = self._folder / name
+            if path.is_file():
+                return path
+            if not required:
+                return None
+            have = ", ".join(sorted(p.name for p in self._folder.iterdir())[:12]) or "nothing"
+            raise UserError(f"{self._folder}: holds no {name} (it holds {have})")
+        try:
+            return Path(hf_hub_download(self.source, name))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                raise UserError(
+                    f"{self.source}: {name} is not in the local hub cache and the hub cannot be reached; "
+                    "connect once, or give a local folder as moshi_paths.hf_repo_id"
+                ) from None
+            if not required:
+                return None
+            raise UserError(f"{self.source}: the repository has no file {name}") from None
+        except GatedRepoError:
+            raise UserError(
+                f"{self.source}: access is gated; accept its licence on huggingface.co and run "
+                "`huggingface-cli login` (or set HF_TOKEN)"
+            ) from None
+        except (RepositoryNotFoundError, HFValidationError):
+            raise UserError(f"{self.source}: neither a local folder nor a repository of the hub") from None
+        except OSError as error:
+            raise UserError(f"{self.source}: {name} could not be fetched ({error})") from None
+
+    def _file(self, what: str, config_key: str, default: str) -> Path:
+        given = self._files.get(what)
+        name = given or self.raw_config.get(config_key) or default
+        if name.startswith("hf://"):
+            owner, repo, rest = name.removeprefix("hf://").split("/", 2)
+            return Checkpoint(f"{owner}/{repo}", {}, None)._find(rest)
+        name = name.removeprefix("file://")
+        if given or Path(name).is_absolute():
+            if not Path(name).is_file():
+                raise UserError(f"{name}: no such file (given as the {what.replace('_', ' ')})")
+            return Path(name)
+        return self._find(name)
+
+    def moshi_weights(self) -> Path:
+        return self._file("moshi_path", "moshi_name", loaders.MOSHI_NAME)
+
+    def mimi_weights(self) -> Path:
+        return self._file("mimi_path", "mimi_name", loaders.MIMI_NAME)
+
+    def tokenizer_path(self) -> Path:
+        return self._file("tokenizer_path", "tokenizer_name", loaders.TEXT_TOKENIZER_NAME)
+
+    def voices_archive(self) -> Path | None:
+        """`voices.tgz`, the shipped voice prompts; None if the source has none."""
+        return self._find("voices.tgz", required=False)
+
+    def mimi_config(self) -> dict | None:
+        """Arguments of a Mimi that is not the standard one; None for that."""
+        name = self.raw_config.get("mimi_config_name")
+        if name is None:
+            return None
+        return json.loads(self._file("mimi_config", "mimi_config_name", name).read_text())
+
+    def mimi(self, device: torch.device | str = "cpu") -> MimiModel:
+        """Mimi with the 8 codebooks of one channel (`CheckpointInfo.get_mimi` would set 16 for PersonaPlex)."""
+        path = self.mimi_weights()
+        try:
+            return loaders.get_mimi(path, self.mimi_config(), device=device, num_codebooks=CODEBOOKS)
+        except (RuntimeError, KeyError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: does not load as a Mimi of this configuration ({reason})") from None
+
+    def tokenizer(self) -> sentencepiece.SentencePieceProcessor:
+        path = self.tokenizer_path()
+        try:
+            return sentencepiece.SentencePieceProcessor(str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path}: not a SentencePiece model ({error})") from None
+
+
+def open_checkpoint(
+    hf_repo_id: str,
+    moshi_path: str | None = None,
+    mimi_path: str | None = None,
+    tokenizer_path: str | None = None,
+    config_path: str | None = None,
+) -> Checkpoint:
+    """Finds a checkpoint by moshi-finetune's `moshi_paths`: a hub repository or a local folder, single files replaced
+    by the given ones (a path, or `hf://owner/repo/file`). Raises UserError if there is no such thing."""
+    files = {"moshi_path": moshi_path, "mimi_path": mimi_path, "tokenizer_path": tokenizer_path}
+    return Checkpoint(hf_repo_id, files, config_path)
+
+
+# --- Building and filling the LM --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of a model came from."""
+
+    weights: Path
+    stored_dep_q: int
+    expanded: bool  # 8 -> 16 depformer steps on load
+
+    def __str__(self) -> str:
+        if self.expanded:
+            return f"{self.weights}: Moshi weights ({self.stored_dep_q} codebooks), expanded to {DEP_Q}"
+        family = "PersonaPlex" if self.stored_dep_q == DEP_Q else "Moshi"
+        return f"{self.weights}: {family} weights ({self.stored_dep_q} codebooks), loaded as they are"
+
+
+class Weights:
+    """The stored weights as the spec's model wants them: names split, steps expanded where the file has 8."""
+
+    def __init__(self, path: Path, dep_q: int):
+        self.file = WeightFile(path)
+        stored = self.file.dep_q
+        if stored == dep_q:
+            self.sources: dict[str, str | None] = {name: name for name in self.file.slots}
+        elif stored == CODEBOOKS and dep_q == DEP_Q:
+            try:
+                self.sources = expansion_plan(set(self.file.slots))
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+        else:
+            raise UserError(
+                f"{path}: holds {stored} depformer steps where this model has {dep_q}; check moshi_paths"
+            )
+        self.origin = Origin(path, stored, expanded=stored != dep_q)
+
+    def check(self, shapes: dict[str, torch.Size]) -> None:
+        """Raises UserError unless the file holds exactly these parameters, in these shapes."""
+        problems = [f"no {name}" for name in sorted(shapes.keys() - self.sources.keys())]
+        problems += [f"an unknown {name}" for name in sorted(self.sources.keys() - shapes.keys())]
+        for name, source in self.sources.items():
+            if source is not None and name in shapes and tuple(shapes[name]) != self.file.slots[source].shape:
+                problems.append(
+                    f"{name} of shape {list(self.file.slots[source].shape)} instead of {list(shapes[name])}"
+                )
+        if problems:
+            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise UserError(
+                f"{self.file.path}: does not fit the model's config: it has {'; '.join(problems[:4])}{more}"
+            )
+
+    def read(self, name: str, start: int, stop: int, shape: torch.Size) -> torch.Tensor:
+        """Rows [start, stop) of a parameter of this shape."""
+        source = self.sources[name]
+        if source is None:
+            return torch.zeros(max(0, min(stop, shape[0]) - start), *shape[1:])
+        return self.file.read(source, start, stop)
+
+
+def lm_kwargs(checkpoint: Checkpoint, spec: Spec) -> dict:
+    """The arguments of LMModel for a checkpoint under a spec. Raises UserError for models that cannot be trained."""
+    kwargs = dict(checkpoint.lm_config)
+    if spec.dep_q is not None:
+        kwargs["dep_q"] = spec.dep_q
+    for key in ("conditioners", "fuser"):
+        if kwargs.pop(key, None):
+            raise UserError(f"{checkpoint.source}: a model with {key} cannot be trained here")
+    kwargs.pop("demux_second_stream", None)
+    if kwargs["n_q"] != 2 * CODEBOOKS or kwargs["dep_q"] not in (CODEBOOKS, DEP_Q):
+        raise UserError(
+            f"{checkpoint.source}: has n_q {kwargs['n_q']} and dep_q {kwargs['dep_q']}; full-duplex training needs "
+            f"n_q {2 * CODEBOOKS} (agent and user) and dep_q {CODEBOOKS} (Moshi) or {DEP_Q} (PersonaPlex)"
+        )
+    return kwargs
+
+
+def build_lm(kwargs: dict, dtype: torch.dtype) -> LMModel:
+    """An LMModel without memory (meta device). Raises UserError if moshi refuses the arguments."""
+    try:
+        return LMModel(device="meta", dtype=dtype, **{k: v for k, v in kwargs.items() if k != "device"})
+    except (TypeError, AssertionError, ValueError) as error:
+        raise UserError(f"the LM config does not fit moshi's LMModel: {error}") from None
+
+
+def base_name(name: str) -> str:
+    """The stock name of a parameter of a model with LoRA."""
+    return name.replace(".frozen_W.", ".")
+
+
+def set_trainable(lm: nn.Module, full: bool, ft_embed: bool) -> None:
+    """Marks what is trained and gives it float32; the frozen rest keeps the dtype it was built in.
+
+    Args:
+        full: everything; else adapters only.
+        ft_embed: the embedding tables too (moshi-finetune's `lora.ft_embed`).
+    """
+    for name, parameter in lm.named_parameters():
+        parameter.requires_grad_(full or lora.is_adapter(name) or (ft_embed and lora.is_embedding(name)))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def fill(lm: nn.Module, weights: Weights, seed: int) -> None:
+    """Gives a model that has memory (`to_empty`) its values: the base from the file, adapters fresh.
+
+    Each rank reads only the rows that it keeps, one tensor at a time. Adapters depend on (seed, name) alone, so that
+    any number of ranks starts from the same ones.
+    """
+    for name, parameter in lm.named_parameters():
+        start, local = local_rows(parameter)
+        stop = start + local.shape[0]
+        if lora.is_adapter(name):
+            values = lora.initial(name, parameter.shape, seed)[start:stop]
+        else:
+            values = weights.read(base_name(name), start, stop, parameter.shape)
+        with torch.no_grad():
+            local.copy_(values)
+
+
+def local_rows(parameter: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """(first row, the rows) of a parameter that this rank holds; all of it unless it is sharded."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.data
+    local = parameter.to_local()
+    for dim, placement in enumerate(parameter.placements):
+        if placement.is_shard():  # FSDP2 cuts rows like torch.chunk: equal pieces, the last ones shorter
+            piece = -(-parameter.shape[0] // parameter.device_mesh.size(dim))
+            start = min(piece * parameter.device_mesh.get_local_rank(dim), parameter.shape[0])
+            return start, local.data
+    return 0, local.data

@@ -1,0 +1,169 @@
+"""Weight files read and written tensor by tensor, so that no step ever holds a second copy of a model.
+
+Two layouts are in use. *Fused*, as Kyutai and NVIDIA ship them: one `self_attn.in_proj_weight` and one
+`self_attn.out_proj.weight` a layer, the depformer's steps stacked along the rows. *Split*, as moshi >= 0.2.13
+names its parameters: `self_attn.in_projs.I.weight`, `self_attn.out_projs.I.weight`.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from finetune.cli import UserError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# fused name -> split name; moshi/modules/transformer.py, StreamingMultiheadAttention._load_hook
+_FUSED = {"in_proj_weight": "in_projs.{}.weight", "in_proj.weight": "in_projs.{}.weight",
+          "out_proj.weight": "out_projs.{}.weight"}  # fmt: skip
+_FUSED_KEY = re.compile(r"^(.*self_attn\.)(in_proj_weight|in_proj\.weight|out_proj\.weight)$")
+_SPLIT_KEY = re.compile(r"^(.*self_attn\.)(in|out)_projs\.(\d+)\.weight$")
+
+
+class Slot(NamedTuple):
+    """Where a tensor lives in a file: rows [start, stop) of `key`, with its shape after the cut."""
+
+    key: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def split_names(key: str, steps: int) -> list[str] | None:
+    """The split names of a fused attention key with `steps` weight sets, in row order; None for any other key."""
+    match = _FUSED_KEY.match(key)
+    if match is None:
+        return None
+    return [match[1] + _FUSED[match[2]].format(i) for i in range(steps)]
+
+
+def fused_name(key: str) -> tuple[str, int] | None:
+    """(fused name, step) of a split attention key, as NVIDIA's loader spells it; None for any other key."""
+    match = _SPLIT_KEY.match(key)
+    if match is None:
+        return None
+    return match[1] + ("in_proj_weight" if match[2] == "in" else "out_proj.weight"), int(match[3])
+
+
+def attention_steps(key: str, dep_q: int) -> int:
+    """How many weight sets the attention that holds `key` has: one a codebook in the depformer, else 1."""
+    return dep_q if key.startswith("depformer.") else 1
+
+
+class WeightFile:
+    """A safetensors file seen through split names, without reading its values.
+
+    Attributes:
+        slots: split name -> Slot.
+        dep_q: depformer steps, counted from the `linears.N.weight` keys.
+        fused: whether the attention is stored fused.
+    Raises:
+        UserError: the file is missing, truncated or not safetensors.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        header = read_header(self.path)
+        self.dep_q = sum(1 for key in header if re.fullmatch(r"linears\.\d+\.weight", key))
+        self.fused = any(_FUSED_KEY.match(key) for key in header)
+        self.slots: dict[str, Slot] = {}
+        for key, (dtype, shape) in header.items():
+            steps = attention_steps(key, self.dep_q)
+            names = split_names(key, steps) or [key]
+            if len(names) > 1 and shape[0] % len(names):
+                raise UserError(f"{self.path}: {key} has {shape[0]} rows, which do not divide by {steps} steps")
+            rows = shape[0] // len(names) if shape else 0
+            for i, name in enumerate(names):
+                self.slots[name] = Slot(key, i * rows, (i + 1) * rows, (rows, *shape[1:]) if shape else (), dtype)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows [start, stop) of a tensor, as a new tensor on the CPU in the file's dtype."""
+        slot = self.slots[name]
+        # Opened anew each time: the pages of a mapping stay resident until it is closed.
+        with safe_open(self.path, framework="pt") as file:
+            if not slot.shape:
+                return file.get_tensor(slot.key)
+            stop = slot.shape[0] if stop is None else min(stop, slot.shape[0])
+            return file.get_slice(slot.key)[slot.start + start : slot.start + stop].clone()
+
+
+def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """{key: (dtype, shape)} of a safetensors file. Raises UserError if it is missing, truncated or foreign."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such weight file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            out = {}
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                view = file.get_slice(key)
+                out[key] = (DTYPES[view.get_dtype()], tuple(view.get_shape()))
+            return out
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
+
+
+def write_safetensors(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file one tensor at a time, under a temporary name until it is complete.
+
+    Args:
+        layout: {key: (dtype, shape)} of everything the file will hold, in file order.
+        tensors: (key, values) in the same order; values are cast to the layout's dtype.
+    Raises:
+        ValueError: `tensors` does not match `layout`.
+    """
+    header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for key, (dtype, shape) in layout.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        header[key] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    blob = json.dumps(header, separators=(",", ":")).encode()
+    blob += b" " * (-len(blob) % 8)  # the format wants the data 8-byte aligned
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    expected = iter(layout.items())
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(blob).to_bytes(8, "little"))
+            file.write(blob)
+            for key, tensor in tensors:
+                want, (dtype, shape) = next(expected, (None, (None, None)))
+                if key != want or tuple(tensor.shape) != tuple(shape):
+                    raise ValueError(f"got {key} {tuple(tensor.shape)} where the layout has {want} {shape}")
+                values = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+                if values.numel():
+                    file.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+            if next(expected, None) is not None:
+                raise ValueError("the tensors ended before the layout did")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_split(state: Mapping[str, torch.Tensor], dep_q: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """(split name, tensor) pairs of a state dict in either layout; fused tensors give views of their rows."""
+    for key, tensor in state.items():
+        names = split_names(key, attention_steps(key, dep_q))
+        if names is None:
+            yield key, tensor
+        else:
+            yield from zip(names, tensor.chunk(len(names), dim=0))
