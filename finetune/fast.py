@@ -1,0 +1,370 @@
+"""The training forward: moshi's `LMModel`, its parameters and their names, computed in few large operations.
+
+`LMModel.forward` is written for inference. Trained through it, the depformer becomes some 15,000 small
+operations (one linear per step, projection and layer, on strided slices), every frame passes the text head and
+the depformer whether it carries loss or not, and all logits of a window live at once. Here
+
+- the temporal layers attend with `is_causal` instead of a boolean mask, which lets flash attention run;
+- only frames that carry loss reach the text head and the depformer;
+- the depformer works on [step, frame, channel], where each projection is one batched product over the steps;
+- logits exist for a chunk of frames at a time and are computed again in the backward pass.
+
+Losses and gradients equal those of `LMModel.forward` (tests/test_fast.py). Modules called in moshi's own way, as
+`LMGen` and `LMModel.forward` do, still run moshi's code.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from moshi.models.lm import LMModel
+from moshi.modules.gating import ActivationGating
+from moshi.modules.lora import LoRALinear
+from moshi.modules.transformer import RMSNorm, StreamingTransformerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from finetune.cli import UserError
+
+TEXT_PADDING_IDS = (0, 3)  # EPAD and PAD of Moshi's text tokenizer
+NO_TARGET = -1  # also moshi's zero token: it embeds to 0 and never carries loss
+LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
+
+
+class Losses(NamedTuple):
+    """Sums over the valid positions of each group, [2 + dep_q] float32: text words, text padding (EPAD and PAD),
+    then the audio codebooks (the first 8 the agent's, the others the user's)."""
+
+    ce: Tensor  # cross-entropy in nats, differentiable
+    correct: Tensor  # how often the target has the highest logit
+
+
+class Plan(NamedTuple):
+    """Which frames carry loss, and their targets. Frames are rows of the [B * T, dim] output of the temporal
+    transformer; row b * T + s predicts the delayed column s of window b. There is always at least one row, so that
+    each parameter takes part in the backward pass of each rank; a row without loss has the target NO_TARGET."""
+
+    text_rows: Tensor  # [N] int64
+    text_targets: Tensor  # [N] int64
+    audio_rows: Tensor  # [M] int64
+    audio_targets: Tensor  # [dep_q, M] int64
+
+    def to(self, device: torch.device) -> "Plan":
+        return Plan(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def make_plan(codes: Tensor, loss_mask: Tensor, delays: Sequence[int], dep_q: int) -> Plan:
+    """codes: [B, K, T] int64, not delayed; loss_mask: [B, T] bool; delays in frames, one a stream.
+
+    The number of rows depends on the data: on a CUDA device this waits for it, in a data loader it costs nothing."""
+    targets = _delayed_targets(codes, loss_mask, delays, dep_q).transpose(0, 1).flatten(1)  # [1 + dep_q, B * T]
+    text, audio = targets[0], targets[1:]
+    text_rows = _at_least_one((text != NO_TARGET).nonzero()[:, 0])
+    audio_rows = _at_least_one((audio != NO_TARGET).any(0).nonzero()[:, 0])
+    return Plan(text_rows, text[text_rows], audio_rows, audio[:, audio_rows])
+
+
+def count_targets(codes: Tensor, loss_mask: Tensor, delays: Sequence[int], dep_q: int) -> Tensor:
+    """Number of valid positions of each group of `Losses`, [2 + dep_q] int64. Arguments as in `make_plan`."""
+    targets = _delayed_targets(codes, loss_mask, delays, dep_q)
+    valid = (targets != NO_TARGET).sum((0, 2))
+    padding = _is_padding(targets[:, 0]).sum()
+    return torch.cat([(valid[0] - padding)[None], padding[None], valid[1:]])
+
+
+def _delayed_targets(codes: Tensor, loss_mask: Tensor, delays: Sequence[int], dep_q: int) -> Tensor:
+    """[B, 1 + dep_q, T]: the token that the output at each position is to predict, or NO_TARGET."""
+    codes = torch.where(loss_mask[:, None], codes[:, : 1 + dep_q], NO_TARGET)
+    return _delay(codes, delays[: 1 + dep_q], torch.full_like(codes[:1, :, :1], NO_TARGET))
+
+
+def _delay(codes: Tensor, delays: Sequence[int], first: Tensor) -> Tensor:
+    """Moves stream k of codes [B, K, T] by delays[k] frames to the right; what becomes free holds first [1, K, 1]."""
+    frames, longest = codes.shape[2], max(delays)
+    padded = torch.cat([first.expand(len(codes), -1, longest), codes], 2)
+    return torch.stack([padded[:, k, longest - delay :][:, :frames] for k, delay in enumerate(delays)], 1)
+
+
+def _at_least_one(rows: Tensor) -> Tensor:
+    return rows if len(rows) else rows.new_zeros(1)
+
+
+def _is_padding(targets: Tensor) -> Tensor:
+    return (targets == TEXT_PADDING_IDS[0]) | (targets == TEXT_PADDING_IDS[1])
+
+
+def _rms_norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    x32 = x.float()
+    inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + norm.eps)
+    return (x32 * (norm.alpha.float().flatten() * inverse)).to(x.dtype)
+
+
+def _gate(x: Tensor) -> Tensor:
+    activated, linear = x.chunk(2, -1)
+    return F.silu(activated) * linear
+
+
+def _linear(module: nn.Linear | LoRALinear, x: Tensor) -> Tensor:
+    """x: [..., in] -> [..., out], in the dtype of x. Adapters may be kept in fp32 over a bf16 base."""
+    if isinstance(module, LoRALinear):
+        y = F.linear(x, module.frozen_W.weight.to(x.dtype))
+        a, b = module.lora_A.weight.to(x.dtype), module.lora_B.weight.to(x.dtype)
+        low = F.linear(x, a).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), low, b.t(), alpha=module.scaling).view_as(y)
+    return F.linear(x, module.weight.to(x.dtype))
+
+
+class _Stacked:
+    """The weights of one linear per depformer step as tensors [Q, out, in], for batched products."""
+
+    def __init__(self, modules: Iterable[nn.Linear | LoRALinear], dtype: torch.dtype):
+        modules = list(modules)
+        stack = lambda linears: torch.stack([linear.weight for linear in linears]).to(dtype)
+        self.lora = isinstance(modules[0], LoRALinear)
+        if self.lora:
+            self.weight = stack(m.frozen_W for m in modules)
+            self.a = stack(m.lora_A for m in modules)
+            self.b = stack(m.lora_B for m in modules)
+            self.scaling = modules[0].scaling
+        else:
+            self.weight = stack(modules)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [Q, N, in] -> [Q, N, out]."""
+        y = torch.bmm(x, self.weight.mT)
+        return torch.baddbmm(y, torch.bmm(x, self.a.mT), self.b.mT, alpha=self.scaling) if self.lora else y
+
+    def fan_out(self, x: Tensor) -> Tensor:
+        """The same input for every step, x: [N, in] -> [Q, N, out]: one product, and one for the gradient of x."""
+        steps = len(self.weight)
+        y = F.linear(x, self.weight.flatten(0, 1)).unflatten(1, (steps, -1)).transpose(0, 1)
+        if not self.lora:
+            return y
+        low = F.linear(x, self.a.flatten(0, 1)).unflatten(1, (steps, -1)).transpose(0, 1)
+        return torch.baddbmm(y, low, self.b.mT, alpha=self.scaling)
+
+
+class Attention(NamedTuple):
+    """What the temporal layers share: rotary angles and, for windows longer than the context, the mask."""
+
+    rotation: Tensor  # [T, 1, 1, head_dim / 2] complex64
+    mask: Tensor | None  # [T, T] bool; None: fully causal
+
+    @classmethod
+    def of(cls, lm: LMModel, frames: int, device: torch.device) -> "Attention":
+        attention = lm.transformer.layers[0].self_attn
+        half = attention.embed_dim // attention.num_heads // 2
+        channel = torch.arange(half, device=device, dtype=torch.float32)
+        frequency = torch.exp(channel * (-math.log(lm.transformer.max_period) / half))
+        position = torch.arange(frames, device=device)
+        angle = position[:, None].float() * frequency
+        mask = None
+        if attention.context is not None and frames > attention.context:
+            distance = position[:, None] - position
+            mask = (distance >= 0) & (distance < attention.context)
+        return cls(torch.polar(torch.ones_like(angle), angle)[:, None, None], mask)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x: [B, T, ..., H, head_dim], real and imaginary parts interleaved; computed in fp32 as moshi does."""
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self.rotation).flatten(-2).to(x.dtype)
+
+
+class TemporalLayer(StreamingTransformerLayer):
+    """A layer of the temporal transformer. Without `attention` it is moshi's own."""
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, dim]
+        cross_attention_src: Tensor | None = None,
+        attention: Attention | None = None,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        if attention is None:
+            return super().forward(x, cross_attention_src)
+        return _recomputed(self._train_forward, checkpointing)(x, attention)
+
+    def _train_forward(self, x: Tensor, attention: Attention) -> Tensor:
+        qkv = _linear(self.self_attn.in_projs[0], _rms_norm(self.norm1, x))
+        qkv = qkv.unflatten(-1, (3, self.self_attn.num_heads, -1))  # [B, T, 3, H, head_dim]
+        q, k = attention.rotate(qkv[:, :, :2]).transpose(1, 3).unbind(2)  # [B, H, T, head_dim]
+        v = qkv[:, :, 2].transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, attention.mask, is_causal=attention.mask is None)
+        x = x + _linear(self.self_attn.out_projs[0], y.transpose(1, 2).flatten(2))
+        hidden = _gate(_linear(self.gating.linear_in, _rms_norm(self.norm2, x)))
+        return x + _linear(self.gating.linear_out, hidden)
+
+
+class DepformerLayer(StreamingTransformerLayer):
+    """A layer of the depformer. Without `steps_first` it is moshi's own."""
+
+    def forward(
+        self,
+        x: Tensor,  # [Q, N, dim] with steps_first
+        cross_attention_src: Tensor | None = None,
+        steps_first: bool = False,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        if not steps_first:
+            return super().forward(x, cross_attention_src)
+        return _recomputed(self._train_forward, checkpointing)(x)
+
+    def _train_forward(self, x: Tensor) -> Tensor:
+        project = partial(_Stacked, dtype=x.dtype)
+        qkv = project(self.self_attn.in_projs)(_rms_norm(self.norm1, x))
+        qkv = qkv.unflatten(-1, (3, self.self_attn.num_heads, -1))  # [Q, N, 3, H, head_dim]
+        q, k, v = qkv.permute(2, 1, 3, 0, 4)  # [N, H, Q, head_dim] each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + project(self.self_attn.out_projs)(y.permute(2, 0, 1, 3).flatten(2))
+        hidden = _gate(project(g.linear_in for g in self.gating)(_rms_norm(self.norm2, x)))
+        return x + project(g.linear_out for g in self.gating)(hidden)
+
+
+def _recomputed(function: Callable, wanted: bool = True) -> Callable:
+    """`function`, whose intermediate results are computed again in the backward pass rather than kept."""
+    if not (wanted and torch.is_grad_enabled()):
+        return function
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+
+
+def _cross_entropy(
+    project: Callable[[Tensor], Tensor], x: Tensor, targets: Tensor, card: int
+) -> tuple[Tensor, Tensor]:
+    """x: [..., N, dim], targets: [..., N] -> cross-entropy and hits, [..., N] float32, 0 where there is no target."""
+
+    def chunk(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = project(x).float()
+        hits = logits.argmax(-1) == targets
+        ce = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=NO_TARGET, reduction="none")
+        return ce.view_as(targets), hits.float()
+
+    rows = max(1, LOGITS_PER_CHUNK // (card * targets[..., 0].numel()))
+    chunks = [_recomputed(chunk)(*part) for part in zip(x.split(rows, -2), targets.split(rows, -1))]
+    ce, hits = zip(*chunks)
+    return torch.cat(ce, -1), torch.cat(hits, -1)
+
+
+class TrainingLM(nn.Module):
+    """The losses of `lm` on undelayed codes. `lm` keeps its parameters and names; its layers get a second way to run.
+
+    Args:
+        lm: Moshi or PersonaPlex, with plain linears or moshi's `LoRALinear`.
+        gradient_checkpointing: keep the input of each layer only, and compute the rest again in the backward pass.
+        dtype: what matrix products are computed in; default the dtype of the embeddings.
+    """
+
+    def __init__(self, lm: LMModel, gradient_checkpointing: bool, dtype: torch.dtype | None = None):
+        super().__init__()
+        _check_architecture(lm)
+        self.lm = lm
+        self.gradient_checkpointing = gradient_checkpointing
+        self.dtype = dtype or lm.dtype
+        for layer in lm.transformer.layers:
+            layer.__class__ = TemporalLayer
+        for layer in lm.depformer.layers:
+            layer.__class__ = DepformerLayer
+
+    def forward(
+        self,
+        codes: Tensor,
+        loss_mask: Tensor,
+        prompt_embeddings: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+        *,
+        plan: Plan | None = None,
+    ) -> Losses:
+        """
+        Args:
+            codes: [B, K, T] int64, not delayed; -1 embeds to zero and never carries loss.
+            loss_mask: [B, T] bool, frames whose tokens carry loss.
+            prompt_embeddings: [B, P, dim] with P <= T, instead of the embedded tokens at the first prompt_lengths [B]
+                positions of each window. Position 0 is the initial column.
+            plan: `make_plan` of codes and loss_mask. Without it codes and loss_mask may be on the CPU, where making
+                the plan makes no CUDA device wait.
+        """
+        lm = self.lm
+        device = lm.text_emb.weight.device
+        if plan is None:
+            plan = make_plan(codes, loss_mask, lm.delays, lm.dep_q)
+        plan = plan.to(device)
+        codes = codes.to(device, non_blocking=True)
+        initial = torch.full_like(codes[:1, :, :1], lm.initial_token_id)
+        initial[:, 0] = lm.text_initial_token_id
+        delayed = _delay(codes, lm.delays, initial)
+
+        x = self._embed(torch.cat([initial.expand(len(codes), -1, -1), delayed[:, :, :-1]], 2))
+        if prompt_embeddings is not None:
+            positions = prompt_embeddings.shape[1]
+            replaced = torch.arange(positions, device=device) < prompt_lengths.to(device)[:, None]
+            prompt = torch.where(replaced[..., None], prompt_embeddings.to(x), x[:, :positions])
+            x = torch.cat([prompt, x[:, positions:]], 1)
+        attention = Attention.of(lm, x.shape[1], device)
+        for layer in lm.transformer.layers:
+            x = layer(x, attention=attention, checkpointing=self.gradient_checkpointing)
+        x = _rms_norm(lm.out_norm, x).flatten(0, 1)  # [B * T, dim]
+
+        text_ce, text_hits = _cross_entropy(
+            partial(_linear, lm.text_linear), x.index_select(0, plan.text_rows), plan.text_targets, lm.text_card
+        )
+        padding = _is_padding(plan.text_targets)
+        by_kind = lambda x: torch.stack([x.masked_fill(padding, 0).sum(), x.masked_fill(~padding, 0).sum()])
+
+        tokens = delayed[:, : lm.dep_q].transpose(0, 1).flatten(1).index_select(1, plan.audio_rows)
+        y = self._depformer(x.index_select(0, plan.audio_rows), tokens)
+        audio_ce, audio_hits = _cross_entropy(_Stacked(lm.linears, self.dtype), y, plan.audio_targets, lm.card)
+        return Losses(
+            ce=torch.cat([by_kind(text_ce), audio_ce.sum(1)]),
+            correct=torch.cat([by_kind(text_hits), audio_hits.sum(1)]),
+        )
+
+    def _embed(self, columns: Tensor) -> Tensor:
+        """columns: [B, K, T] delayed tokens -> [B, T, dim]."""
+        first, *others = self.lm.emb
+        x = first(columns[:, 1])
+        for stream, embedding in enumerate(others, start=2):
+            x = x + embedding(columns[:, stream])
+        return (x + self.lm.text_emb(columns[:, 0])).to(self.dtype)
+
+    def _depformer(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x: [N, dim], tokens: [dep_q, N], token q being the input of step q -> [dep_q, N, depformer dim]."""
+        lm = self.lm
+        embeddings = [lm.depformer_text_emb, *lm.depformer_emb]
+        embedded = torch.stack([embedding(token) for embedding, token in zip(embeddings, tokens)])
+        y = embedded.to(self.dtype) + _Stacked(lm.depformer_in, self.dtype).fan_out(x)
+        for layer in lm.depformer.layers:
+            y = layer(y, steps_first=True, checkpointing=self.gradient_checkpointing)
+        return y
+
+
+def _check_architecture(lm: LMModel) -> None:
+    temporal, depformer = list(lm.transformer.layers), list(lm.depformer.layers) if lm.depformer else []
+    gatings = [gating for layer in depformer for gating in (layer.gating or [])]
+    layers = temporal + depformer
+    norms = [lm.out_norm, *(norm for layer in layers for norm in (layer.norm1, layer.norm2))]
+    wrong = {
+        "no depformer": lm.depformer is None,
+        "conditioners": lm.fuser is not None,
+        "another norm than rms_norm_f32": not all(isinstance(n, RMSNorm) and n.dtype == torch.float for n in norms),
+        "another gating than silu": not all(
+            isinstance(gating, ActivationGating) and gating.activation is F.silu
+            for gating in gatings + [layer.gating for layer in temporal]
+        ),
+        "cross attention": any(layer.cross_attention is not None for layer in layers),
+        "shared keys (kv_repeat)": any(layer.self_attn.kv_repeat != 1 for layer in layers),
+        "layer scale": any(not isinstance(layer.layer_scale_1, nn.Identity) for layer in layers),
+        "another positional embedding than rope": lm.transformer.positional_embedding != "rope",
+        "positions in the depformer": bool(depformer) and lm.depformer.positional_embedding != "none",
+        "depformer weights that are not one set per step": not lm.depformer_multi_linear
+        or lm.depformer_weights_per_step_schedule is not None
+        or any(layer.weights_per_step != lm.dep_q for layer in depformer),
+        "depformer norms": any(not isinstance(norm, nn.Identity) for norm in getattr(lm, "depformer_norms", [])),
+        "biases": lm.text_linear.bias not in (None, False),
+    }
+    found = [name for name, is_wrong in wrong.items() if is_wrong]
+    if found:
+        raise UserError(
+            f"Only models built like Moshi and PersonaPlex can be trained; this one has {', '.join(found)}."
+        )
