@@ -253,15 +253,15 @@ class TrainingLM(nn.Module):
     Args:
         lm: Moshi or PersonaPlex, with plain linears or moshi's `LoRALinear`.
         gradient_checkpointing: keep the input of each layer only, and compute the rest again in the backward pass.
-        dtype: what matrix products are computed in; default the dtype of the embeddings.
+
+    The dtype of the embeddings, as they arrive in `forward`, is that of the activations; other weights are cast to it.
     """
 
-    def __init__(self, lm: LMModel, gradient_checkpointing: bool, dtype: torch.dtype | None = None):
+    def __init__(self, lm: LMModel, gradient_checkpointing: bool):
         super().__init__()
         _check_architecture(lm)
         self.lm = lm
         self.gradient_checkpointing = gradient_checkpointing
-        self.dtype = dtype or lm.dtype
         for layer in lm.transformer.layers:
             layer.__class__ = TemporalLayer
         for layer in lm.depformer.layers:
@@ -314,7 +314,7 @@ class TrainingLM(nn.Module):
 
         tokens = delayed[:, : lm.dep_q].transpose(0, 1).flatten(1).index_select(1, plan.audio_rows)
         y = self._depformer(x.index_select(0, plan.audio_rows), tokens)
-        audio_ce, audio_hits = _cross_entropy(_Stacked(lm.linears, self.dtype), y, plan.audio_targets, lm.card)
+        audio_ce, audio_hits = _cross_entropy(_Stacked(lm.linears, y.dtype), y, plan.audio_targets, lm.card)
         return Losses(
             ce=torch.cat([by_kind(text_ce), audio_ce.sum(1)]),
             correct=torch.cat([by_kind(text_hits), audio_hits.sum(1)]),
@@ -326,14 +326,14 @@ class TrainingLM(nn.Module):
         x = first(columns[:, 1])
         for stream, embedding in enumerate(others, start=2):
             x = x + embedding(columns[:, stream])
-        return (x + self.lm.text_emb(columns[:, 0])).to(self.dtype)
+        return x + self.lm.text_emb(columns[:, 0])
 
     def _depformer(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x: [N, dim], tokens: [dep_q, N], token q being the input of step q -> [dep_q, N, depformer dim]."""
         lm = self.lm
         embeddings = [lm.depformer_text_emb, *lm.depformer_emb]
         embedded = torch.stack([embedding(token) for embedding, token in zip(embeddings, tokens)])
-        y = embedded.to(self.dtype) + _Stacked(lm.depformer_in, self.dtype).fan_out(x)
+        y = embedded + _Stacked(lm.depformer_in, x.dtype).fan_out(x)
         for layer in lm.depformer.layers:
             y = layer(y, steps_first=True, checkpointing=self.gradient_checkpointing)
         return y
