@@ -119,6 +119,12 @@ class Checkpoint:
             return Path(name)
         return self._find(name)
 
+    def locate(self, path: Path) -> str:
+        """A file of this checkpoint as moshi's `hf_get` reads it from anywhere: hf://... or file://..."""
+        if self._folder is None and not any(path == Path(f) for f in self._files.values() if f):
+            return f"hf://{self.source}/{path.name}"
+        return f"file://{path.resolve()}"
+
     def moshi_weights(self) -> Path:
         return self._file("moshi_path", "moshi_name", loaders.MOSHI_NAME)
 
@@ -229,6 +235,17 @@ class Weights:
         return self.file.read(source, start, stop)
 
 
+def embed_column(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
+    """The temporal transformer's input for one delayed column of a model that is still on disk: [17] -> [dim]."""
+    total = None
+    for stream, token in enumerate(tokens.tolist()):
+        name = "text_emb.weight" if stream == 0 else f"emb.{stream - 1}.weight"
+        if token >= 0:
+            row = weights.file.read(name, token, token + 1)[0].float()
+            total = row if total is None else total + row
+    return torch.zeros(weights.file.slots["text_emb.weight"].shape[1]) if total is None else total
+
+
 def lm_kwargs(checkpoint: Checkpoint, spec: Spec) -> dict:
     """The arguments of LMModel for a checkpoint under a spec. Raises UserError for models that cannot be trained."""
     kwargs = dict(checkpoint.lm_config)
@@ -252,6 +269,19 @@ def build_lm(kwargs: dict, dtype: torch.dtype) -> LMModel:
         return LMModel(device="meta", dtype=dtype, **{k: v for k, v in kwargs.items() if k != "device"})
     except (TypeError, AssertionError, ValueError) as error:
         raise UserError(f"the LM config does not fit moshi's LMModel: {error}") from None
+
+
+def inference_config(checkpoint: Checkpoint, kwargs: dict) -> dict:
+    """The config.json that goes with weights trained from a checkpoint: moshi's loaders need nothing else to find the
+    same Mimi and tokenizer."""
+    config = dict(kwargs) | {"model_type": checkpoint.raw_config.get("model_type", "moshi")}
+    names = {"mimi_name": checkpoint.mimi_weights, "tokenizer_name": checkpoint.tokenizer_path}
+    for key, path in names.items():
+        config[key] = checkpoint.locate(path())
+    if "mimi_config_name" in checkpoint.raw_config:
+        name = checkpoint.raw_config["mimi_config_name"]
+        config["mimi_config_name"] = checkpoint.locate(checkpoint._file("mimi_config", "mimi_config_name", name))
+    return config
 
 
 def base_name(name: str) -> str:

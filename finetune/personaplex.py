@@ -5,8 +5,8 @@ Streams K = 17: 0 text, 1-8 agent audio, 9-16 user audio. One frame is 80 ms. So
 """
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ SILENCE_TOKENS = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)
 SINE_TOKENS = (430, 1268, 381, 1611, 1095, 1495, 56, 472)
 SILENCE_FRAMES = 6  # after the voice and after the text: int(0.5 s * 12.5 Hz)
 
-SYSTEM_TAG = "<system>"  # opens and closes the prompt; the closing tag has no slash
-
 
 # --- 1. From 8 to 16 depformer steps -------------------------------------------------------------------------
 
@@ -38,16 +36,6 @@ _STEP_KEY = re.compile(
 # depformer ends there. Zero keeps the copied step 0 what it was trained to be, less its token: a copy of
 # depformer_emb.6 would feed it vectors of a space it has never read.
 NEW_EMBEDDING = f"depformer_emb.{CODEBOOKS - 1}.weight"
-
-
-def moshiko_source(name: str) -> str | None:
-    """The Moshiko tensor (split name) that PersonaPlex's tensor `name` starts from; None: it starts at zero."""
-    if name == NEW_EMBEDDING:
-        return None
-    match = _STEP_KEY.match(name)
-    if match is None or int(match["step"]) < CODEBOOKS:
-        return name
-    return f"{match['head']}{int(match['step']) - CODEBOOKS}{match['tail'] or ''}"
 
 
 def expansion_plan(names: set[str]) -> dict[str, str | None]:
@@ -132,3 +120,65 @@ def fuse(state: Mapping[str, Tensor], dep_q: int) -> dict[str, Tensor]:
             steps = attention_steps(name, dep_q)
             out[target[0]] = torch.cat([state[n] for n in split_names(target[0], steps)], dim=0)
     return out
+
+
+# --- 2. The hybrid system prompt -----------------------------------------------------------------------------
+
+
+class Voice(NamedTuple):
+    """A voice prompt of N frames, in one of two forms.
+
+    codes: [8, N] int64, of a recording; `embeddings` is None.
+    Or, as NVIDIA ships voices, `embeddings`: [N - 1, dim], the temporal transformer's inputs at positions 0..N-2, and
+    `tail`: [17, 3] int64, frames N-3..N-1 of all streams.
+    """
+
+    name: str
+    codes: Tensor | None = None
+    embeddings: Tensor | None = None
+    tail: Tensor | None = None
+
+    @property
+    def frames(self) -> int:
+        return self.codes.shape[1] if self.embeddings is None else self.embeddings.shape[0] + 1
+
+
+class Prompt(NamedTuple):
+    """What precedes a dialogue.
+
+    frames: [17, P] int64, undelayed, with the first frame of all already dropped as the runtime does.
+    embeddings: [E, dim] or None, which replace the temporal transformer's inputs at positions 0..E-1.
+    """
+
+    frames: Tensor
+    embeddings: Tensor | None
+
+
+def phase(text: Sequence[int], agent: Tensor, user: Tensor) -> Tensor:
+    """[17, T] frames out of a text of T ids, agent codes [8, T or 1] and user codes [8, T or 1]."""
+    length = len(text)
+    row = torch.tensor(list(text), dtype=torch.int64).view(1, length)
+    return torch.cat([row, agent.expand(CODEBOOKS, length), user.expand(CODEBOOKS, length)])
+
+
+def build_prompt(voice: Voice | None, text_ids: Sequence[int]) -> Prompt:
+    """[voice | silence | text | silence], as the runtime steps through it; without a voice or a text the two silences
+    stay. The inference engine never shows the transformer the first frame: its column is the initial one."""
+    silence = torch.tensor(SILENCE_TOKENS).view(CODEBOOKS, 1)
+    sine = torch.tensor(SINE_TOKENS).view(CODEBOOKS, 1)
+    quiet = phase([TEXT_PAD] * SILENCE_FRAMES, silence, sine)
+    parts = [quiet, phase(text_ids, silence, sine), quiet]
+    embeddings = None
+    if voice is not None and voice.embeddings is None:
+        parts.insert(0, phase([TEXT_PAD] * voice.frames, voice.codes, sine))
+    elif voice is not None:
+        # The frames before the tail are unknown, and unseen: their columns are replaced by the embeddings.
+        head = torch.full((N_STREAMS, voice.frames - voice.tail.shape[1]), ZERO, dtype=torch.int64)
+        parts.insert(0, torch.cat([head, voice.tail], dim=1))
+        embeddings = voice.embeddings
+    return Prompt(torch.cat(parts, dim=1)[:, 1:], embeddings)
+
+
+def prompt_length(voice_frames: int, text_tokens: int) -> int:
+    """Frames that a prompt adds to a window."""
+    return voice_frames + text_tokens + 2 * SILENCE_FRAMES - 1

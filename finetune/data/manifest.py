@@ -16,6 +16,7 @@ class Line(NamedTuple):
     number: int  # 1-based, as an editor counts
     path: Path  # of the audio, resolved
     fields: dict  # everything the line holds, as written
+    manifest: Path
 
 
 def open_text(path: Path):
@@ -44,7 +45,7 @@ def parse_line(manifest: Path, number: int, text: str) -> Line:
     if not isinstance(fields, dict) or not isinstance(fields.get("path"), str) or not fields["path"]:
         raise UserError(f'{manifest}, line {number}: needs an object with a "path"')
     try:
-        return Line(number, resolve(manifest, fields["path"]), fields)
+        return Line(number, resolve(manifest, fields["path"]), fields, manifest)
     except UserError as error:
         raise UserError(f"{manifest}, line {number}: {error}") from None
 

@@ -1,0 +1,307 @@
+"""A run's folder: its settings, its checkpoints, and which of them a run continues from.
+
+    run_dir/args.yaml                               settings, without secrets
+    run_dir/checkpoints/checkpoint_000100/
+        consolidated/{lora|consolidated}.safetensors + config.json    what inference loads
+        state/                                      trained parameters in float32 and Adam's moments, by shards
+        train_state.json                            step, data position, settings; written last
+
+A checkpoint is written under a temporary name and renamed when all of it is on disk.
+"""
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from moshi.modules.lora import LoRALinear
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from finetune import lora
+from finetune.args import CHANGEABLE, TrainArgs, dump_args, flatten, parse_yaml
+from finetune.cli import UserError
+from finetune.distributed import World
+from finetune.weights import write_safetensors
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "checkpoint_"
+
+
+# --- 1. The folder ----------------------------------------------------------------------------------------------
+
+
+def open_run(args: TrainArgs, world: World) -> Path:
+    """The run's folder, made or found; call it after everything else was checked.
+
+    A folder that holds this run is continued. One with `overwrite_run_dir` is emptied by the main rank, except under a
+    torchrun restart, which must find its checkpoints.
+
+    Raises:
+        UserError: the folder holds a run with other settings (lists old and new).
+    """
+    folder = Path(args.run_dir).expanduser()
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    problem = None
+    if world.is_main:
+        try:
+            if args.overwrite_run_dir and not restarted and (folder / "args.yaml").is_file():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            _compare(folder / "args.yaml", args)
+            temporary = folder / ".args.yaml.tmp"
+            temporary.write_text(dump_args(args))
+            os.replace(temporary, folder / "args.yaml")
+        except (OSError, UserError) as error:
+            problem = f"run_dir: {error}" if isinstance(error, OSError) else str(error)
+    problem = world.broadcast(problem)
+    if problem:
+        raise UserError(problem)
+    return folder
+
+
+def _compare(stored: Path, args: TrainArgs) -> None:
+    if not stored.is_file():
+        return
+    old = flatten(parse_yaml(stored.read_text()) or {})
+    new = flatten(parse_yaml(dump_args(args)))
+    changed = {key: (old.get(key), new.get(key)) for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+    free = {key for key in changed if key in CHANGEABLE or key.split(".")[0] in CHANGEABLE}
+    for key in sorted(free):
+        logger.info("changed since this run began: %s %s -> %s", key, *changed[key])
+    fixed = sorted(changed.keys() - free)
+    if fixed:
+        listed = "".join(f"\n  - {key}: was {changed[key][0]!r}, now {changed[key][1]!r}" for key in fixed)
+        raise UserError(
+            f"{stored.parent} holds a run with other settings; use another run_dir, or overwrite_run_dir: true to "
+            f"start anew:{listed}"
+        )
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of a run's checkpoints, oldest first, by name alone."""
+    found = []
+    for path in (folder / "checkpoints").glob(f"{PREFIX}*"):
+        number = path.name.removeprefix(PREFIX)
+        if path.is_dir() and number.isdigit():
+            found.append((int(number), path))
+    return sorted(found)
+
+
+def newest_complete(folder: Path, world: World) -> tuple[Path, dict] | None:
+    """(folder, train state) of the newest checkpoint that is whole; those passed over are warned of."""
+    for _, path in reversed(checkpoints(folder)):
+        problem = None
+        try:
+            state = json.loads((path / "train_state.json").read_text())
+            files = sorted(state["files"].items())
+            for name, (size, crc) in files[world.rank :: world.size]:
+                found = (path / name).stat().st_size
+                if found != size:
+                    problem = f"{name} has {found} bytes instead of {size}"
+                elif crc is not None and _crc(path / name) != crc:
+                    problem = f"the contents of {name} have changed"
+        except (OSError, ValueError, KeyError) as error:
+            problem = str(error)
+        problems = [p for p in world.gather(problem) if p]
+        if not problems:
+            return path, state
+        if world.is_main:
+            logger.warning("%s is not whole (%s); passing over it", path, problems[0])
+    return None
+
+
+def _crc(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+# --- 2. Saving --------------------------------------------------------------------------------------------------
+
+
+def trained_state(lm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Trained parameters and Adam's moments by name, sharded as they are. Moments that do not exist yet are made."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in lm.named_parameters():
+        if parameter.requires_grad:
+            moments = optimizer.state[parameter]
+            if not moments:
+                moments["step"] = torch.zeros((), dtype=torch.float32)
+                moments["exp_avg"] = torch.zeros_like(parameter)
+                moments["exp_avg_sq"] = torch.zeros_like(parameter)
+            state[f"param.{name}"] = parameter.detach()
+            state[f"exp_avg.{name}"] = moments["exp_avg"]
+            state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+    return state
+
+
+def save(
+    folder: Path, step: int, lm: nn.Module, optimizer: torch.optim.Optimizer, train_state: dict, world: World,
+    artefact: "Artefact", keep: int | None,
+) -> Path | None:  # fmt: skip
+    """Writes the checkpoint of a step, all ranks together, and prunes the oldest beyond `keep`.
+
+    Returns:
+        its folder; or None if it could not be written (a full disk, say), which is logged and leaves the others alone.
+    """
+    final = folder / "checkpoints" / f"{PREFIX}{step:06d}"
+    partial = final.with_name(f".{final.name}.tmp")
+    problem = None
+    if world.is_main:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "consolidated").mkdir(parents=True)
+        except OSError as error:
+            problem = str(error)
+    problem = world.broadcast(problem)
+    if problem is None:
+        problem = _write_state(partial / "state", trained_state(lm, optimizer))
+        problem = next(filter(None, world.gather(problem)), None)
+    if problem is None:
+        problem = artefact.write(lm, partial / "consolidated", world.is_main)
+        problem = next(filter(None, world.gather(problem)), None)
+    if world.is_main:
+        try:
+            if problem is None:
+                files = sorted(p for p in partial.rglob("*") if p.is_file())
+                # Only state/ is read again by a resumed run, so only it is worth a checksum.
+                listed = {
+                    str(p.relative_to(partial)): [p.stat().st_size, _crc(p) if p.parent.name == "state" else None]
+                    for p in files
+                }
+                text = json.dumps(train_state | {"step": step, "files": listed}, indent=1)
+                (partial / "train_state.json").write_text(text)
+                if final.exists():  # of a run that went back before it
+                    shutil.rmtree(final)
+                os.replace(partial, final)
+                prune(folder, keep)
+        except OSError as error:
+            problem = str(error)
+        if problem is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+    problem = world.broadcast(problem)
+    if problem is not None:
+        if world.is_main:
+            logger.error("checkpoint of step %d could not be written (%s); the one before is kept", step, problem)
+        return None
+    return final
+
+
+def _write_state(path: Path, state: dict[str, Tensor]) -> str | None:
+    try:
+        dcp.save(state, checkpoint_id=path)
+    except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def prune(folder: Path, keep: int | None) -> None:
+    """Removes all but the `keep` newest checkpoints."""
+    if keep is not None:
+        for _, path in checkpoints(folder)[:-keep]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def load(path: Path, lm: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Puts a checkpoint's parameters and moments in place; any number of ranks may have written it.
+
+    Raises:
+        UserError: it does not belong to this model.
+    """
+    state = trained_state(lm, optimizer)
+    try:
+        dcp.load(state, checkpoint_id=path / "state")
+    except (dcp.api.CheckpointException, OSError, RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"{path / 'state'}: cannot be loaded into this model ({_reason(error)})") from None
+    for moments in optimizer.state.values():
+        moments["step"].fill_(float(step))
+
+
+# --- 3. What inference loads ------------------------------------------------------------------------------------
+
+
+class Artefact:
+    """`consolidated/`: adapters, or all weights with adapters merged in, and the config.json that moshi reads.
+
+    Args:
+        config: arguments of LMModel and where Mimi and the tokenizer are.
+        adapters: (rank, scaling), to save adapters; None: everything.
+        dtype: of the saved weights.
+    """
+
+    def __init__(self, config: dict, adapters: tuple[int, float] | None, dtype: torch.dtype):
+        self.config, self.adapters, self.dtype = dict(config), adapters, dtype
+        if adapters is not None:
+            self.config |= {"lora": True, "lora_rank": adapters[0], "lora_scaling": adapters[1]}
+        else:
+            # A merged checkpoint that still said `lora` would get random adapters on top when loaded.
+            self.config["moshi_name"] = "consolidated.safetensors"
+
+    def write(self, lm: nn.Module, folder: Path, is_main: bool) -> str | None:
+        """Writes both files on the main rank; every rank takes part in gathering. Returns why it failed, or None."""
+        tensors = adapter_tensors(lm) if self.adapters else merged_tensors(lm)
+        name = "lora.safetensors" if self.adapters else "consolidated.safetensors"
+        problem = None
+        if is_main:
+            layout = adapter_layout(lm) if self.adapters else merged_layout(lm)
+            try:
+                write_safetensors(folder / name, {k: (self.dtype, shape) for k, shape in layout.items()}, tensors)
+                (folder / "config.json").write_text(json.dumps(self.config, indent=2))
+            except OSError as error:
+                problem = str(error)
+        for _ in tensors:  # on the other ranks, and on the main one after a failure: gathering takes all
+            pass
+        return problem
+
+
+def _full(parameter: Tensor) -> Tensor:
+    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def adapter_layout(lm: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of what `adapter_tensors` gives."""
+    return {n: tuple(p.shape) for n, p in lm.named_parameters() if p.requires_grad}
+
+
+def adapter_tensors(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Trained tensors by their stock names: adapters, and embeddings where they are trained."""
+    for name, parameter in lm.named_parameters():
+        if parameter.requires_grad:
+            yield name, _full(parameter)
+
+
+def merged_layout(lm: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of what `merged_tensors` gives."""
+    return {
+        n.replace(".frozen_W.", "."): tuple(p.shape) for n, p in lm.named_parameters() if not lora.is_adapter(n)
+    }
+
+
+def merged_tensors(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All weights under stock names, adapters added to their base in float32; one full tensor at a time."""
+    modules = dict(lm.named_modules())
+    for name, parameter in lm.named_parameters():
+        if lora.is_adapter(name):
+            continue
+        module = modules[name.rsplit(".frozen_W.", 1)[0]] if ".frozen_W." in name else None
+        values = _full(parameter)
+        if isinstance(module, LoRALinear):
+            a, b = _full(module.lora_A.weight), _full(module.lora_B.weight)
+            values = values.float() + module.scaling * (b.float() @ a.float())
+        yield name.replace(".frozen_W.", "."), values

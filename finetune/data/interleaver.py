@@ -1,0 +1,131 @@
+"""Word times -> the text stream (Moshi's inner monologue): one text token per frame, on the agent's words only."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import sentencepiece
+import torch
+from torch import Tensor
+
+from finetune.cli import UserError
+from finetune.data.audio import FRAME_RATE
+from finetune.personaplex import TEXT_EPAD, TEXT_PAD
+
+MAIN_SPEAKER = "SPEAKER_MAIN"  # moshi-finetune's label of the agent
+Word = tuple[str, float, float]  # text, start and end in seconds from the start of the file
+
+
+@dataclass
+class TextStats:
+    """What became of the tokens of a stretch of text."""
+
+    words: int = 0
+    placed: int = 0  # tokens
+    dropped: int = 0  # tokens that found no frame
+    late: int = 0  # words placed after their due frame
+    late_frames: int = 0  # by how many frames, summed over the late words
+
+    def add(self, other: "TextStats") -> None:
+        for name in ("words", "placed", "dropped", "late", "late_frames"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+def read_alignments(raw: object, speakers: Sequence[str] = (MAIN_SPEAKER,)) -> list[Word]:
+    """The words of `speakers` out of a .json's `alignments`, in the order of their starts.
+
+    Raises:
+        UserError: not a list of [word, [start, end], speaker] with finite times.
+    """
+    if not isinstance(raw, list):
+        raise UserError('"alignments" is not a list of [word, [start, end], speaker]')
+    words: list[Word] = []
+    for i, item in enumerate(raw):
+        try:
+            text, (start, end), *speaker = item
+            start, end = float(start), float(end)
+        except (TypeError, ValueError):
+            raise UserError(f"alignment {i} is {item!r}, not [word, [start, end], speaker]") from None
+        if not isinstance(text, str) or not math.isfinite(start) or not math.isfinite(end):
+            raise UserError(f"alignment {i} is {item!r}, not [word, [start, end], speaker] with finite times")
+        if not speaker or speaker[0] in speakers:
+            words.append((text, start, end))
+    words.sort(key=lambda word: word[1])
+    return words
+
+
+@dataclass
+class Interleaver:
+    """Places the tokens of words on frames.
+
+    A word is due in the first frame t with `start * 12.5 < t + 1`; its tokens follow one per frame; the padding frame
+    before it becomes EPAD. Each word is stripped and encoded alone, without BOS or EOS.
+
+    Args:
+        keep_and_shift: a word due before the last one's tokens are out waits (nothing is lost, but text may be late).
+            False, moshi-finetune's default, cuts the earlier word short.
+    """
+
+    tokenizer: sentencepiece.SentencePieceProcessor
+    keep_and_shift: bool = True
+    frame_rate: float = FRAME_RATE
+    _cache: dict[str, list[int]] = field(default_factory=dict, repr=False)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of one word."""
+        ids = self._cache.get(text)
+        if ids is None:
+            if len(self._cache) > 100_000:  # a corpus has some 1e5 distinct words; beyond, they are rare
+                self._cache.clear()
+            ids = self._cache[text] = self.tokenizer.encode(text.strip(), add_bos=False, add_eos=False)
+        return ids
+
+    def __call__(self, words: Iterable[Word], start_sec: float, frames: int) -> tuple[Tensor, TextStats]:
+        """The text of the window of `frames` frames that begins at `start_sec`.
+
+        Args:
+            words: in the order of their starts, in seconds of the file; those outside the window are left out.
+        Returns:
+            ids: [frames] int64, PAD where nothing is said; and what became of the words.
+        """
+        out = [TEXT_PAD] * frames
+        stats = TextStats()
+        cursor = 0  # the first frame that no token has taken
+        due_words = [word for word in self._in_window(words, start_sec, frames) if self.encode(word[0])]
+        for i, (text, due, room) in enumerate(due_words):
+            ids = self.encode(text)
+            stats.words += 1
+            if due < 0:
+                # It began before the window and was said there in full; here it is repeated only if all of it fits
+                # into what is left of its sound, before the next word.
+                following = due_words[i + 1][1] if i + 1 < len(due_words) else frames
+                if len(ids) > min(room, max(following, 0), frames) or cursor > 0:
+                    stats.dropped += len(ids)
+                    continue
+                due = 0
+            first = max(due, cursor) if self.keep_and_shift else due
+            if first > due:
+                stats.late += 1
+                stats.late_frames += first - due
+            last = min(first + len(ids), frames)
+            if not self.keep_and_shift and i + 1 < len(due_words):
+                last = min(last, max(due_words[i + 1][1], first))
+            count = max(0, last - first)
+            if count:
+                if first > 0 and out[first - 1] == TEXT_PAD:
+                    out[first - 1] = TEXT_EPAD
+                out[first:last] = ids[:count]
+                cursor = last
+            stats.placed += count
+            stats.dropped += len(ids) - count
+        return torch.tensor(out, dtype=torch.int64), stats
+
+    def _in_window(self, words: Iterable[Word], start_sec: float, frames: int) -> list[tuple[str, int, int]]:
+        """(text, due frame, frames until its end) of the words that touch the window, counted from its start."""
+        found = []
+        for text, start, end in words:
+            due = math.floor(round((start - start_sec) * self.frame_rate, 6))
+            room = math.ceil(round((end - start_sec) * self.frame_rate, 6))
+            if due < frames and (due >= 0 or room > 0):
+                found.append((text, due, room))
+        return found

@@ -1,0 +1,166 @@
+"""Which prompt a window gets: its own, the settings' default, or none."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+import torch
+
+from finetune.args import PromptArgs
+from finetune.cli import UserError
+from finetune.data import audio
+from finetune.data.audio import FRAME_RATE
+from finetune.data.interleaver import Word
+from finetune.data.manifest import Line
+from finetune.personaplex import Voice, prompt_length
+from finetune.prompt_text import wrap_system_prompt
+from finetune.voices import SAME_SPEAKER, VoiceBook, normalise, speech_stretches
+
+
+class PromptParts(NamedTuple):
+    """A prompt before it is built: the voice, or the sound of it where it is still to be encoded, and the text."""
+
+    voice: Voice | None
+    pcm: np.ndarray | None  # [samples] float32 at 24 kHz, normalised
+    text_ids: list[int]
+
+
+class Prompter:
+    """Chooses and checks prompts.
+
+    A window's text and voice are those of its manifest line, else of the `.json` beside the audio, else the settings'.
+
+    Call `prepare` before it is used, and handed to workers.
+    """
+
+    def __init__(
+        self,
+        args: PromptArgs,
+        tokenizer: sentencepiece.SentencePieceProcessor,
+        book: VoiceBook,
+    ):
+        self.args = args
+        self.tokenizer = tokenizer
+        self.book = book
+        self.max_frames = int(args.max_sec * FRAME_RATE)
+        self.voices: dict[Path, Voice] = {}
+        self._texts: dict[str, list[int]] = {}
+
+    def names(self, line: Line, extra: dict) -> tuple[str | None, str | None]:
+        """(text, voice) of a file, as they are written; None: without."""
+        text = line.fields.get("text_prompt", extra.get("text_prompt")) or self.args.text
+        voice = line.fields.get("voice_prompt", extra.get("voice_prompt")) or self.args.voice
+        return text, voice
+
+    def prepare(
+        self, files: Iterable[tuple[Line, dict]], load: Callable[[list[Path]], dict[Path, Voice]]
+    ) -> None:
+        """Checks the prompts of all files and loads their voices.
+
+        Args:
+            files: (manifest line, prompt fields of the .json) of each.
+            load: the voices of some files, encoded or read.
+        Raises:
+            UserError: lists the prompts that cannot be used.
+        """
+        problems: dict[str, str] = {}
+        wanted: dict[Path, None] = {}
+        for line, extra in files:
+            text, voice = self.names(line, extra)
+            for key, value in (("text_prompt", text), ("voice_prompt", voice)):
+                if value is not None and not isinstance(value, str):
+                    problems.setdefault(f"{key}{value!r}", f"{line.path}: {key} is {value!r}, not a string")
+            if isinstance(text, str) and text not in self._texts:
+                ids = self._texts[text] = self.encode(text)
+                if prompt_length(0, len(ids)) > self.max_frames:
+                    problems[text] = (
+                        f"{line.path}: its text prompt has {len(ids)} tokens; with {self.max_frames / FRAME_RATE:g} s "
+                        f"of prompt (prompt.max_sec) {self.max_frames - prompt_length(0, 0)} fit: {text[:60]!r}"
+                    )
+            if isinstance(voice, str) and voice != SAME_SPEAKER:
+                try:
+                    wanted[self.book.find(voice, line.path.parent)] = None
+                except UserError as error:
+                    problems.setdefault(voice, f"{line.path}: {error}")
+        if not problems:
+            try:
+                self.voices = load(list(wanted))
+            except UserError as error:
+                problems["load"] = str(error)
+        if problems:
+            listed = "".join(f"\n  - {p}" for p in list(problems.values())[:20])
+            more = f"\n  - and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise UserError(f"prompts cannot be used:{listed}{more}")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text prompt, wrapped once; an empty text gives none."""
+        return self.tokenizer.encode(wrap_system_prompt(text), add_bos=False, add_eos=False)
+
+    def __call__(
+        self,
+        line: Line,
+        extra: dict,
+        words: list[Word],
+        window: tuple[float, float],
+        generator: np.random.Generator | None,
+        stretches: list[dict] | None,
+    ) -> PromptParts:
+        """The prompt of a window.
+
+        Args:
+            window: (start, end) of it in seconds of the file.
+            generator: draws the drop-out; None: nothing is dropped.
+            stretches: the file's encoded `same_speaker` stretches, where codes are pre-computed; None: take the sound.
+        """
+        text, name = self.names(line, extra)
+        if generator is not None:
+            drops = generator.random(2)
+            text = None if drops[0] < self.args.drop_text else text
+            name = None if drops[1] < self.args.drop_voice else name
+        ids = []
+        if text:
+            if text not in self._texts:
+                self._texts[text] = self.encode(text)
+            ids = self._texts[text]
+        room = self.max_frames - prompt_length(0, len(ids))
+        if room < 0:
+            raise UserError(f"{line.path}: its text prompt of {len(ids)} tokens does not fit prompt.max_sec")
+        if name == SAME_SPEAKER:
+            voice, pcm = self._same_speaker(line, words, window, stretches)
+            return PromptParts(_cut(voice, room), None if pcm is None else pcm[: room * audio.FRAME_SIZE], ids)
+        voice = self.voices[self.book.find(name, line.path.parent)] if name else None
+        return PromptParts(_cut(voice, room), None, ids)
+
+    def _same_speaker(
+        self, line: Line, words: list[Word], window: tuple[float, float], stretches: list[dict] | None
+    ) -> tuple[Voice | None, np.ndarray | None]:
+        """The first stretch of the agent's speech outside the window; without one, no voice prompt."""
+        if stretches is not None:
+            for stretch in stretches:
+                if stretch["end"] <= window[0] or stretch["start"] >= window[1]:
+                    return Voice(SAME_SPEAKER, codes=stretch["codes"].long()), None
+            return None, None
+        for start, end in speech_stretches(words, line.fields["duration"]):
+            if end <= window[0] or start >= window[1]:
+                pcm = audio.read(line.path, start, end - start, channel=0)[0]
+                return None, normalise(pcm, f"{line.path} at {start:.2f} s")
+        return None, None
+
+
+def _cut(voice: Voice | None, room: int) -> Voice | None:
+    """A voice of at most `room` frames: a recording loses its end; embeddings cannot be cut."""
+    if voice is None or voice.frames <= room:
+        return voice
+    if voice.embeddings is not None:
+        raise UserError(
+            f"{voice.name}: {voice.frames} frames do not fit beside the text; raise prompt.max_sec "
+            f"(a .pt voice cannot be cut)"
+        )
+    return voice._replace(codes=voice.codes[:, :room]) if room > 0 else None
+
+
+def parts_to_voice(parts: PromptParts, codes: torch.Tensor | None) -> Voice | None:
+    """The voice of a prompt, with `codes` of its sound if that was encoded just now."""
+    return parts.voice if codes is None else Voice(SAME_SPEAKER, codes=codes)

@@ -1,0 +1,264 @@
+"""The training loop of both scripts."""
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetune import checkpointing, loss
+from finetune.args import TrainArgs
+from finetune.cli import UserError
+from finetune.data.dataset import Batch
+from finetune.distributed import World
+from finetune.evaluate import evaluate
+from finetune.fast import TrainingLM
+from finetune.metrics import Metrics, console_line, peak_memory_gb
+from finetune.optim import clip_gradients, lr_factor, set_lr
+
+logger = logging.getLogger(__name__)
+
+# Exit code of a run that a signal ended after a saved step (EX_TEMPFAIL, "try again later"): run the same command.
+EXIT_PREEMPTED = 75
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside tensors."""
+
+    step: int = 0
+    position: int = 0  # windows consumed, of the endless stream
+    skipped: int = 0  # of them, windows that could not be read
+
+
+class Stop:
+    """Turns signals into a request that the loop answers at the end of a step; a second one ends the process."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        self.signal = number
+        for again in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(again, signal.SIG_DFL)
+
+
+def train(
+    args: TrainArgs,
+    world: World,
+    folder: Path,
+    model: TrainingLM,
+    optimizer: torch.optim.AdamW,
+    batches: Callable[[int], Iterator[Batch]],
+    eval_batches: Callable[[], Iterator[Batch]] | None,
+    artefact: checkpointing.Artefact,
+    progress: Progress,
+    metrics: Metrics,
+) -> int:
+    """Trains until `max_steps` and returns the exit code.
+
+    Args:
+        batches: this rank's microbatches from a position of the stream on.
+        eval_batches: this rank's held-out batches, the same at each call; None: no evaluation.
+        progress: where to begin; updated in place.
+    Raises:
+        UserError: loss or gradient is not finite (before the update; names step, rank and samples), or too many
+            samples could not be read.
+    """
+    weights = loss.group_weights(args, model.lm.dep_q)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    stop = Stop()
+    saved_at, saved_step = time.monotonic(), progress.step
+    problems: list[str] = []
+
+    def save() -> None:
+        nonlocal saved_at, saved_step
+        began = time.perf_counter()
+        path = checkpointing.save(
+            folder, progress.step, model.lm, optimizer, vars(progress) | {"seed": args.seed}, world, artefact,
+            args.num_ckpt_keep,
+        )  # fmt: skip
+        saved_at, saved_step = time.monotonic(), progress.step
+        if path is not None:
+            metrics.write("train", progress.step, {"event": "saved", "seconds": time.perf_counter() - began})
+            if world.is_main:
+                logger.info("saved %s in %.1f s", path, time.perf_counter() - began)
+
+    def hold_out() -> None:
+        began = time.perf_counter()
+        row = evaluate(model, eval_batches(), weights, world)
+        metrics.write("eval", progress.step, row | {"seconds": time.perf_counter() - began})
+        metrics.draw()
+        if world.is_main:
+            words = f" | words {row['text_word_accuracy']:.1%}" if "text_word_accuracy" in row else ""
+            text = "".join(f" | {k} {row[f'{k}_loss']:.3f}" for k in ("text", "agent", "user") if f"{k}_loss" in row)
+            logger.info("held-out at step %d: loss %.4f%s%s", progress.step, row["loss"], text, words)
+            if row["skipped"]:
+                logger.warning("%d held-out windows could not be read", row["skipped"])
+
+    if eval_batches is not None and progress.step == 0:
+        hold_out()
+
+    stream = batches(progress.position) if progress.step < args.max_steps else iter(())
+    since_log = Interval()
+    while progress.step < args.max_steps:
+        step = progress.step + 1
+
+        # 1. The microbatches of this step, and its number of targets over all ranks: what every sum is divided by.
+        #    Wishes to stop or to save travel along, so that all ranks act on them at the same step.
+        began = time.perf_counter()
+        micro = [next(stream) for _ in range(args.num_microbatches)]
+        waited = time.perf_counter() - began
+        due = args.ckpt_every_minutes is not None and time.monotonic() - saved_at > 60 * args.ckpt_every_minutes
+        found = [problem for batch in micro for problem in batch.problems]
+        wishes = torch.tensor([stop.signal or 0, due, len(found)], dtype=torch.int64)
+        counts = world.sum(torch.cat([sum(batch.counts for batch in micro), wishes]))
+        counts, wishes = counts[:-3], counts[-3:]
+        scale = loss.scales(counts.cpu() if world.device.type == "cpu" else counts, weights.to(counts.device))
+
+        # 2. Forward and backward. FSDP averages gradients over ranks; the sum is wanted, hence the factor.
+        ce, correct = torch.zeros(2, len(scale), device=world.device)
+        for i, batch in enumerate(micro):
+            model.set_requires_gradient_sync(i == len(micro) - 1)
+            batch = batch.to(world.device)
+            out = model(batch.codes, batch.loss_mask, batch.embeddings, batch.lengths, plan=batch.plan)
+            ((out.ce * scale).sum() * world.size).backward()
+            ce += out.ce.detach()
+            correct += out.correct
+
+        # 3. One look at the numbers before the update.
+        grad_norm = clip_gradients(trained, args.max_norm)
+        own_loss = (ce * scale).sum()
+        sums = world.sum(torch.stack([ce, correct]))
+        total = torch.stack([(sums[0] * scale).sum(), grad_norm, *wishes.float()])
+        step_loss, norm, signalled, wants_save, skipped = total.tolist()
+        if not (math.isfinite(step_loss) and math.isfinite(norm)):
+            _refuse(step, step_loss, norm, float(own_loss), micro, folder, world)
+        set_lr(optimizer, lr_factor(step, args.max_steps, args.optim.pct_start))
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.step = step
+        progress.position += args.batch_size * args.num_microbatches * world.size
+        progress.skipped += int(skipped)
+
+        # 4. What could not be read. All ranks know how much, so all stop together.
+        if found:
+            problems += found
+            logger.warning("step %d: skipped %s", step, found[0] + (f" (and {len(found) - 1} more)" * (len(found) > 1)))
+        if skipped:
+            _limit_skipped(args, progress, counts, problems, world)
+
+        # 5. Metrics.
+        since_log.add(micro, waited, time.perf_counter() - began)
+        if step % args.log_freq == 0 or step == args.max_steps:
+            row = loss.report(sums[0], sums[1], counts, weights)
+            row |= {"lr": args.optim.lr * lr_factor(step, args.max_steps, args.optim.pct_start), "grad_norm": norm}
+            if args.optim.depformer_lr is not None:
+                row["depformer_lr"] = row["lr"] * args.optim.depformer_lr / args.optim.lr
+            row |= since_log.report(world) | {"peak_memory_gb": peak_memory_gb(world.device)}
+            metrics.write("train", step, row | {"skipped": progress.skipped})
+            if world.is_main:
+                logger.info(console_line(step, args.max_steps, row))
+            since_log = Interval()
+
+        # 6. The checkpoint comes first: an evaluation that fails must not cost the step.
+        last = step == args.max_steps
+        frequent = args.ckpt_freq and step % args.ckpt_freq == 0
+        if args.do_ckpt and (last or frequent or wants_save or signalled):
+            save()
+        if eval_batches is not None and (last or (args.eval_freq and step % args.eval_freq == 0)) and not signalled:
+            hold_out()
+        if signalled:
+            return _stopped(stop, world, step, saved=saved_step == step)
+
+    metrics.draw()
+    if world.is_main:
+        logger.info("done: %d steps, %s", progress.step, folder)
+    if args.do_ckpt and args.max_steps and saved_step != progress.step:
+        raise UserError(f"{folder}: the last checkpoint could not be written; free some space and run the same command")
+    return 0
+
+
+class Interval:
+    """Tokens and times since the last line of metrics; evaluation and saving are outside of them."""
+
+    def __init__(self):
+        self.frames = self.slots = self.tokens = 0
+        self.dropped = self.late = 0
+        self.waited = self.seconds = 0.0
+
+    def add(self, micro: list[Batch], waited: float, seconds: float) -> None:
+        for batch in micro:
+            self.tokens += int((batch.codes >= 0).sum())
+            self.frames += int(batch.loss_mask.sum())
+            self.slots += batch.loss_mask.numel()
+            self.dropped += batch.text.dropped
+            self.late += batch.text.late
+        self.waited += waited
+        self.seconds += seconds
+
+    def report(self, world: World) -> dict[str, float]:
+        """Rates of all ranks together. `frames_per_sec` counts frames that carry loss, `tokens_per_sec` all tokens the
+        model reads (17 a frame, prompts included)."""
+        own = [self.tokens, self.frames, self.slots, self.dropped, self.late, self.waited, self.seconds]
+        tokens, frames, slots, dropped, late, waited, seconds = world.sum(
+            torch.tensor(own, dtype=torch.float64).to(world.device)
+        ).tolist()
+        return {
+            "tokens_per_sec": tokens * world.size / seconds,
+            "frames_per_sec": frames * world.size / seconds,
+            "loss_frames_share": frames / max(slots, 1),
+            "data_wait": waited / seconds,
+            "step_sec": self.seconds,
+            "text_tokens_dropped": int(dropped),
+            "words_late": int(late),
+        }
+
+
+def _refuse(
+    step: int, step_loss: float, norm: float, own_loss: float, micro: list[Batch], folder: Path, world: World
+) -> None:
+    """Ends the run before an update that is not finite, on all ranks together, with the samples written down."""
+    own = {
+        "rank": world.rank,
+        "loss_is_finite": math.isfinite(own_loss),
+        "samples": [name for batch in micro for name in batch.names],
+    }
+    ranks = world.gather(own)
+    path = folder / f"not_finite_step_{step:06d}.json"
+    if world.is_main:
+        path.write_text(json.dumps({"step": step, "loss": str(step_loss), "grad_norm": str(norm), "ranks": ranks}, indent=1))
+    guilty = [r for r in ranks if not r["loss_is_finite"]] or ranks
+    what = "loss" if not math.isfinite(step_loss) else "gradient"
+    names = ", ".join(guilty[0]["samples"][:3])
+    raise UserError(
+        f"the {what} of step {step} is not finite (rank {guilty[0]['rank']}; samples {names}, ...; all in {path}); the "
+        "weights were not touched: look at these samples, or lower optim.lr and start from the last checkpoint"
+    )
+
+
+def _limit_skipped(args: TrainArgs, progress: Progress, counts: torch.Tensor, problems: list[str], world: World) -> None:
+    nothing = int(counts.sum()) == 0
+    if progress.skipped <= args.data.max_bad_samples and not nothing:
+        return
+    listed = sorted({problem for own in world.gather(problems) for problem in own})
+    head = "no window of a whole step could be read" if nothing else (
+        f"{progress.skipped} windows could not be read, more than data.max_bad_samples = {args.data.max_bad_samples}"
+    )  # fmt: skip
+    raise UserError(head + ":" + "".join(f"\n  - {p}" for p in listed[:20]))
+
+
+def _stopped(stop: Stop, world: World, step: int, saved: bool) -> int:
+    signals = [s for s in world.gather(stop.signal) if s]
+    name = signal.Signals(signals[0]).name
+    if world.is_main:
+        kept = "saved; the same command goes on from here" if saved else "not saved (do_ckpt is off)"
+        logger.info("%s: stopped after step %d, %s", name, step, kept)
+    return 0 if signals[0] == signal.SIGINT else EXIT_PREEMPTED

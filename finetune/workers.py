@@ -1,0 +1,137 @@
+"""Worker processes that may die: each is fed over its own pipe, and the death of one costs one task, not the run.
+
+A pool with a shared queue hangs when a worker is killed while it holds the queue's lock; here nothing is shared.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+from finetune.cli import UserError
+
+_context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+
+
+class Outcome(NamedTuple):
+    task: Any
+    result: Any  # None if it failed
+    error: str | None  # one sentence
+
+
+class WorkerBroken(Exception):
+    """Raised by a task: it failed, and nothing else can be done in this process (a CUDA error is for good)."""
+
+
+class _Worker:
+    def __init__(self, start: Callable, rank: int, verbose: bool):
+        self.rank = rank
+        self.connection, theirs = _context.Pipe()
+        self.process = _context.Process(target=_serve, args=(theirs, start, rank, verbose), daemon=True)
+        # Ctrl-C reaches every process of the terminal, and here it is the parent that decides. A worker inherits
+        # that it ignores it, from its first moment on.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.process.start()
+        signal.signal(signal.SIGINT, handler)
+        theirs.close()  # so that the pipe ends when the process does
+        self.ready = False
+        self.task: Any = None
+
+    def death(self) -> str:
+        self.process.join()
+        code = self.process.exitcode
+        if code >= 0:
+            return f"exit code {code}"
+        hint = ", which is what a machine without memory left does" if code == -signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name}{hint}"
+
+
+def run_workers(
+    start: Callable[[int], Callable[[Any], Any]], tasks: Sequence, workers: int, verbose: bool = False
+) -> Iterator[Outcome]:
+    """Yields an `Outcome` per task as they are finished; tasks are handed out in their order.
+
+    A task that raises, or whose worker dies, yields a sentence; a dead worker is replaced. When the iterator is
+    closed, by Ctrl-C too, the workers are killed, and they end by themselves if this process dies.
+
+    Args:
+        start: called once in every worker with its rank 0..`workers`-1; it returns the function that does a task.
+            It and the tasks are pickled.
+        verbose: workers print the traceback of a task that raises.
+    Raises:
+        UserError: `start` failed, so that no task could ever be done.
+    """
+    waiting = list(reversed(tasks))
+    crew: list[_Worker] = []
+    try:
+        crew += [_Worker(start, rank, verbose) for rank in range(min(workers, len(tasks)))]
+        left = len(waiting)
+        while left:
+            by_pipe = {worker.connection: worker for worker in crew}
+            for connection in wait(by_pipe):
+                worker = by_pipe[connection]
+                try:
+                    result, error, broken = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    result, error, broken = None, f"the worker died: {worker.death()}", True
+                if not worker.ready:
+                    if error is not None:
+                        raise UserError(error)
+                    worker.ready = True
+                else:
+                    left -= 1
+                    yield Outcome(worker.task, result, error)
+                if broken and waiting:
+                    crew.append(_Worker(start, worker.rank, verbose))
+                if broken or not waiting:
+                    crew.remove(worker)
+                    worker.connection.close()  # it ends when it asks for the next task
+                else:
+                    worker.task = waiting.pop()
+                    with suppress(OSError):  # it died idle: its pipe will say so
+                        connection.send(worker.task)
+    finally:
+        for worker in crew:
+            worker.process.kill()
+        for worker in crew:
+            worker.process.join()
+
+
+def _serve(connection: Connection, start: Callable, rank: int, verbose: bool) -> None:
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        work = start(rank)
+    except Exception as error:
+        connection.send((None, _sentence(error, verbose), True))
+        return
+    connection.send((None, None, False))
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((work(task), None, False))
+        except WorkerBroken as error:
+            connection.send((None, str(error), True))
+            return
+        except Exception as error:
+            connection.send((None, _sentence(error, verbose), False))
+
+
+def _die_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _sentence(error: Exception, verbose: bool) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if verbose:
+        traceback.print_exception(error)
+    return " ".join(f"{type(error).__name__}: {error}".split())
