@@ -4,6 +4,7 @@ files that are either whole or absent."""
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,6 +113,9 @@ class Progress(tqdm):
         values["hours"] = f"{hours} h" if self.total is None else f"{hours}/{self.total / 3600:.2f} h"
         values["speed"] = f"{values['n'] / values['elapsed']:.1f}x real time" if values["elapsed"] else "?"
         return values
+
+
+Progress.set_lock(threading.RLock())  # tqdm's own is a semaphore across processes, which a killed one leaks
 
 
 def shard(items: Sequence[T], index: int, count: int) -> list[T]:

@@ -68,6 +68,7 @@ def run_workers(
     """
     waiting = list(reversed(tasks))
     crew: list[_Worker] = []
+    leaving: list[_Worker] = []
     try:
         crew += [_Worker(start, rank, verbose) for rank in range(min(workers, len(tasks)))]
         left = len(waiting)
@@ -90,7 +91,8 @@ def run_workers(
                     crew.append(_Worker(start, worker.rank, verbose))
                 if broken or not waiting:
                     crew.remove(worker)
-                    worker.connection.close()  # it ends when it asks for the next task
+                    leaving.append(worker)
+                    connection.close()  # it ends when it asks for the next task
                 else:
                     worker.task = waiting.pop()
                     with suppress(OSError):  # it died idle: its pipe will say so
@@ -98,7 +100,7 @@ def run_workers(
     finally:
         for worker in crew:
             worker.process.kill()
-        for worker in crew:
+        for worker in crew + leaving:
             worker.process.join()
 
 
