@@ -18,6 +18,7 @@ import whisper_timestamped
 
 from finetune.cli import UserError
 from finetune.data import audio
+from finetune.data.resample import resample
 from finetune.workers import WorkerBroken
 
 SAMPLE_RATE = 16_000  # Hz, Whisper (whisper/audio.py: SAMPLE_RATE)
@@ -103,11 +104,11 @@ def blocks(path: Path, channel: int) -> Iterator[tuple[float, np.ndarray]]:
         UserError: the file is missing, is not audio, lacks the channel, holds no samples or fewer than its header
             promises, or a sample is not a number.
     """
-    promised = audio.probe(path).duration_sec
+    _, source_rate, promised = audio.probe(path)
     start = 0.0
     while start == 0.0 or start < promised - FRAME_SEC:
-        pcm = audio.read(path, start, min(BLOCK_SEC, promised - start), SAMPLE_RATE, channel)[0]
         expected = min(BLOCK_SEC, promised - start)
+        pcm = resample(audio.read(path, start, expected, source_rate, channel), source_rate, SAMPLE_RATE)[0]
         if not len(pcm) and start == 0.0:
             raise UserError(f"{path}: holds no audio")
         if len(pcm) / SAMPLE_RATE < expected - 0.1:
@@ -298,7 +299,7 @@ def repair(raw: list[dict], sound: np.ndarray, duration_sec: float, repairs: Cou
         if len(heard) and heard[0] > 0 and not sound[max(first - near, 0) : first].any():
             repairs["to the onset"] += 1
             start = (first + heard[0]) * FRAME_SEC
-        words.append(Word(text, start, max(end, start + FRAME_SEC)))
+        words.append(Word(text, float(start), float(max(end, start + FRAME_SEC))))
     ordered = sorted(words, key=lambda w: w.start)
     if displaced := sum(a is not b for a, b in zip(words, ordered)):
         repairs["moved: out of order"] += displaced
