@@ -7,7 +7,7 @@ the depformer whether it carries loss or not, and all logits of a window live at
 - the temporal layers attend with `is_causal` instead of a boolean mask, which lets flash attention run;
 - only frames that carry loss reach the text head and the depformer;
 - the depformer works on [step, frame, channel], where each projection is one batched product over the steps;
-- logits exist for a chunk of frames at a time and are computed again in the backward pass.
+- logits exist for a chunk of frames at a time: the heads turn each chunk into losses and gradients at once.
 
 Losses and gradients equal those of `LMModel.forward` (tests/test_fast.py). Modules called in moshi's own way, as
 `LMGen` and `LMModel.forward` do, still run moshi's code.
@@ -25,13 +25,15 @@ from moshi.modules.gating import ActivationGating
 from moshi.modules.lora import LoRALinear
 from moshi.modules.transformer import RMSNorm, StreamingTransformerLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from finetune.cli import UserError
 
 TEXT_PADDING_IDS = (0, 3)  # EPAD and PAD of Moshi's text tokenizer
 NO_TARGET = -1  # also moshi's zero token: it embeds to 0 and never carries loss
-LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
+# Logits that exist at a time: on a CPU what its caches hold (16 MiB in fp32), elsewhere few launches (512 MiB).
+LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**27, "meta": 2**27}
 
 
 class Losses(NamedTuple):
@@ -44,13 +46,15 @@ class Losses(NamedTuple):
 
 class Plan(NamedTuple):
     """Which frames carry loss, and their targets. Frames are rows of the [B * T, dim] output of the temporal
-    transformer; row b * T + s predicts the delayed column s of window b. There is always at least one row, so that
-    each parameter takes part in the backward pass of each rank; a row without loss has the target NO_TARGET."""
+    transformer; row b * T + s predicts the delayed column s of window b. No part is without rows, so that each
+    parameter takes part in the backward pass of each rank; a row without loss has the target NO_TARGET."""
 
-    text_rows: Tensor  # [N] int64
-    text_targets: Tensor  # [N] int64
-    audio_rows: Tensor  # [M] int64
-    audio_targets: Tensor  # [dep_q, M] int64
+    word_rows: Tensor  # [N] int64
+    word_targets: Tensor  # [1, N] int64
+    padding_rows: Tensor
+    padding_targets: Tensor
+    audio_rows: Tensor  # [N] int64
+    audio_targets: Tensor  # [dep_q, N] int64
 
     def to(self, device: torch.device) -> "Plan":
         return Plan(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -61,10 +65,11 @@ def make_plan(codes: Tensor, loss_mask: Tensor, delays: Sequence[int], dep_q: in
 
     The number of rows depends on the data: on a CUDA device this waits for it, in a data loader it costs nothing."""
     targets = _delayed_targets(codes, loss_mask, delays, dep_q).transpose(0, 1).flatten(1)  # [1 + dep_q, B * T]
-    text, audio = targets[0], targets[1:]
-    text_rows = _at_least_one((text != NO_TARGET).nonzero()[:, 0])
-    audio_rows = _at_least_one((audio != NO_TARGET).any(0).nonzero()[:, 0])
-    return Plan(text_rows, text[text_rows], audio_rows, audio[:, audio_rows])
+    text, audio = targets[:1], targets[1:]
+    is_padding = _is_padding(text)
+    parts = (text.masked_fill(is_padding, NO_TARGET), text.masked_fill(~is_padding, NO_TARGET), audio)
+    rows = [_at_least_one((part != NO_TARGET).any(0).nonzero()[:, 0]) for part in parts]
+    return Plan(*(tensor for row, part in zip(rows, parts) for tensor in (row, part[:, row])))
 
 
 def count_targets(codes: Tensor, loss_mask: Tensor, delays: Sequence[int], dep_q: int) -> Tensor:
@@ -97,9 +102,7 @@ def _is_padding(targets: Tensor) -> Tensor:
 
 
 def _rms_norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    x32 = x.float()
-    inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + norm.eps)
-    return (x32 * (norm.alpha.float().flatten() * inverse)).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], norm.alpha.flatten().to(x.dtype), norm.eps)  # computes in fp32, as moshi does
 
 
 def _gate(x: Tensor) -> Tensor:
@@ -107,44 +110,132 @@ def _gate(x: Tensor) -> Tensor:
     return F.silu(activated) * linear
 
 
-def _linear(module: nn.Linear | LoRALinear, x: Tensor) -> Tensor:
-    """x: [..., in] -> [..., out], in the dtype of x. Adapters may be kept in fp32 over a bf16 base."""
-    if isinstance(module, LoRALinear):
-        y = F.linear(x, module.frozen_W.weight.to(x.dtype))
-        a, b = module.lora_A.weight.to(x.dtype), module.lora_B.weight.to(x.dtype)
-        low = F.linear(x, a).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), low, b.t(), alpha=module.scaling).view_as(y)
-    return F.linear(x, module.weight.to(x.dtype))
-
-
-class _Stacked:
-    """The weights of one linear per depformer step as tensors [Q, out, in], for batched products."""
+class _Linears:
+    """One linear per step as tensors [Q, out, in], in the dtype of the activations. A linear may have an adapter, which
+    may be kept in fp32 over a bf16 base."""
 
     def __init__(self, modules: Iterable[nn.Linear | LoRALinear], dtype: torch.dtype):
         modules = list(modules)
-        stack = lambda linears: torch.stack([linear.weight for linear in linears]).to(dtype)
-        self.lora = isinstance(modules[0], LoRALinear)
-        if self.lora:
-            self.weight = stack(m.frozen_W for m in modules)
-            self.a = stack(m.lora_A for m in modules)
-            self.b = stack(m.lora_B for m in modules)
+        self.a, self.b, self.scaling = None, None, 0.0
+        if isinstance(modules[0], LoRALinear):
+            self.weight = _stack((m.frozen_W for m in modules), dtype)
+            self.a, self.b = _stack((m.lora_A for m in modules), dtype), _stack((m.lora_B for m in modules), dtype)
             self.scaling = modules[0].scaling
         else:
-            self.weight = stack(modules)
+            self.weight = _stack(modules, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [Q, N, in] -> [Q, N, out]."""
-        y = torch.bmm(x, self.weight.mT)
-        return torch.baddbmm(y, torch.bmm(x, self.a.mT), self.b.mT, alpha=self.scaling) if self.lora else y
+        return _Product.apply(x, self.weight, self.a, self.b, self.scaling)
 
     def fan_out(self, x: Tensor) -> Tensor:
         """The same input for every step, x: [N, in] -> [Q, N, out]: one product, and one for the gradient of x."""
         steps = len(self.weight)
-        y = F.linear(x, self.weight.flatten(0, 1)).unflatten(1, (steps, -1)).transpose(0, 1)
-        if not self.lora:
+        each = lambda w: _Product.apply(x[None], w.flatten(0, 1)[None], None, None, 0.0)[0].unflatten(1, (steps, -1))
+        y = each(self.weight).transpose(0, 1)
+        if self.a is None:
             return y
-        low = F.linear(x, self.a.flatten(0, 1)).unflatten(1, (steps, -1)).transpose(0, 1)
-        return torch.baddbmm(y, low, self.b.mT, alpha=self.scaling)
+        return torch.baddbmm(y, each(self.a).transpose(0, 1), self.b.mT, alpha=self.scaling)
+
+    def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As heads, x: [Q, N, in], targets: [Q, N] -> sums of cross-entropies and hits, both [Q] float32."""
+        return _HeadLoss.apply(x, targets, self.weight, self.a, self.b, self.scaling, torch.is_grad_enabled())
+
+
+def _stack(layers: Iterable[nn.Linear], dtype: torch.dtype) -> Tensor:
+    weights = [layer.weight for layer in layers]
+    stacked = weights[0][None] if len(weights) == 1 else torch.stack(weights)  # the temporal layers' are not copied
+    return stacked.to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + scaling (x A^T) B^T for batches of matrices. Written out because autograd would add the adapter's part to
+    copies of outputs and gradients, and would give the weights' gradients transposed, to be copied once more."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
+        y, low = _product(x, weight, a, b, scaling)
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *_product_gradients(dy, *ctx.saved_tensors, ctx.scaling, ctx.needs_input_grad[:4]), None
+
+
+def _product(x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """(y, x A^T)."""
+    y = torch.bmm(x, weight.mT)
+    if a is None:
+        return y, None
+    low = torch.bmm(x, a.mT)
+    return y.baddbmm_(low, b.mT, alpha=scaling), low
+
+
+def _product_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, low: Tensor | None, scaling: float,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients for x, weight, a and b, where `wanted`."""
+    gradients: list[Tensor | None] = [None] * 4
+    if wanted[0]:
+        gradients[0] = torch.bmm(dy, weight)
+    if wanted[1]:
+        gradients[1] = torch.bmm(dy.mT, x)
+    if a is not None:
+        dlow = torch.bmm(dy, b).mul_(scaling)
+        if wanted[0]:
+            gradients[0].baddbmm_(dlow, a)
+        if wanted[2]:
+            gradients[2] = torch.bmm(dlow.mT, x)
+        if wanted[3]:
+            gradients[3] = torch.bmm(dy.mT, low).mul_(scaling)
+    return gradients
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy of linear heads. The gradient of a sum is known but for one factor as soon as its logits are, so it
+    is computed then, for one chunk of rows after the other: logits are neither kept nor computed twice. Rows without
+    target count nothing."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, targets: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float, train: bool
+    ) -> tuple[Tensor, Tensor]:
+        ce, hits = torch.zeros(2, len(x), device=x.device).unbind()
+        wanted = [True, *ctx.needs_input_grad[2:5]]
+        dx, totals = torch.empty_like(x) if train else None, [None, None, None]
+        rows = max(1, LOGITS_PER_CHUNK[x.device.type] // (len(x) * weight.shape[1]))
+        for start in range(0, x.shape[1], rows):
+            chunk, target = x[:, start : start + rows], targets[:, start : start + rows, None]
+            logits, low = _product(chunk, weight, a, b, scaling)
+            probability = logits.float().softmax(-1)
+            highest, best = probability.max(-1, keepdim=True)
+            valid, index = target != NO_TARGET, target.clamp(min=0)
+            # -log p(target), by way of the best one because p(target) may underflow.
+            surprise = logits.gather(-1, best).float() - logits.gather(-1, index).float() - highest.log()
+            ce += torch.where(valid, surprise, 0).sum((1, 2))
+            hits += (best == target).sum((1, 2))
+            if train:
+                probability.scatter_add_(-1, index, torch.full_like(highest, -1)).mul_(valid)
+                dlogits = probability.to(x.dtype)
+                dx[:, start : start + rows], *parts = _product_gradients(
+                    dlogits, chunk, weight, a, b, low, scaling, wanted
+                )
+                totals = [part if total is None else total.add_(part) for total, part in zip(totals, parts)]
+        ctx.save_for_backward(dx, *totals)
+        ctx.mark_non_differentiable(hits)
+        return ce, hits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dce: Tensor, _) -> tuple[Tensor | None, ...]:
+        # With `out` the product keeps the dtype of the gradient; it would be float32.
+        scaled = lambda g: None if g is None else torch.mul(g, dce[:, None, None], out=torch.empty_like(g))
+        dx, dweight, da, db = map(scaled, ctx.saved_tensors)
+        return dx, None, dweight, da, db, None, None
 
 
 class Attention(NamedTuple):
@@ -188,14 +279,15 @@ class TemporalLayer(StreamingTransformerLayer):
         return _recomputed(self._train_forward, checkpointing)(x, attention)
 
     def _train_forward(self, x: Tensor, attention: Attention) -> Tensor:
-        qkv = _linear(self.self_attn.in_projs[0], _rms_norm(self.norm1, x))
+        project = lambda module, x: _Linears([module], x.dtype)(x.flatten(0, 1)[None]).view(*x.shape[:2], -1)
+        qkv = project(self.self_attn.in_projs[0], _rms_norm(self.norm1, x))
         qkv = qkv.unflatten(-1, (3, self.self_attn.num_heads, -1))  # [B, T, 3, H, head_dim]
         q, k = attention.rotate(qkv[:, :, :2]).transpose(1, 3).unbind(2)  # [B, H, T, head_dim]
         v = qkv[:, :, 2].transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attention.mask, is_causal=attention.mask is None)
-        x = x + _linear(self.self_attn.out_projs[0], y.transpose(1, 2).flatten(2))
-        hidden = _gate(_linear(self.gating.linear_in, _rms_norm(self.norm2, x)))
-        return x + _linear(self.gating.linear_out, hidden)
+        x = x + project(self.self_attn.out_projs[0], y.transpose(1, 2).flatten(2))
+        hidden = _gate(project(self.gating.linear_in, _rms_norm(self.norm2, x)))
+        return x + project(self.gating.linear_out, hidden)
 
 
 class DepformerLayer(StreamingTransformerLayer):
@@ -213,14 +305,19 @@ class DepformerLayer(StreamingTransformerLayer):
         return _recomputed(self._train_forward, checkpointing)(x)
 
     def _train_forward(self, x: Tensor) -> Tensor:
-        project = partial(_Stacked, dtype=x.dtype)
-        qkv = project(self.self_attn.in_projs)(_rms_norm(self.norm1, x))
-        qkv = qkv.unflatten(-1, (3, self.self_attn.num_heads, -1))  # [Q, N, 3, H, head_dim]
-        q, k, v = qkv.permute(2, 1, 3, 0, 4)  # [N, H, Q, head_dim] each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + project(self.self_attn.out_projs)(y.permute(2, 0, 1, 3).flatten(2))
-        hidden = _gate(project(g.linear_in for g in self.gating)(_rms_norm(self.norm2, x)))
-        return x + project(g.linear_out for g in self.gating)(hidden)
+        steps, heads = len(x), self.self_attn.num_heads
+        project = lambda modules, x: _Linears(modules, x.dtype)(x)
+        qkv = project(self.self_attn.in_projs, _rms_norm(self.norm1, x))
+        qkv = qkv.unflatten(-1, (3, heads, -1))  # [Q, N, 3, H, head_dim]
+        q, k, v = qkv.permute(2, 1, 3, 0, 4).flatten(1, 2)  # [N * H, Q, head_dim] each
+        # By hand: on sequences of 16 steps the backward pass of CPU's flash attention takes 12 times as long.
+        future = torch.full((steps, steps), -math.inf, device=x.device).triu(1)
+        scores = torch.add(future, torch.bmm(q, k.mT), alpha=q.shape[-1] ** -0.5)  # float32
+        y = torch.bmm(scores.softmax(-1).to(x.dtype), v)
+        y = y.unflatten(0, (-1, heads)).permute(2, 0, 1, 3).flatten(2)  # [Q, N, dim]
+        x = x + project(self.self_attn.out_projs, y)
+        hidden = _gate(project((g.linear_in for g in self.gating), _rms_norm(self.norm2, x)))
+        return x + project((g.linear_out for g in self.gating), hidden)
 
 
 def _recomputed(function: Callable, wanted: bool = True) -> Callable:
@@ -228,23 +325,6 @@ def _recomputed(function: Callable, wanted: bool = True) -> Callable:
     if not (wanted and torch.is_grad_enabled()):
         return function
     return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
-
-
-def _cross_entropy(
-    project: Callable[[Tensor], Tensor], x: Tensor, targets: Tensor, card: int
-) -> tuple[Tensor, Tensor]:
-    """x: [..., N, dim], targets: [..., N] -> cross-entropy and hits, [..., N] float32, 0 where there is no target."""
-
-    def chunk(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = project(x).float()
-        hits = logits.argmax(-1) == targets
-        ce = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=NO_TARGET, reduction="none")
-        return ce.view_as(targets), hits.float()
-
-    rows = max(1, LOGITS_PER_CHUNK // (card * targets[..., 0].numel()))
-    chunks = [_recomputed(chunk)(*part) for part in zip(x.split(rows, -2), targets.split(rows, -1))]
-    ce, hits = zip(*chunks)
-    return torch.cat(ce, -1), torch.cat(hits, -1)
 
 
 class TrainingLM(nn.Module):
@@ -306,19 +386,14 @@ class TrainingLM(nn.Module):
             x = layer(x, attention=attention, checkpointing=self.gradient_checkpointing)
         x = _rms_norm(lm.out_norm, x).flatten(0, 1)  # [B * T, dim]
 
-        text_ce, text_hits = _cross_entropy(
-            partial(_linear, lm.text_linear), x.index_select(0, plan.text_rows), plan.text_targets, lm.text_card
-        )
-        padding = _is_padding(plan.text_targets)
-        by_kind = lambda x: torch.stack([x.masked_fill(padding, 0).sum(), x.masked_fill(~padding, 0).sum()])
-
+        text_head = _Linears([lm.text_linear], x.dtype)
+        words = text_head.loss(x.index_select(0, plan.word_rows)[None], plan.word_targets)
+        padding = text_head.loss(x.index_select(0, plan.padding_rows)[None], plan.padding_targets)
         tokens = delayed[:, : lm.dep_q].transpose(0, 1).flatten(1).index_select(1, plan.audio_rows)
         y = self._depformer(x.index_select(0, plan.audio_rows), tokens)
-        audio_ce, audio_hits = _cross_entropy(_Stacked(lm.linears, y.dtype), y, plan.audio_targets, lm.card)
-        return Losses(
-            ce=torch.cat([by_kind(text_ce), audio_ce.sum(1)]),
-            correct=torch.cat([by_kind(text_hits), audio_hits.sum(1)]),
-        )
+        audio = _Linears(lm.linears, y.dtype).loss(y, plan.audio_targets)
+        ce, correct = (torch.cat(group) for group in zip(words, padding, audio))
+        return Losses(ce, correct)
 
     def _embed(self, columns: Tensor) -> Tensor:
         """columns: [B, K, T] delayed tokens -> [B, T, dim]."""
@@ -333,7 +408,7 @@ class TrainingLM(nn.Module):
         lm = self.lm
         embeddings = [lm.depformer_text_emb, *lm.depformer_emb]
         embedded = torch.stack([embedding(token) for embedding, token in zip(embeddings, tokens)])
-        y = embedded + _Stacked(lm.depformer_in, x.dtype).fan_out(x)
+        y = embedded + _Linears(lm.depformer_in, x.dtype).fan_out(x)
         for layer in lm.depformer.layers:
             y = layer(y, steps_first=True, checkpointing=self.gradient_checkpointing)
         return y
