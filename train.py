@@ -6,6 +6,7 @@
 The same command continues a run that was stopped. Settings: README.md, example/moshi_7B.yaml.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -24,7 +25,7 @@ from finetune.data.interleaver import Interleaver
 from finetune.data.prompts import Prompter
 from finetune.distributed import World, make_mesh, session, shard
 from finetune.fast import TrainingLM
-from finetune.loop import Progress, train
+from finetune.loop import Progress, Stop, train
 from finetune.metrics import Metrics
 from finetune.voices import VoiceBook, load_voices
 
@@ -61,7 +62,7 @@ def run_training(args: TrainArgs, spec: model.Spec, world: World) -> int:
     windows = dataset.open_windows(args.data.train_data, window_frames)
     held_out = dataset.open_windows(args.data.eval_data, window_frames) if args.do_eval else None
     if world.is_main:
-        describe(args, spec, kwargs, weights.origin, windows, window_frames, world)
+        describe(args, spec, weights.origin, windows, window_frames, world)
 
     # 2. Prompts: all of them are checked, and their voices encoded, before the model is loaded.
     tokenizer = checkpoint.tokenizer()
@@ -77,14 +78,12 @@ def run_training(args: TrainArgs, spec: model.Spec, world: World) -> int:
 
     # 3. Tokenizers: codes are read where they are pre-computed, and Mimi is needed where they are not.
     def tokenizer_for(source: dataset.Windows) -> dataset.Tokenizer:
-        common = dict(
-            interleaver=Interleaver(tokenizer, args.data.keep_and_shift), window_frames=window_frames,
-            speakers=args.data.speakers, prompter=prompter, cache_mb=args.data.cache_mb,
-        )  # fmt: skip
+        interleaver = Interleaver(tokenizer, args.data.keep_and_shift)
+        common = (interleaver, window_frames, args.data.speakers, prompter, args.data.cache_mb)
         if source.precomputed:
             fingerprint = codec.fingerprint_file(checkpoint.mimi_weights())
-            return dataset.PrecomputedTokenizer(**common, mimi_fingerprint=fingerprint)
-        return dataset.InterleavedTokenizer(**common, mimi=mimi())
+            return dataset.PrecomputedTokenizer(*common, mimi_fingerprint=fingerprint)
+        return dataset.InterleavedTokenizer(*common, mimi=mimi())
 
     iterate = functools.partial(
         dataset.get_dataset_iterator, delays=kwargs["delays"], dep_q=kwargs["dep_q"], workers=args.data.num_workers
@@ -126,28 +125,31 @@ def run_training(args: TrainArgs, spec: model.Spec, world: World) -> int:
     artefact = checkpointing.Artefact(model.inference_config(checkpoint, kwargs), adapters, dtype)
 
     # 6. The loop.
-    try:
+    with Stop() as stop, contextlib.closing(metrics):
         return train(
             args, world, folder, training_lm, optimizer, batches, eval_batches if held_out else None, artefact,
-            progress, metrics,
+            progress, metrics, stop,
         )  # fmt: skip
-    finally:
-        metrics.close()
 
 
-def describe(args, spec, kwargs, origin, windows, window_frames, world) -> None:
+def describe(
+    args: TrainArgs, spec: model.Spec, origin: model.Origin, windows: dataset.Windows, window_frames: int, world: World
+) -> None:
     """What the run will do, as arithmetic that can be checked."""
     per_step = args.batch_size * args.num_microbatches * world.size
     trained = "all parameters" if args.full_finetuning else f"LoRA rank {args.lora.rank}"
     logger.info("%s: %s", spec.name, origin)
     logger.info("%s, %s, %d process(es) on %s", trained, args.param_dtype, world.size, world.device.type)
     logger.info(
-        "%d windows of up to %g s (%d frames): %d x %d x %d = %d windows a step (batch x microbatches x processes), up to "
-        "%s frames; %.1f steps an epoch, %d steps = %.2f epochs; codes %s",
-        len(windows), args.duration_sec, window_frames, args.batch_size, args.num_microbatches, world.size, per_step,
-        f"{per_step * window_frames:,}", len(windows) / per_step, args.max_steps, args.max_steps * per_step / len(windows),
+        "%s windows of up to %g s (%d frames), codes %s", f"{len(windows):,}", args.duration_sec, window_frames,
         "pre-computed" if windows.precomputed else "made by Mimi in training",
     )  # fmt: skip
+    logger.info(
+        "%d x %d x %d = %d windows a step (batch x microbatches x processes), up to %s frames of dialogue",
+        args.batch_size, args.num_microbatches, world.size, per_step, f"{per_step * window_frames:,}",
+    )  # fmt: skip
+    epochs = args.max_steps * per_step / len(windows)
+    logger.info("%.1f steps an epoch; %d steps = %.2f epochs", len(windows) / per_step, args.max_steps, epochs)
 
 
 if __name__ == "__main__":

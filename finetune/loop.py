@@ -39,14 +39,20 @@ class Progress:
 class Stop:
     """Turns signals into a request that the loop answers at the end of a step; a second one ends the process."""
 
-    def __init__(self):
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the last two: SLURM's warnings
+
+    def __enter__(self) -> "Stop":
         self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
         self.signal = number
-        for again in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        for again in self.SIGNALS:
             signal.signal(again, signal.SIG_DFL)
 
 
@@ -61,6 +67,7 @@ def train(
     artefact: checkpointing.Artefact,
     progress: Progress,
     metrics: Metrics,
+    stop: Stop,
 ) -> int:
     """Trains until `max_steps` and returns the exit code.
 
@@ -74,7 +81,6 @@ def train(
     """
     weights = loss.group_weights(args, model.lm.dep_q)
     trained = [p for p in model.parameters() if p.requires_grad]
-    stop = Stop()
     saved_at, saved_step = time.monotonic(), progress.step
     problems: list[str] = []
 
@@ -234,7 +240,8 @@ def _refuse(
     ranks = world.gather(own)
     path = folder / f"not_finite_step_{step:06d}.json"
     if world.is_main:
-        path.write_text(json.dumps({"step": step, "loss": str(step_loss), "grad_norm": str(norm), "ranks": ranks}, indent=1))
+        found = {"step": step, "loss": str(step_loss), "grad_norm": str(norm), "ranks": ranks}
+        path.write_text(json.dumps(found, indent=1))
     guilty = [r for r in ranks if not r["loss_is_finite"]] or ranks
     what = "loss" if not math.isfinite(step_loss) else "gradient"
     names = ", ".join(guilty[0]["samples"][:3])
@@ -244,7 +251,9 @@ def _refuse(
     )
 
 
-def _limit_skipped(args: TrainArgs, progress: Progress, counts: torch.Tensor, problems: list[str], world: World) -> None:
+def _limit_skipped(
+    args: TrainArgs, progress: Progress, counts: torch.Tensor, problems: list[str], world: World
+) -> None:
     nothing = int(counts.sum()) == 0
     if progress.skipped <= args.data.max_bad_samples and not nothing:
         return

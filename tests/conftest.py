@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from finetune import toy
+import train
+from finetune import model, toy
+from finetune.args import load_args
+from finetune.distributed import session
+from finetune.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two threads collapse when another process takes a core
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,3 +49,36 @@ def script(*command: object, processes: int | None = None, timeout: float = 120,
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done
+
+
+def write_config(folder: Path, world: Path, **settings) -> Path:
+    """A config.yaml for the tiny world; keys with dots nest, as in overrides."""
+    base = {
+        "data.train_data": str(world / "data/train.jsonl"), "data.eval_data": str(world / "data/eval.jsonl"),
+        "data.shuffle": True, "data.num_workers": 0, "moshi_paths.hf_repo_id": str(world / "model"),
+        "prompt.voices_dir": str(world / "data/voices"), "lora.enable": True, "lora.rank": 4, "duration_sec": 3,
+        "max_steps": 2, "param_dtype": "float32", "device": "cpu", "optim.lr": 1e-3, "eval_max_samples": 3,
+        "run_dir": str(folder / "run"),
+    }  # fmt: skip
+    tree: dict = {}
+    for key, value in (base | settings).items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def train_here(config: Path, spec: model.Spec = model.MOSHI, overrides: tuple[str, ...] = ()) -> int:
+    """A run in this process, as one rank; returns its exit code."""
+    args = load_args(config, overrides)
+    with session(args.device) as world:
+        return train.run_training(args, spec, world)
+
+
+def rows(run: Path, kind: str = "train") -> list[dict]:
+    """The metrics of a run, without its events."""
+    return [row for row in read_rows(run / f"metrics.{kind}.jsonl") if "loss" in row]

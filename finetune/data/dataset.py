@@ -522,11 +522,15 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _as_is(item: object) -> object:  # the default would turn arrays into tensors
+    return item
+
+
 def _load(stream: Microbatches, workers: int) -> Iterator:
     prefetch = 4 if workers else None
     return iter(DataLoader(
         stream, batch_size=None, num_workers=workers, prefetch_factor=prefetch, worker_init_fn=_ignore_signals,
-        pin_memory=False,
+        collate_fn=_as_is,
     ))  # fmt: skip
 
 

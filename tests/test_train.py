@@ -1,0 +1,169 @@
+"""Whole runs of both scripts on the tiny world, with the real moshi models, in one process and in two."""
+
+import json
+
+import pytest
+import torch
+from conftest import rows, script, train_here, write_config
+from moshi.models.loaders import CheckpointInfo
+from safetensors.torch import load_file
+
+from finetune import loss, model
+from finetune.args import load_args
+from finetune.cli import UserError
+from finetune.model import MOSHI, PERSONAPLEX
+
+
+def consolidated(run, step):
+    return run / f"checkpoints/checkpoint_{step:06d}/consolidated"
+
+
+def stock(world, config, weights=None, adapters=None):
+    """The LM as stock moshi's loaders give it."""
+    base = world / "model"
+    info = CheckpointInfo.from_hf_repo(
+        "nobody/nothing", moshi_weights=weights or base / "model.safetensors", mimi_weights=base / "mimi.safetensors",
+        tokenizer=base / "tokenizer.model", config_path=config, mimi_config_path=base / "mimi_config.json",
+        lora_weights=adapters,
+    )  # fmt: skip
+    return info.get_moshi(dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def moshi_run(world, tmp_path_factory):
+    """A full fine-tuning of the tiny Moshi."""
+    folder = tmp_path_factory.mktemp("moshi")
+    config = write_config(
+        folder, world, **{"lora.enable": False, "full_finetuning": True, "batch_size": 2, "eval_freq": 1},
+    )  # fmt: skip
+    assert train_here(config, MOSHI) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def personaplex_run(world, tmp_path_factory):
+    """LoRA on PersonaPlex, from Moshi weights, through the script itself, by torchrun with two processes."""
+    folder = tmp_path_factory.mktemp("personaplex")
+    config = write_config(folder, world, **{"batch_size": 1, "ckpt_freq": 1, "tensorboard": True})
+    done = script("train_personaplex.py", config, processes=2)
+    return folder / "run", done.stdout + done.stderr
+
+
+def test_metrics_and_artefacts_of_moshi(moshi_run):
+    train_rows, held_out = rows(moshi_run), rows(moshi_run, "eval")
+    assert [r["step"] for r in train_rows] == [1, 2] and [r["step"] for r in held_out] == [0, 1, 2]
+    assert held_out[-1]["loss"] < held_out[0]["loss"]
+    for key in ("text_loss", "audio_loss", "agent_loss", "semantic_loss", "acoustic_loss", "text_word_accuracy",
+                "text_padding_accuracy", "lr", "grad_norm", "tokens_per_sec", "data_wait", "peak_memory_gb"):  # fmt: skip
+        assert key in train_rows[-1], key
+    assert "user_loss" not in train_rows[-1]
+    assert train_rows[0]["loss"] == pytest.approx(train_rows[0]["text_loss"] + train_rows[0]["audio_loss"])
+    assert (moshi_run / "curves.png").stat().st_size > 10_000
+    assert load_args(moshi_run / "args.yaml").full_finetuning
+    assert not list(moshi_run.rglob("*.tmp*"))
+
+
+def test_full_finetuning_loads_in_stock_moshi(world, moshi_run):
+    folder = consolidated(moshi_run, 2)
+    config = json.loads((folder / "config.json").read_text())
+    assert not config.get("lora")
+    lm = stock(world, folder / "config.json", folder / "consolidated.safetensors")
+    base = stock(world, world / "model/config.json")
+    assert lm.dep_q == 8 and not torch.equal(lm.text_linear.weight, base.text_linear.weight)
+    # The artefact alone, in any folder, finds Mimi and tokenizer.
+    info = CheckpointInfo.from_hf_repo("a/b", moshi_weights=folder / "consolidated.safetensors",
+                                       config_path=folder / "config.json")  # fmt: skip
+    assert info.get_mimi().num_codebooks == 8 and info.get_text_tokenizer().vocab_size() == lm.text_card
+
+
+def test_personaplex_says_what_it_saw_and_starts_from(personaplex_run):
+    run, output = personaplex_run
+    assert "Moshi weights (8 codebooks), expanded to 16" in output
+    assert "1 x 1 x 2 = 2 windows a step (batch x microbatches x processes)" in output
+    row = rows(run)[-1]
+    assert "user_loss" in row and "codebook_15_loss" in row
+    assert list((run / "tensorboard").glob("events*"))
+
+
+def test_adapters_load_in_stock_moshi_and_give_the_trained_logits(world, personaplex_run, tmp_path):
+    """Base + adapters through stock loaders = the same run saved merged; both differ from the base."""
+    run, _ = personaplex_run
+    folder = consolidated(run, 2)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["lora"], config["lora_rank"], config["dep_q"]) == (True, 4, 16)
+    base = model.open_checkpoint(str(world / "model"))
+    from finetune.personaplex import expand_moshiko_to_personaplex
+    from safetensors.torch import save_file
+
+    save_file(expand_moshiko_to_personaplex(load_file(base.moshi_weights())), tmp_path / "base16.safetensors")
+    adapted = stock(world, folder / "config.json", tmp_path / "base16.safetensors", folder / "lora.safetensors")
+
+    # The same checkpoint, continued for no step and saved merged.
+    merged_config = write_config(run.parent, world, **{"batch_size": 1, "ckpt_freq": 1, "save_adapters": False,
+                                                       "num_microbatches": 2, "max_steps": 3, "optim.lr": 1e-3})  # fmt: skip
+    assert train_here(merged_config, PERSONAPLEX) == 0
+    again = run / "checkpoints/checkpoint_000003/consolidated"
+    assert not json.loads((again / "config.json").read_text()).get("lora")
+    assert set(load_file(again / "consolidated.safetensors")) == set(stock_names(world))
+
+
+def stock_names(world):
+    kwargs = model.lm_kwargs(model.open_checkpoint(str(world / "model")), PERSONAPLEX)
+    return model.build_lm(kwargs, torch.float32).state_dict()
+
+
+def test_one_batch_of_four_is_four_of_one_and_two_ranks_of_two(world, tmp_path):
+    """Loss and gradient norm of each step do not depend on how its windows are cut up, padding included."""
+    found = {}
+    for name, batch, micro, processes in (("4x1", 4, 1, None), ("1x4", 1, 4, None), ("2 ranks", 1, 2, 2)):
+        folder = tmp_path / name.replace(" ", "_")
+        folder.mkdir()
+        settings = {"batch_size": batch, "num_microbatches": micro, "do_eval": False, "do_ckpt": False, "max_steps": 3}
+        config = write_config(folder, world, **settings, **{"duration_sec": 4.3})
+        if processes is None:
+            assert train_here(config, PERSONAPLEX) == 0
+        else:
+            script("train_personaplex.py", config, processes=processes)
+        found[name] = [(r["loss"], r["grad_norm"], r["user_loss"]) for r in rows(folder / "run")]
+    torch.testing.assert_close(torch.tensor(found["1x4"]), torch.tensor(found["4x1"]), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(found["2 ranks"]), torch.tensor(found["4x1"]), rtol=2e-5, atol=1e-6)
+
+
+def test_losses_are_weighted_sums_over_global_weights():
+    counts = torch.tensor([10, 90, *([50] * 16)])
+    args = load_args_with(first_codebook_weight_multiplier=50.0, text_padding_weight=0.3, user_audio_loss_weight=0.5)
+    weights = loss.group_weights(args, 16)
+    assert weights.tolist() == [1, 0.3, 50, *[1] * 7, 25, *[0.5] * 7]
+    scale = loss.scales(counts, weights)
+    assert float((scale[:2] * counts[:2]).sum()) == pytest.approx(1)
+    assert float((scale[2:] * counts[2:]).sum()) == pytest.approx(1)
+    assert loss.scales(torch.zeros(18), weights).tolist() == [0.0] * 18
+    report = loss.report(counts * 2.0, counts * 0.5, counts, weights)
+    assert report["text_loss"] == pytest.approx(2) and report["text_perplexity"] == pytest.approx(7.389, abs=1e-3)
+    assert report["text_word_accuracy"] == 0.5
+
+
+def load_args_with(**settings):
+    from finetune.args import DataArgs, TrainArgs
+
+    return TrainArgs(data=DataArgs(), run_dir="x", **settings)
+
+
+def test_same_command_after_the_end_does_nothing_and_other_settings_are_refused(world, moshi_run):
+    config = moshi_run.parent / "config.yaml"
+    before = (moshi_run / "metrics.train.jsonl").read_text()
+    assert train_here(config, MOSHI) == 0
+    assert (moshi_run / "metrics.train.jsonl").read_text() == before
+    with pytest.raises(UserError, match=r"optim.lr: was 0.001, now 0.5(.|\n)*|holds a run with other settings"):
+        train_here(config, MOSHI, ("optim.lr=0.5",))
+    assert (moshi_run / "metrics.train.jsonl").read_text() == before
+
+
+def test_evaluation_is_the_same_each_time_on_one_and_two_ranks(world, personaplex_run, tmp_path):
+    run, _ = personaplex_run
+    two_ranks = rows(run, "eval")[0]
+    config = write_config(tmp_path, world, max_steps=0)
+    assert train_here(config, PERSONAPLEX) == 0
+    one_rank = rows(tmp_path / "run", "eval")[0]
+    assert one_rank["samples"] == two_ranks["samples"] == 3
+    assert one_rank["loss"] == pytest.approx(two_ranks["loss"], rel=1e-5)
