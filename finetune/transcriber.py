@@ -6,9 +6,11 @@ is what the repairs below are about.
 """
 
 import os
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,14 +70,14 @@ def sounding(level: np.ndarray) -> np.ndarray:
     """Which frames hold sound, bool [frames].
 
     The threshold follows the recording. It lies 10 dB over its floor; never so high that a voice over music or in a
-    room that is never quiet would be lost (25 dB under the loudest half second), nor so low that the other speaker
+    room that is never quiet would be lost (18 dB under the loudest half second), nor so low that the other speaker
     is heard through the headphones (35 dB under it); and what is under -60 dB is silence anywhere.
     """
     if not len(level):
         return np.zeros(0, dtype=bool)
     loud = np.sort(level)[-min(len(level), round(0.5 / FRAME_SEC))]
     floor = np.percentile(level, 10)
-    return level > max(-60.0, loud - 35.0, min(floor + 10.0, loud - 25.0))
+    return level > max(-60.0, loud - 35.0, min(floor + 10.0, loud - 18.0))
 
 
 def stretches(sound: np.ndarray, margin_sec: float, duration_sec: float) -> list[tuple[float, float]]:
@@ -111,7 +113,7 @@ def blocks(path: Path, channel: int) -> Iterator[tuple[float, np.ndarray]]:
         pcm = resample(audio.read(path, start, expected, source_rate, channel), source_rate, SAMPLE_RATE)[0]
         if not len(pcm) and start == 0.0:
             raise UserError(f"{path}: holds no audio")
-        if len(pcm) / SAMPLE_RATE < expected - 0.1:
+        if len(pcm) / SAMPLE_RATE < expected - 0.2:
             got = start + len(pcm) / SAMPLE_RATE
             raise UserError(f"{path}: truncated, its header says {promised:.1f} s and {got:.1f} s can be decoded")
         if not np.isfinite(pcm).all():
@@ -166,8 +168,10 @@ def load_whisper(name: str, device: str) -> whisper.model.Whisper:
     """
     try:
         model = whisper_timestamped.load_model(name, device=device)
-    except (RuntimeError, OSError, KeyError, ValueError, ImportError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except pickle.UnpicklingError:
+        raise UserError(f"cannot load the Whisper model {name!r}: this is no file of weights") from None
+    except (RuntimeError, OSError, KeyError, ValueError, TypeError, EOFError) as error:
+        reason = f"{type(error).__name__}, {error}".splitlines()[0]
         raise UserError(f"cannot load the Whisper model {name!r}: {reason}") from None
     heads = known_model(name)
     if heads is not None and Path(name).exists():
@@ -300,7 +304,6 @@ def repair(raw: list[dict], sound: np.ndarray, duration_sec: float, repairs: Cou
             repairs["to the onset"] += 1
             start = (first + heard[0]) * FRAME_SEC
         words.append(Word(text, float(start), float(max(end, start + FRAME_SEC))))
-    ordered = sorted(words, key=lambda w: w.start)
-    if displaced := sum(a is not b for a, b in zip(words, ordered)):
-        repairs["moved: out of order"] += displaced
-    return ordered
+    if late := sum(b.start < a.start for a, b in pairwise(words)):
+        repairs["moved: out of order"] += late
+    return sorted(words, key=lambda w: w.start)

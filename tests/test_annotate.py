@@ -1,0 +1,489 @@
+"""annotate.py on real files: with a real Whisper and real speech where they are at hand, and with a Whisper of one
+layer that always says the same, in the same format and through the same code."""
+
+import dataclasses
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import sphn
+import torch
+import whisper
+from whisper.tokenizer import get_tokenizer
+
+import annotate
+from finetune import transcriber
+from finetune.cli import UserError
+from finetune.data import audio
+from finetune.data.interleaver import read_alignments
+from finetune.transcriber import Transcriber, blocks, levels, repair, sounding, stretches
+from tests.test_workers import alive, wait_for
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+SPEECH, TINY = SHARED / "audio" / "input_assistant.wav", SHARED / "models" / "whisper-tiny.en.pt"
+real = pytest.mark.skipif(not (SPEECH.exists() and TINY.exists()), reason="needs ../shared")
+RATE = 24_000
+
+
+# --- A Whisper that says one thing ---------------------------------------------------------------------------
+
+
+def scripted_whisper(path: Path, text: str = " one two three", end: float = 2.0, language: str | None = None) -> str:
+    """Writes a model in openai-whisper's format that hears `text` in the first `end` seconds of whatever it gets,
+    and nothing after. With a `language` it is multilingual and takes everything for that.
+
+    Its blocks add nothing to the residual stream, so the token at each position follows from the positional
+    embedding alone, which holds the embedding of the next token.
+    """
+    tokenizer = get_tokenizer(language is not None, language=language, task=language and "transcribe")
+    vocabulary = 51865 if language else 51864  # whisper tells English-only models by this number
+    dims = whisper.model.ModelDimensions(80, 1500, 64, 1, 1, vocabulary, 448, 64, 1, 1)
+    torch.manual_seed(0)
+    model = whisper.model.Whisper(dims)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.ones_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    (block,) = model.decoder.blocks
+    for output in (block.attn.out, block.cross_attn.out, block.mlp[2]):
+        torch.nn.init.zeros_(output.weight)
+        torch.nn.init.zeros_(output.bias)
+    head = [tokenizer.to_language_token(language), tokenizer.transcribe] if language else []
+    start, stop = tokenizer.timestamp_begin, tokenizer.timestamp_begin + round(end / 0.02)
+    script = [*head, start, *tokenizer.encode(text), stop, *[tokenizer.eot] * 448][:448]
+    embedding = torch.nn.init.normal_(model.decoder.token_embedding.weight).detach()
+    model.decoder.positional_embedding.data.copy_(100 * embedding[script])
+    weights = {name: value.half() for name, value in model.state_dict().items()}
+    torch.save({"dims": dataclasses.asdict(dims), "model_state_dict": weights}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory) -> str:
+    return scripted_whisper(tmp_path_factory.mktemp("whisper") / "scripted.pt")
+
+
+def write_stereo(path: Path, agent: np.ndarray, user: np.ndarray | None = None) -> None:
+    sphn.write_wav(str(path), np.stack([agent, np.zeros_like(agent) if user is None else user]), RATE)
+
+
+def murmur(seconds: float, seed: int = 0, lead: float = 0.5) -> np.ndarray:
+    """Noise that comes and goes like speech, after `lead` seconds of silence."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(round(seconds * RATE)) / RATE
+    swell = np.abs(np.sin(2 * np.pi * 2 * (time - lead))) * (time >= lead)
+    return (0.2 * swell * rng.standard_normal(len(time))).astype(np.float32)
+
+
+def write_manifest(path: Path, lines: list) -> Path:
+    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+    return path
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def contents(folder: Path, pattern: str = "*.json") -> dict[str, str]:
+    return {path.name: path.read_text().replace(str(folder), "") for path in folder.glob(pattern)}
+
+
+# --- Real speech ---------------------------------------------------------------------------------------------
+
+
+def onsets(pcm: np.ndarray, pause_sec: float = 0.1) -> list[float]:
+    """Seconds at which sound begins after a pause, by peaks of 5 ms pieces over -46 dB: another measure than the
+    one under test."""
+    piece = RATE // 200
+    peak = np.abs(pcm[: len(pcm) // piece * piece]).reshape(-1, piece).max(axis=1)
+    loud = np.flatnonzero(peak > 0.005)
+    gaps = np.diff(loud, prepend=-1000)
+    return [float(t) / 200 for t in loud[gaps > pause_sec * 200]]
+
+
+@real
+def test_real_speech_is_recognised_and_words_begin_where_the_sound_does(tmp_path):
+    speech = audio.read(SPEECH)[0]
+    first, second = speech[round(3.0 * RATE) : round(8.0 * RATE)], speech[round(21.5 * RATE) : round(26.5 * RATE)]
+    pcm = np.zeros(25 * RATE, dtype=np.float32)
+    for at, phrase in ((1.37, second), (10.5, first), (19.333, second)):
+        pcm[round(at * RATE) : round(at * RATE) + len(phrase)] = phrase
+    write_stereo(tmp_path / "a.wav", np.zeros_like(pcm), pcm)
+    done = Transcriber(str(TINY), "cpu")(tmp_path / "a.wav", 1)
+
+    text = " ".join(word.text for word in done.words).lower()
+    assert text.count("how do i prevent rice from becoming sticky when cooking on the stove") == 1
+    assert text.count("what quick garnish could add color to the finished rice") == 2
+    starts = [word.start for word in done.words]
+    assert starts == sorted(starts) and all(0 <= w.start < w.end <= done.duration_sec for w in done.words)
+
+    found = onsets(pcm)
+    assert len(found) == 5  # By, what; How; By, what
+    near = [min(abs(start - onset) for start in starts) <= 0.2 for onset in found]
+    assert sum(near) >= 0.9 * len(near), [o for o, ok in zip(found, near) if not ok]
+    # And the other way round: no word begins before the sound it stands for.
+    after_pause = [b for a, b in pairwise(done.words) if b.start - a.end > 1.0] + done.words[:1]
+    assert all(min(abs(word.start - onset) for onset in found) <= 0.1 for word in after_pause)
+    assert done.language == "en"
+
+
+@real
+def test_a_model_file_gets_the_alignment_heads_of_the_model_it_is_named_after():
+    own = transcriber.load_whisper(str(TINY), "cpu").alignment_heads
+    model = whisper.load_model(str(TINY), device="cpu")
+    assert not torch.equal(own.to_dense(), model.alignment_heads.to_dense())
+    model.set_alignment_heads(whisper._ALIGNMENT_HEADS["tiny.en"])
+    assert torch.equal(own.to_dense(), model.alignment_heads.to_dense())
+
+
+def test_names_of_models_are_read_from_their_ends():
+    assert transcriber.known_model("/models/whisper-tiny.en.pt") == "tiny.en"
+    assert transcriber.known_model("large-v3.pt") == "large-v3"
+    assert transcriber.known_model("mine.pt") is None
+
+
+# --- The script on messy input -------------------------------------------------------------------------------
+
+
+def test_messy_input_costs_only_itself(tmp_path, scripted, capsys):
+    write_stereo(tmp_path / "good.wav", murmur(4), murmur(4, lead=1.5))
+    write_stereo(tmp_path / "silent.wav", np.zeros(3 * RATE, dtype=np.float32))
+    write_stereo(tmp_path / "short.wav", murmur(0.2, lead=0.0))
+    write_stereo(tmp_path / "none.wav", np.zeros(0, dtype=np.float32))
+    sphn.write_wav(str(tmp_path / "mono.wav"), murmur(2)[None], RATE)
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "text.wav").write_text("this is no audio")
+    (tmp_path / "cut.wav").write_bytes((tmp_path / "good.wav").read_bytes()[:100_000])
+    (tmp_path / "own.json").write_text('{"alignments": [["hello", [0.1, 0.4], "SPEAKER_MAIN"]], "note": "by hand"}')
+    write_stereo(tmp_path / "own.wav", murmur(2))
+    (tmp_path / "torn.json").write_text('{"alignments": [["hel')
+    write_stereo(tmp_path / "torn.wav", murmur(2))
+    names = ["good", "silent", "short", "none", "mono", "empty", "text", "cut", "missing", "own", "torn", "good"]
+    lines = [{"path": f"{name}.wav", "duration": 4.0} for name in names]
+    lines[0] |= {"text_prompt": "You sell tea.", "voice_prompt": "voices/a.wav"}
+    lines += ["{broken", '{"no": "path"}', {"path": "../other.wav"}, {"path": "good.flac"}]
+    lines += [{"path": "p.wav", "text_prompt": 7}]
+    manifest = write_manifest(tmp_path / "egs.jsonl", lines)
+    manifest.with_suffix(".jsonl.gz").write_bytes(gzip.compress(manifest.read_bytes()))
+    flags = ["--whisper-model", scripted, "--device", "cpu", "--personaplex", "--voice-prompt", "NATF2.pt"]
+    prompt = ["--text_prompt", "You are a helpful assistant."]
+    assert annotate.main([str(manifest) + ".gz", *flags, *prompt]) == 0
+
+    good = load(tmp_path / "good.json")
+    words = [row[0] for row in good["alignments"]]
+    assert words and set(words) <= {"one", "two", "three"} and good["text_prompt"] == "<system> You sell tea. <system>"
+    assert good["voice_prompt"] == "voices/a.wav"
+    silent = load(tmp_path / "silent.json")
+    assert silent["alignments"] == [] and silent["voice_prompt"] == "NATF2.pt"
+    assert silent["text_prompt"] == "<system> You are a helpful assistant. <system>"
+    assert (tmp_path / "short.json").exists() and (tmp_path / "mono.json").exists()
+    own = load(tmp_path / "own.json")  # its words are kept, what was missing is added
+    assert own["alignments"] == [["hello", [0.1, 0.4], "SPEAKER_MAIN"]] and own["note"] == "by hand"
+    assert own["voice_prompt"] == "NATF2.pt"
+    for name, word in {
+        "none": "no audio", "empty": "not readable as audio", "text": "not readable as audio", "cut": "truncated",
+        "missing": "no such file", "torn": "cannot be read",
+    }.items():  # fmt: skip
+        sentence = (tmp_path / f"{name}.json.err").read_text()
+        assert word in sentence and name in sentence and sentence.count("\n") == 1
+        assert name == "torn" or not (tmp_path / f"{name}.json").exists()
+    assert not list(tmp_path.glob(".*"))
+
+    shown = capsys.readouterr().out
+    report = load(tmp_path / "annotate_report.json")
+    assert (report["files"], report["failed"], len(report["bad_lines"])) == (5, 6, 5)
+    for number in (13, 14, 15, 16, 17):
+        assert any(f"line {number}:" in line for line in report["bad_lines"]) and f"line {number}:" in shown
+    assert all(sentence in shown for sentence in report["failures"].values())
+
+    # Again: what is done is not touched, what failed is told again. Then what failed is tried again, and the user's
+    # words are added to the agent's.
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    before.pop("annotate_report.json")
+    assert annotate.main([str(manifest), *flags, *prompt, "--strict"]) == 1
+    assert load(tmp_path / "annotate_report.json")["failures"] == report["failures"]
+    assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in before}
+    agent = [row for row in good["alignments"] if row[2] == "SPEAKER_MAIN"]
+    write_stereo(tmp_path / "missing.wav", murmur(3))
+    assert annotate.main([str(manifest), *flags, "--channel", "both", "--rerun-errors"]) == 0
+    again = load(tmp_path / "good.json")
+    assert [row for row in again["alignments"] if row[2] == "SPEAKER_MAIN"] == agent
+    assert [row for row in again["alignments"] if row[2] == "SPEAKER_USER"]
+    assert again["alignments"] == sorted(again["alignments"], key=lambda row: row[1][0])
+    assert load(tmp_path / "own.json")["note"] == "by hand"
+    assert (tmp_path / "missing.json").exists() and not (tmp_path / "missing.json.err").exists()
+    assert "is mono" in (tmp_path / "mono.json.err").read_text()
+    # Training reads it as it is.
+    assert len(read_alignments(again["alignments"])) == len(agent)
+
+
+def test_all_failed_is_a_failure(tmp_path, scripted):
+    manifest = write_manifest(tmp_path / "egs.jsonl", [{"path": "a.wav"}, {"path": "nowhere/b.wav"}])
+    assert annotate.main([str(manifest), "--whisper-model", scripted, "--device", "cpu"]) == 1
+    failures = load(tmp_path / "annotate_report.json")["failures"]
+    assert len(failures) == 2 and all("no such file" in sentence for sentence in failures.values())
+
+
+# --- Interrupted, killed, sharded ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory, scripted):
+    """Makes folders of the same 14 calls."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        for n in range(14):
+            write_stereo(folder / f"{n:02}.wav", murmur(2 + n % 5, seed=n, lead=0.1 * n))
+        lines = [{"path": f"{n:02}.wav", "duration": 2.0 + n % 5} for n in range(14)]
+        write_manifest(folder / "egs.jsonl", lines)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(calls, scripted) -> dict[str, str]:
+    """What two workers write that nobody disturbs."""
+    folder = calls("undisturbed")
+    flags = ["--whisper-model", scripted, "--device", "cpu", "--num-workers", "2"]
+    assert annotate.main([str(folder / "egs.jsonl"), *flags]) == 0
+    assert len(contents(folder)) == 15
+    return contents(folder)
+
+
+@pytest.mark.slow
+def test_interrupted_and_killed_and_started_again_is_the_same_as_undisturbed(calls, scripted, undisturbed):
+    folder = calls("killed")
+    flags = [str(folder / "egs.jsonl"), "--whisper-model", scripted, "--device", "cpu", "--num-workers", "1"]
+    done: dict[Path, int] = {}
+    for kill, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        run = subprocess.Popen(
+            [sys.executable, str(ROOT / "annotate.py"), *flags],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        before = len(done)
+        wait_for(lambda before=before: len(list(folder.glob("??.json"))) >= before + 2, 60)
+        workers = children(run.pid)
+        assert workers
+        run.send_signal(kill)
+        said = run.communicate(timeout=30)[1]
+        assert run.returncode == code and "Traceback" not in said
+        wait_for(lambda workers=workers: not any(map(alive, workers)), 10)
+        finished = {path: path.stat().st_mtime_ns for path in folder.glob("??.json")}
+        assert len(done) + 2 <= len(finished) < 14
+        assert all(json.loads(path.read_text())["alignments"] is not None for path in finished)
+        assert done.items() <= finished.items()  # none was done twice
+        done = finished
+    assert annotate.main(flags) == 0
+    assert done.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("??.json")}.items()
+    assert contents(folder) == undisturbed  # by one worker, the report too
+    assert not list(folder.glob(".*.tmp"))
+
+
+def children(pid: int) -> list[int]:
+    """Spawned workers of a process, not Python's own resource tracker."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+@pytest.mark.slow
+def test_a_task_array_does_the_same(calls, scripted, undisturbed):
+    folder = calls("shards")
+    code = annotate.main([str(folder / "egs.jsonl"), "--whisper-model", scripted, "--device", "cpu", "--shards", "2"])
+    assert code == 0
+    assert contents(folder) == undisturbed
+
+
+# --- The parts -----------------------------------------------------------------------------------------------
+
+
+def test_repairs_put_every_word_inside_the_file_in_order_and_out_of_silence():
+    sound = np.zeros(500, dtype=bool)  # ten seconds
+    sound[50:200] = sound[450:] = True  # 1 to 4 s, 9 to 10 s
+
+    def word(text, start, end, confidence=0.9, phrase=0.9):
+        return {"text": text, "start": start, "end": end, "confidence": confidence, "phrase confidence": phrase}
+
+    raw = [
+        word(" early", 0.8, 1.5), word("two", 2.0, 2.0), word("one", 1.5, 2.0), word("...", 2.0, 2.2),
+        word("You", 6.0, 6.5), word("Thanks", 3.0, 3.5, phrase=0.1), word("mm", 3.0, 3.2, confidence=0.001),
+        word("last", 9.9, 12.0), word("beyond", 10.5, 11.0), word("back", 3.6, 3.4),
+    ]  # fmt: skip
+    repairs = Counter()
+    words = repair(raw, sound, 10.0, repairs)
+    assert [w.text for w in words] == ["early", "one", "two", "back", "last", "beyond"]
+    assert all(0 <= a.start <= b.start < b.end <= 10.0 for a, b in pairwise(words))
+    assert all(w.start < w.end for w in words)
+    assert words[0].start == pytest.approx(1.0)  # where the sound begins
+    assert repairs == {
+        "dropped: no letters": 1, "dropped: in silence": 1, "dropped: not sure": 2, "to the onset": 1,
+        "moved: impossible times": 4, "moved: out of order": 2,
+    }  # fmt: skip
+
+
+def test_silence_is_told_from_sound_in_quiet_noisy_and_shared_rooms():
+    rng = np.random.default_rng(0)
+    time = np.arange(20 * 16_000) / 16_000
+    speech = np.where((time % 10 > 4) & (time % 10 < 6), rng.standard_normal(len(time)), 0.0)
+    truth = (np.arange(1000) % 500 >= 200) & (np.arange(1000) % 500 < 300)
+    noise = rng.standard_normal(len(time))
+    for speech_db, floor_db in ((-20, -100), (-20, -60), (-20, -45), (-40, -75), (-20, -40)):
+        pcm = speech * 10 ** (speech_db / 20) + noise * 10 ** (floor_db / 20)
+        assert (sounding(levels(pcm)) == truth).mean() > 0.995, (speech_db, floor_db)
+    # The other speaker, faint in the headphones, is not heard; a voice over loud music is.
+    faint = np.roll(speech, 16_000 * 3) * 10 ** (-58 / 20)
+    assert (sounding(levels(speech * 0.1 + faint)) == truth).mean() > 0.995
+    assert sounding(levels(speech * 0.1 + noise * 0.02)).all()
+    assert not sounding(levels(np.zeros(16_000))).any() and not sounding(levels(np.zeros(0))).any()
+
+
+def test_stretches_have_margins_inside_the_file_and_no_clicks():
+    sound = np.zeros(1000, dtype=bool)  # 20 s
+    sound[5:30] = sound[60:70] = sound[300:302] = sound[990:] = True
+    assert stretches(sound, 0.5, 20.0) == [(0.0, pytest.approx(1.9)), (pytest.approx(19.3), 20.0)]
+
+
+def test_long_files_pass_in_blocks_cut_in_silence_and_in_little_memory(tmp_path):
+    """An hour: every block but the last ends in a pause, nothing is lost or heard twice."""
+    rate, seconds = 8_000, 3600
+    rng = np.random.default_rng(0)
+    time = np.arange(seconds * rate) / rate
+    pcm = (0.1 * rng.standard_normal(len(time)) * (time % 30 < 25)).astype(np.float32)
+    sphn.write_wav(str(tmp_path / "hour.wav"), pcm, rate)
+    sphn.write_wav(str(tmp_path / "start.wav"), pcm[: 11 * 60 * rate], rate)
+    del time
+
+    def pieces(name: str) -> tuple[list, float]:
+        reset_peak_memory()
+        before, found = peak_memory(), []
+        for start, piece in blocks(tmp_path / name, 0):
+            found.append((start, len(piece) / 16_000, float(np.square(piece, dtype=np.float64).sum())))
+        return found, peak_memory() - before
+
+    pieces("start.wav")
+    _, short = pieces("start.wav")
+    found, long = pieces("hour.wav")
+    ends = [start + length for start, length, _ in found]
+    assert [start for start, _, _ in found] == pytest.approx([0.0, *ends[:-1]]) and ends[-1] == pytest.approx(3600)
+    assert all(25.2 < end % 30 < 29.8 for end in ends[:-1])
+    assert sum(energy for _, _, energy in found) == pytest.approx(2 * float(np.square(pcm).sum()), rel=0.02)
+    assert long < short + 60, f"{long:.0f} MB for an hour, {short:.0f} MB for eleven minutes"
+
+
+def reset_peak_memory() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> float:
+    """Megabytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def test_the_language_is_heard_and_kept_through_the_file(tmp_path):
+    french = scripted_whisper(tmp_path / "fr.pt", " bonjour tout le monde", language="fr")
+    write_stereo(tmp_path / "a.wav", murmur(4))
+    done = Transcriber(french, "cpu")(tmp_path / "a.wav", 0)
+    assert done.language == "fr" and "bonjour" in [word.text for word in done.words]
+    write_stereo(tmp_path / "b.wav", np.zeros(RATE, dtype=np.float32))
+    assert Transcriber(french, "cpu")(tmp_path / "b.wav", 0).language is None
+
+
+def test_an_english_model_refuses_another_language(scripted):
+    with pytest.raises(UserError, match="English only"):
+        Transcriber(scripted, "cpu", language="fr")
+
+
+def test_keeping_silence_gives_whisper_more_of_it(tmp_path, scripted):
+    assert Transcriber(scripted, "cpu", keep_silence=True).margin_sec > Transcriber(scripted, "cpu").margin_sec
+
+
+def test_the_report_names_what_to_listen_to(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog and runs away from it\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "sp"), vocab_size=40, model_type="char", minloglevel=2
+    )
+    args = annotate.parse_args([str(tmp_path / "egs.jsonl"), "--tokenizer", str(tmp_path / "sp.model")])
+
+    def item(name: str, words: list, repairs: dict | None = None, sound_sec: float = 1.0) -> annotate.Item:
+        rows = [[text, [start, start + 0.1], "SPEAKER_MAIN"] for text, start in words]
+        agent = {"channel": 0, "sound_sec": sound_sec, "repairs": repairs or {}}
+        about = {"duration": 60.0, "speakers": {"SPEAKER_MAIN": agent}}
+        output = tmp_path / f"{name}.json"
+        output.write_text(json.dumps({"alignments": rows, "annotate.py": about}))
+        return annotate.Item(tmp_path / f"{name}.wav", output, None, {})
+
+    items = [
+        item("fine", [("the", 1.0), ("fox", 2.0)]),
+        item("deaf", [], sound_sec=40.0),
+        item("quiet", [], sound_sec=0.5),
+        item("loop", [("jumpsover", 10 + 0.1 * n) for n in range(40)]),
+        item("ghost", [("the", 1.0)], {"dropped: in silence": 3}),
+    ]
+    result = annotate.report(items, {}, [], args)
+    why = {Path(row["path"]).stem: row["why"] for row in result["listen_first"]}
+    assert next(iter(why)) in ("deaf", "loop") and set(why) == {"deaf", "loop", "ghost"}
+    assert "no words in 40 s of sound" in why["deaf"] and "audio is silent" in why["ghost"][0]
+    # 10 characters (SentencePiece's own space and nine letters) of 40 words, all of them within five seconds
+    assert result["by_file"][3]["busiest_tokens_per_second"] == pytest.approx(40 * 10 / 5)
+    assert result["words"] == 43 and result["hours"] == pytest.approx(5 / 60)
+    assert result["words_per_minute"] == pytest.approx(43 / 5)
+    assert result["share_of_words_repaired"] == pytest.approx(3 / 46)
+    assert "sp.model" in result["text_tokens"]
+    args.tokenizer = None
+    assert annotate.report(items, {}, [], args)["by_file"][3]["busiest_tokens_per_second"] == 40 * 3 / 5
+
+
+# --- What users get wrong ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--whisper-model", "gigantic"], "neither a file nor one of"),
+        (["--whisper-model", "NOT_A_MODEL"], "cannot load the Whisper model"),
+        (["--lang", "klingon"], "Whisper knows"),
+        (["--device", "tpu"], "neither cpu, nor cuda"),
+        (["--device", "cuda:77"], "this machine has"),
+        (["--text-prompt", "hello"], "--personaplex"),
+        (["--local", "--partition", "gpu"], "exclude each other"),
+        (["--num-workers", "0"], "at least 1"),
+        (["--tokenizer", "nowhere.model"], "no such file"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(tmp_path, scripted, flags, sentence):
+    write_stereo(tmp_path / "a.wav", murmur(1))
+    bad = tmp_path / "bad.pt"
+    bad.write_text("no weights")
+    flags = [str(bad) if flag == "NOT_A_MODEL" else flag for flag in flags]
+    manifest = write_manifest(tmp_path / "egs.jsonl", [{"path": "a.wav"}])
+    usual = ["--whisper-model", scripted, "--device", "cpu"]
+    with pytest.raises(UserError, match=sentence) as error:
+        annotate.main([str(manifest), *usual, *flags])
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_or_torn_manifest_is_told(tmp_path, scripted):
+    with pytest.raises(UserError, match="names no audio file"):
+        annotate.main([str(write_manifest(tmp_path / "a.jsonl", []))])
+    torn = tmp_path / "b.jsonl.gz"
+    torn.write_bytes(gzip.compress(b'{"path": "a.wav"}\n' * 100)[:40])
+    with pytest.raises(UserError, match="cannot be read to its end"):
+        annotate.main([str(torn)])

@@ -1,0 +1,111 @@
+"""Real processes that raise, break and are killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from finetune.cli import UserError
+from finetune.workers import WorkerBroken, run_workers
+
+
+def start(folder: str, rank: int):
+    Path(folder, f"start-{rank}-{os.getpid()}").touch()
+    return partial(work, os.getpid())
+
+
+def work(pid: int, task: str | int):
+    assert pid == os.getpid()  # what `start` made stays in its process
+    if task == "raise":
+        raise UserError("calls/1.wav: no such file")
+    if task == "bug":
+        raise KeyError("text")
+    if task == "break":
+        raise WorkerBroken("CUDA error: an illegal memory access")
+    if task == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == "sleep":
+        time.sleep(60)
+    return task
+
+
+def cannot_start(rank: int):
+    raise UserError("the model is not there")
+
+
+def dies_at_start(rank: int):
+    os._exit(3)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_raises_breaks_or_dies_costs_its_own_task_only(tmp_path, workers):
+    tasks = [0, "raise", 1, "bug", 2, "die", 3, "break", 4, 5]
+    outcomes = list(run_workers(partial(start, str(tmp_path)), tasks, workers))
+    assert sorted(map(str, tasks)) == sorted(str(o.task) for o in outcomes)
+    good = {o.task: o.result for o in outcomes if o.error is None}
+    assert good == {n: n for n in range(6)}
+    errors = {o.task: o.error for o in outcomes if o.error is not None}
+    assert errors["raise"] == "calls/1.wav: no such file"
+    assert errors["bug"] == "KeyError: 'text'"
+    assert errors["break"] == "CUDA error: an illegal memory access"
+    assert "killed by SIGKILL" in errors["die"] and "memory" in errors["die"]
+    if workers == 1:
+        assert len(list(tmp_path.iterdir())) == 3  # only the dead and the broken one were replaced
+
+
+def test_one_worker_does_the_tasks_in_their_order(tmp_path):
+    outcomes = list(run_workers(partial(start, str(tmp_path)), list(range(20)), 1))
+    assert [o.result for o in outcomes] == list(range(20))
+    assert list(run_workers(partial(start, str(tmp_path)), [], 3)) == []
+
+
+def test_workers_that_cannot_start_end_the_run_at_once():
+    with pytest.raises(UserError, match="the model is not there"):
+        list(run_workers(cannot_start, [1, 2, 3], 2))
+    with pytest.raises(UserError, match="exit code 3"):
+        list(run_workers(dies_at_start, [1, 2, 3], 2))
+
+
+def test_closing_the_iterator_kills_workers_in_the_middle_of_a_task(tmp_path):
+    began = time.monotonic()
+    with closing(run_workers(partial(start, str(tmp_path)), [0, "sleep", "sleep"], 2)) as outcomes:
+        assert next(outcomes).result == 0
+    assert time.monotonic() - began < 30
+    assert not any(alive(int(p.name.split("-")[-1])) for p in tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    code = (
+        "from functools import partial; from tests.test_workers import start; from finetune.workers import run_workers;"
+        f"list(run_workers(partial(start, {str(tmp_path)!r}), ['sleep', 'sleep'], 2))"
+    )
+    root = Path(__file__).parents[1]
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root)
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    workers = [int(p.name.split("-")[-1]) for p in tmp_path.iterdir()]
+    assert all(map(alive, workers))
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(map(alive, workers)))
+
+
+def alive(pid: int) -> bool:
+    """Running: not gone, and not a zombie that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, timeout_sec: float = 30.0) -> None:
+    end = time.monotonic() + timeout_sec
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
