@@ -44,7 +44,7 @@ class Role(NamedTuple):
     thing: str
 
 
-# Multiples of 25 Hz have whole periods in half a frame, so that a sound is the same in every frame it lasts.
+# All frequencies are multiples of 25 Hz: whole periods in half a frame, so that a sound is alike in all its frames.
 PITCHES = (100, 125, 150, 175, 200, 225, 250, 275)  # Hz
 TIMBRES = (7350, 7950, 8550, 9150, 9750)  # Hz
 BANDS = tuple(range(900, 6301, 600))  # Hz, centres of the bands of which two or three sound in a frame of a word
@@ -127,7 +127,7 @@ def word_parts() -> dict[str, np.ndarray]:
 @cache
 def _sounds(voice: Voice) -> np.ndarray:
     """[bands + 2, FRAME_SIZE]: one frame of each band, of the pitch and of the timbre, with one phase for all time."""
-    rng = np.random.default_rng(2)
+    phase_of = np.random.default_rng(2).uniform(0, 2 * np.pi, SAMPLE_RATE // 2 // 25)
     pitch = PITCHES[voice.pitch]
     harmonics = pitch * np.arange(1, SAMPLE_RATE // 2 // pitch)
     rows = []
@@ -138,8 +138,8 @@ def _sounds(voice: Voice) -> np.ndarray:
     seconds = np.arange(FRAME_SIZE) / SAMPLE_RATE
     sounds = []
     for frequencies in rows:
-        phases = rng.uniform(0, 2 * np.pi, (len(frequencies), 1))
-        sound = np.cos(2 * np.pi * frequencies[:, None] * seconds + phases).sum(0)
+        phases = phase_of[frequencies // 25]
+        sound = np.cos(2 * np.pi * frequencies[:, None] * seconds + phases[:, None]).sum(0)
         sounds.append(sound * _LOUDNESS / np.sqrt((sound**2).mean()))
     return np.stack(sounds)
 
@@ -497,7 +497,7 @@ def _write_dialogue(path: Path, rng: np.random.Generator, role: str, voice: str)
         "user_voice": user_voice,
         "turns": dialogue.turns,
     }
-    sidecar(path).write_text(json.dumps(about, indent=1) + "\n")
+    sidecar(path).write_text(json.dumps(about) + "\n")
     return dialogue.frames / FRAME_RATE
 
 
@@ -614,6 +614,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.hours > 0:
         raise UserError(f"--hours {args.hours}: must be above 0")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"{args.out}: is a file; give a folder")
     make_model(args.out / "model", args.seed)
     make_corpus(args.out / "data", args.hours, args.seed)
     print(f"wrote {args.out / 'model'} and {args.out / 'data'}")
