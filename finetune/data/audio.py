@@ -1,9 +1,18 @@
-"""Reading audio files, in pieces, as float32 arrays [channels, samples]. Decoding and resampling are sphn's."""
+"""Reading audio files as float32 arrays [channels, samples], whole, a stretch of them, or in pieces.
 
+Decoding is sphn's. Resampling is a finite filter whose every output depends on its place in the file and the sound
+around it, and on nothing else: a stretch or a piece is bit for bit what it would be in the whole file.
+(`sphn.resample` is not used: it comes tens of milliseconds late, loses the end, and depends on where it starts.)
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from math import ceil, gcd
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy.signal
 import sphn
 
 from finetune.cli import UserError
@@ -12,21 +21,19 @@ SAMPLE_RATE = 24_000  # Hz, Mimi (moshi/models/loaders.py: SAMPLE_RATE)
 FRAME_RATE = 12.5  # frames per second, Mimi (moshi/models/loaders.py: FRAME_RATE)
 FRAME_SIZE = 1920  # samples of one frame: SAMPLE_RATE / FRAME_RATE
 
+PIECE_SEC = 20  # decoded at once where a file is streamed: 7 MB at 44.1 kHz stereo
+LOUDEST = 100.0  # full scale is 1; what is beyond 40 dB above it is another scale or garbage
+
+# The filter is a Kaiser-windowed sinc. Toward 24 kHz it passes up to 10.7 kHz and stops from 12 kHz on by 86 dB.
+_ZERO_CROSSINGS = 48  # on each side
+_CUTOFF = 0.945  # of the lower of both Nyquist frequencies
+_KAISER_BETA = 8.6
+
 
 class AudioInfo(NamedTuple):
     channels: int
     sample_rate: int  # Hz
     duration_sec: float  # as the header says; a truncated file decodes to less
-
-
-def _open(path: str | Path) -> sphn.FileReader:
-    try:
-        return sphn.FileReader(str(path))
-    except ValueError as error:
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such file") from None
-        reason = str(error).split(": ", 1)[-1]
-        raise UserError(f"{path}: not readable as audio ({reason})") from None
 
 
 def probe(path: str | Path) -> AudioInfo:
@@ -53,17 +60,128 @@ def read(
     reader = _open(path)
     if channel is not None and channel >= reader.channels:
         raise UserError(f"{path}: has {reader.channels} channel(s), so there is no channel {channel}")
-    try:
-        if start_sec == 0.0 and duration_sec is None:
-            pcm = reader.decode_all()
+    rate = _rate(reader.sample_rate, sample_rate)
+    start = round(start_sec * sample_rate)
+    first_sec = max(0, start * rate.down // rate.up - rate.reach) // reader.sample_rate
+    if duration_sec is None:
+        if start == 0:
+            pcm = _decoded(path, reader.decode_all)
         else:
-            duration = reader.duration_sec - start_sec if duration_sec is None else duration_sec
-            pcm = reader.decode(start_sec, max(duration, 0.0))
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be decoded ({error})") from None
-    pcm = np.asarray(pcm, dtype=np.float32).reshape(reader.channels, -1)
+            pcm = _decode(path, reader, first_sec, ceil(max(0.0, reader.duration_sec - first_sec)) + 1)
+        stop = None
+    else:
+        stop = start + max(0, round(duration_sec * sample_rate))
+        last = -(-stop * rate.down // rate.up) + rate.reach
+        pcm = _decode(path, reader, first_sec, -(-last // reader.sample_rate) - first_sec)
     if channel is not None:
         pcm = pcm[channel : channel + 1]
-    if reader.sample_rate != sample_rate and pcm.shape[1]:
-        pcm = sphn.resample(np.ascontiguousarray(pcm), reader.sample_rate, sample_rate)
-    return pcm
+    first = first_sec * reader.sample_rate
+    there = rate.outputs(first + pcm.shape[1])
+    stop = there if stop is None else min(stop, there)
+    return rate.convert(pcm, first, start, max(start, stop))
+
+
+def stream(path: str | Path, sample_rate: int = SAMPLE_RATE, piece_sec: int = PIECE_SEC) -> Iterator[np.ndarray]:
+    """A whole file in pieces [channels, samples] that join to what `read` gives, in memory that does not grow with it.
+
+    Raises UserError as `read` does.
+    """
+    reader = _open(path)
+    rate = _rate(reader.sample_rate, sample_rate)
+    pcm = np.zeros((reader.channels, 0), dtype=np.float32)
+    first = done = 0  # source samples before `pcm`, target samples given out
+    for second in range(0, 2**31, piece_sec):
+        piece = _decode(path, reader, second, piece_sec)
+        pcm = np.concatenate([pcm, piece], axis=1)
+        end = first + pcm.shape[1]
+        ended = piece.shape[1] < piece_sec * reader.sample_rate
+        stop = rate.outputs(end) if ended else max(done, (end - rate.reach) * rate.up // rate.down)
+        if stop > done:
+            yield rate.convert(pcm, first, done, stop)
+        if ended:
+            return
+        done = stop
+        keep = max(first, done * rate.down // rate.up - rate.reach)
+        pcm, first = pcm[:, keep - first :], keep
+
+
+def resample(pcm: np.ndarray, source: int, target: int) -> np.ndarray:
+    """`pcm` [channels, samples] as float32 [channels, ceil(samples * target / source)] at `target` Hz."""
+    rate = _rate(source, target)
+    return rate.convert(np.asarray(pcm, dtype=np.float32), 0, 0, rate.outputs(pcm.shape[1]))
+
+
+def _open(path: str | Path) -> sphn.FileReader:
+    try:
+        return sphn.FileReader(str(path))
+    except ValueError as error:
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such file") from None
+        reason = str(error).split(": ", 1)[-1]
+        raise UserError(f"{path}: not readable as audio ({reason})") from None
+
+
+def _decode(path: str | Path, reader: sphn.FileReader, start_sec: int, duration_sec: int) -> np.ndarray:
+    """[channels, samples] of a stretch in whole seconds: only there does sphn find the very sample."""
+    pcm = _decoded(path, reader.decode, float(start_sec), float(duration_sec))
+    return pcm.reshape(reader.channels, -1)[:, : duration_sec * reader.sample_rate]
+
+
+def _decoded(path: str | Path, function, *args) -> np.ndarray:
+    try:
+        pcm = np.asarray(function(*args), dtype=np.float32)
+        # One NaN would stay in the codec's attention for all files that its lane encodes after this one.
+        if pcm.size and not max(-pcm.min(), pcm.max()) < LOUDEST:
+            raise UserError(f"{path}: holds samples that are not finite or beyond {LOUDEST:.0f} times full scale")
+        return pcm
+    except ValueError as error:
+        if "end of stream" in str(error) or "out-of-range for stream" in str(error):  # a start past the end
+            return np.zeros(0, dtype=np.float32)
+        raise UserError(f"{path}: cannot be decoded ({error})") from None
+
+
+class _Rate:
+    """From `source` to `target` Hz: target sample n is at n * down / up source samples.
+
+    Attributes:
+        reach: source samples on each side that a target sample hears.
+    """
+
+    def __init__(self, source: int, target: int):
+        self.up, self.down = target // gcd(source, target), source // gcd(source, target)
+        self.reach = 0
+        if self.up == self.down:
+            return
+        widest = max(self.up, self.down)
+        half = _ZERO_CROSSINGS * widest
+        taps = scipy.signal.firwin(2 * half + 1, _CUTOFF / widest, window=("kaiser", _KAISER_BETA)) * self.up
+        # With its centre at a multiple of `down`, and pieces that begin at one, every output falls on its own tap.
+        self._delay = -(-half // self.down)
+        pad = self._delay * self.down - half
+        self._taps = np.pad(taps, (pad, 0)).astype(np.float32)
+        self.reach = half // self.up + 1
+
+    def outputs(self, samples: int) -> int:
+        """Length of what `samples` source samples become."""
+        return -(-samples * self.up // self.down)
+
+    def convert(self, pcm: np.ndarray, first: int, start: int, stop: int) -> np.ndarray:
+        """Target samples [start, stop) out of source samples `first` and on; the file is silent outside of them."""
+        if self.up == self.down:
+            return pcm[:, start - first : stop - first]
+        low = max(0, start * self.down // self.up - self.reach) // self.down * self.down
+        high = -(-stop * self.down // self.up) + self.reach
+        out = np.zeros((len(pcm), max(0, stop - start)), dtype=np.float32)
+        if out.shape[1] == 0:
+            return out
+        if low < first:
+            pcm = np.pad(pcm, ((0, 0), (first - low, 0)))
+            first = low
+        made = scipy.signal.upfirdn(self._taps, pcm[:, low - first : high - first], self.up, self.down, axis=1)
+        offset = start + self._delay - low // self.down * self.up
+        made = made[:, offset : offset + out.shape[1]]
+        out[:, : made.shape[1]] = made
+        return out
+
+
+_rate = lru_cache(_Rate)

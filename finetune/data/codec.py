@@ -1,0 +1,432 @@
+"""Mimi, as the servers run it, over many streams at once; and the files that keep its codes.
+
+A server encodes frame by frame, 1,920 samples a call, from a fresh state. So does this module, with many streams as
+lanes of one streaming batch: a lane whose stream ends is reset and takes the next one, so that all lanes stay busy
+and memory does not depend on how long a stream is.
+
+Floating-point sums depend on the shape of the matrices that they are part of. A batch therefore gives other last bits
+than one stream alone, and once in a while another code where two are about equally near. `exact` avoids that: sums
+are made lane by lane, in the very calls that one stream alone would make, and only the rest for all lanes at once.
+Every code then equals that of a server with one stream on the same machine, whatever else is in the batch. This is
+the default on a CPU. A GPU would spend its time on launching the calls; its default is the plain batch, in full
+float32, because TF32 changes far more codes than batching does.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from moshi.models import MimiModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from finetune.cli import UserError
+from finetune.data.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
+from finetune.jobs import replacing
+
+CODEBOOKS = 8  # of Mimi's 32: what Moshi hears and says per channel (moshi/models/loaders.py: num_codebooks)
+
+# --- 1. Encoding -----------------------------------------------------------------------------------------------
+
+CPU_LANES = 2
+CUDA_LANES = 64
+_LANE_BYTES = 40 * 2**20  # of GPU memory, with the real Mimi: 16 MB are keys and values, the rest activations
+_COLLECT_FRAMES = 32  # codes stay on the device for so long: fetching them makes the host wait for it
+_CUDA_REFILL_FRAMES = 8  # a reset is some 250 launches, as long as half a frame; lanes wait a little and share it
+
+
+def default_lanes(device: torch.device | str) -> int:
+    """How many streams to encode at once: one stereo file on a CPU, on a GPU as many as pay and fit."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return CPU_LANES
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(2, min(CUDA_LANES, free // _LANE_BYTES // 2 * 2))
+
+
+def encode(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | None = None) -> list[Tensor]:
+    """Codes of recordings in memory, as a server would make them.
+
+    Args:
+        mimi: not streaming; it streams meanwhile and is left as it was.
+        wavs: float32 [samples] at 24 kHz, of any lengths; the last frame is filled up with silence.
+        exact: see the module's docstring; None: on a CPU.
+    Returns:
+        int64 [codebooks, ceil(samples / 1920)] each, on the CPU.
+    Raises:
+        UserError: one of them is empty.
+    """
+    if not len(wavs):
+        return []
+    order = sorted(range(len(wavs)), key=lambda i: -len(wavs[i]))  # so that lanes end together
+    streams = encode_streams(mimi, ([wavs[i]] for i in order), min(len(wavs), CUDA_LANES), exact)
+    codes = {}
+    for place, result in streams:
+        if isinstance(result, UserError):
+            raise result
+        codes[order[place]] = result[0].long()
+    return [codes[i] for i in range(len(wavs))]
+
+
+def encode_streams(
+    mimi: MimiModel, sources: Iterable[Iterable[Tensor | np.ndarray]], lanes: int, exact: bool | None = None
+) -> Iterator[tuple[int, Tensor | UserError]]:
+    """Codes of any number of recordings of any length, `lanes` channels at a time.
+
+    Args:
+        mimi: not streaming; it streams until the iterator ends or is closed, and is then left as it was.
+        sources: one iterable per recording, over pieces of any lengths, float32 [samples] or [channels, samples] on
+            the CPU, at 24 kHz. A channel takes a lane. The next recording is asked for one ahead of need and pieces
+            when they are needed: whoever reads ahead in threads lets decoding overlap with encoding.
+        exact: see the module's docstring; None: on a CPU.
+    Yields:
+        (index of the recording, int16 [channels, codebooks, frames] on the CPU) in the order in which they end, or in
+        place of the codes a UserError: what its source raised, or that it is empty.
+    Raises:
+        UserError: a recording has more channels than there are lanes.
+    """
+    on_cuda = _device(mimi).type == "cuda"
+    exact = not on_cuda if exact is None else exact
+    refill_frames = _CUDA_REFILL_FRAMES if on_cuda else 1
+    recordings = (_Recording(index, source) for index, source in enumerate(sources))
+    waiting = next(recordings, None)
+    active: list[_Recording] = []
+    ended: list[_Recording] = []  # and not given out yet
+    free = list(range(lanes))
+    made: list[Tensor] = []  # codes [lanes, codebooks] of the frames since the last collection, on the device
+
+    with mimi.streaming(lanes):
+        for step in itertools.count():
+            for recording in active:
+                recording.advance()
+                if recording.frame is None:
+                    recording.stop = len(made)
+                    free += recording.lanes
+                    ended.append(recording)
+            active = [recording for recording in active if recording.frame is not None]
+
+            fresh: list[int] = []
+            while waiting is not None and (not active or step % refill_frames == 0):
+                if waiting.channels > lanes:
+                    raise UserError(f"{waiting.channels} channels need as many lanes, there are {lanes}")
+                if waiting.channels > len(free):
+                    break
+                if waiting.frame is None:
+                    ended.append(waiting)
+                else:
+                    waiting.lanes, free = free[: waiting.channels], free[waiting.channels :]
+                    waiting.start = len(made)
+                    fresh += waiting.lanes
+                    active.append(waiting)
+                waiting = next(recordings, None)
+
+            if len(made) == _COLLECT_FRAMES or (made and not active):
+                _collect(made, ended + active)
+            if not made:
+                yield from ((recording.index, recording.result()) for recording in ended)
+                ended.clear()
+            if not active:
+                return
+            if fresh and step:
+                _reset(mimi, lanes, fresh)
+            frame = np.zeros((lanes, 1, FRAME_SIZE), dtype=np.float32)
+            for recording in active:
+                frame[recording.lanes, 0] = recording.frame
+            busy = [lane for recording in active for lane in recording.lanes]
+            made.append(_encode_frame(mimi, torch.from_numpy(frame), busy if exact and lanes > 1 else None))
+
+
+class _Recording:
+    """One source on its way through the lanes.
+
+    Attributes:
+        frame: the current one, [channels, 1920]; None when there are no more.
+        start, stop: where its codes lie among those not collected yet.
+    """
+
+    def __init__(self, index: int, source: Iterable[Tensor | np.ndarray]):
+        self.index = index
+        self.error: UserError | None = None
+        self.lanes: list[int] = []
+        self.start, self.stop = 0, None
+        self.codes: list[Tensor] = []
+        self._frames = _frames(source)
+        self.advance()
+        self.channels = 0 if self.frame is None else len(self.frame)
+
+    def advance(self) -> None:
+        try:
+            self.frame = next(self._frames, None)
+        except UserError as error:
+            self.frame, self.error = None, error
+
+    def result(self) -> Tensor | UserError:
+        return torch.cat(self.codes, dim=2) if self.error is None else self.error
+
+
+def _frames(pieces: Iterable[Tensor | np.ndarray]) -> Iterator[np.ndarray]:
+    """[channels, 1920] each, the last one filled up with silence."""
+    rest, empty = None, True
+    for piece in pieces:
+        pcm = np.asarray(piece, dtype=np.float32)
+        pcm = pcm[None] if pcm.ndim == 1 else pcm
+        if rest is not None:
+            pcm = np.concatenate([rest, pcm], axis=1)
+        whole = pcm.shape[1] // FRAME_SIZE * FRAME_SIZE
+        for start in range(0, whole, FRAME_SIZE):
+            yield pcm[:, start : start + FRAME_SIZE]
+        rest = pcm[:, whole:] if pcm.shape[1] > whole else None
+        empty = empty and pcm.shape[1] == 0
+    if rest is not None:
+        yield np.pad(rest, ((0, 0), (0, FRAME_SIZE - rest.shape[1])))
+    if empty:
+        raise UserError("holds no sound at all: 0 samples")
+
+
+def _device(mimi: MimiModel) -> torch.device:
+    return next(mimi.parameters()).device
+
+
+@torch.inference_mode()
+def _encode_frame(mimi: MimiModel, frame: Tensor, busy: list[int] | None) -> Tensor:
+    """Codes int16 [lanes, codebooks] of a frame [lanes, 1, 1920]; exact for the lanes in `busy` if that is given."""
+    device = _device(mimi)
+    if device.type == "cuda":
+        frame = frame.pin_memory().to(device, non_blocking=True)
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(_full_float32())
+        if busy is not None:
+            stack.enter_context(_LaneByLane(busy))
+        return mimi.encode(frame)[:, :, 0].short()
+
+
+@torch.inference_mode()
+def _reset(mimi: MimiModel, lanes: int, fresh: list[int]) -> None:
+    """Gives lanes a fresh state. Only what encodes has one to lose: the decoder is never run here."""
+    mask = torch.zeros(lanes, dtype=torch.bool)
+    mask[fresh] = True
+    mask = mask.to(_device(mimi))
+    for part in (mimi.encoder, mimi.encoder_transformer, mimi.downsample.conv):
+        part.reset_streaming(mask)
+
+
+@torch.inference_mode()
+def _collect(made: list[Tensor], recordings: list[_Recording]) -> None:
+    """Moves the codes made so far to the recordings that they belong to."""
+    codes = torch.stack(made, dim=2).cpu()
+    for recording in recordings:
+        recording.codes.append(codes[recording.lanes, :, recording.start : recording.stop])
+        recording.start = 0
+    made.clear()
+
+
+# Functions, and the dimension of the lanes in their first argument (a row of `cdist` is one lane's frame).
+_SUMS = {F.linear: 0, F.conv1d: 0, F.scaled_dot_product_attention: 0, torch.cdist: 1}
+
+
+class _LaneByLane(TorchFunctionMode):
+    """Calls whatever sums over channels, positions or weights once per lane, with tensors of one stream's shape.
+
+    Elementwise operations and norms are the same for a row whatever is beside it. Lanes that are not `busy` get the
+    result of one that is.
+    """
+
+    def __init__(self, busy: list[int]):
+        super().__init__()
+        self.busy = busy
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        dim = _SUMS.get(function)
+        if dim is None:
+            return function(*args, **kwargs)
+        split = len(args) if function is F.scaled_dot_product_attention else 1  # the rest are weights
+        done = {
+            lane: function(*(tensor.narrow(dim, lane, 1) for tensor in args[:split]), *args[split:], **kwargs)
+            for lane in self.busy
+        }
+        idle = done[self.busy[0]]
+        return torch.cat([done.get(lane, idle) for lane in range(args[0].shape[dim])], dim=dim)
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+# --- 2. Fingerprints -------------------------------------------------------------------------------------------
+
+_BLOCK = 8192
+_BLOCKS = 16
+# Names that files use for what MimiModel.state_dict calls otherwise (moshi/modules/transformer.py: _load_hook;
+# moshi/quantization/core_vq.py: _load_from_state_dict).
+_RENAMED = {
+    ".in_proj_weight": ".in_projs.0.weight",
+    ".in_proj.weight": ".in_projs.0.weight",
+    ".out_proj.weight": ".out_projs.0.weight",
+    "._codebook.cluster_size": "._codebook.cluster_usage",
+    "._codebook.embed_avg": "._codebook.embedding_sum",
+    "._codebook.embed_sum": "._codebook.embedding_sum",
+}
+
+
+def fingerprint(mimi: MimiModel) -> str:
+    """Names a codec by what its codes depend on: the weights of its encoder and the codebooks in use."""
+    state = mimi.state_dict()
+    return _fingerprint(state, state.__getitem__, mimi.num_codebooks)
+
+
+def fingerprint_file(path: Path, codebooks: int = CODEBOOKS) -> str:
+    """`fingerprint` of the Mimi that a weight file holds, without building it. Raises UserError if it holds none."""
+    try:
+        if Path(path).suffix in (".safetensors", ".sft", ".sfts"):
+            with safe_open(path, framework="pt") as file:
+                return _fingerprint(file.keys(), file.get_tensor, codebooks)
+        state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        return _fingerprint(state, state.__getitem__, codebooks)
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not readable as Mimi's weights ({str(error).splitlines()[0]})") from None
+
+
+def _fingerprint(names: Iterable[str], get: Callable[[str], Tensor], codebooks: int) -> str:
+    stored = {_canonical(name): name for name in names}
+    used = [name for name in stored if _encodes(name, codebooks)]
+    if not used:
+        raise ValueError("no encoder in it")
+    digest = hashlib.sha256(str(codebooks).encode())
+    for name in sorted(used):
+        tensor = get(stored[name]).detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(tensor.numpy())
+    return digest.hexdigest()[:16]
+
+
+def _canonical(name: str) -> str:
+    for old, new in _RENAMED.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _encodes(name: str, codebooks: int) -> bool:
+    part, _, rest = name.partition(".")
+    if part != "quantizer":
+        return part in ("encoder", "encoder_transformer", "downsample")
+    if rest.endswith((".cluster_usage", ".embedding_sum")):
+        which, layer = rest.split(".")[0], int(rest.split(".layers.")[1].split(".")[0])
+        return layer < (1 if which == "rvq_first" else codebooks - 1)  # one semantic codebook, the rest acoustic
+    return rest.endswith(".input_proj.weight")
+
+
+def audio_fingerprint(path: Path) -> str:
+    """Names the content of a file: its size and 16 blocks of 8 kB, evenly spread from its first byte to its last; of a
+    file of no more than that, all of it.
+
+    It costs the same for every length, so that training can check each file that it opens. A copy, a move or a new
+    date do not change it; a file recorded, cut, resampled or made louder anew does. An edit that keeps the size and
+    falls between the blocks is not seen. Raises UserError if the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            starts = range(0, size, _BLOCK)
+            if size > _BLOCKS * _BLOCK:
+                starts = [(size - _BLOCK) * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
+            digest = hashlib.sha256(str(size).encode())
+            for start in starts:
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+            return digest.hexdigest()[:16]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+# --- 3. Files of codes -----------------------------------------------------------------------------------------
+
+FORMAT = 1
+_FIELDS = {"codes": Tensor, "frame_rate": float, "sample_rate": int, "duration": float, "mimi": str, "audio": str}
+
+
+def save_codes(path: Path, codes: Tensor, duration_sec: float, mimi_fingerprint: str, audio_fingerprint: str) -> None:
+    """Writes codes [channels, 8, frames], atomically.
+
+    The file is `torch.save` of a dictionary: the codes as int16, "frame_rate" and "sample_rate" (Hz), "duration" (of
+    the audio, seconds), "mimi" and "audio" (fingerprints) and "format".
+    """
+    entry = {
+        "codes": codes.to(torch.int16).contiguous(),
+        "frame_rate": FRAME_RATE,
+        "sample_rate": SAMPLE_RATE,
+        "duration": float(duration_sec),
+        "mimi": mimi_fingerprint,
+        "audio": audio_fingerprint,
+        "format": FORMAT,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        torch.save(entry, temporary)
+
+
+def load_codes(path: Path) -> dict:
+    """What `save_codes` wrote. The codes are mapped from disk: only what is used of them is read.
+
+    Raises UserError if the file is missing, damaged or something else.
+    """
+    again = "run precompute_codes.py again"
+    try:
+        entry = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {again}") from None
+    except Exception as error:  # torch raises nearly anything on nearly a zip file
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path}: damaged, or not a file of codes ({reason[0][:120]}); {again}") from None
+    if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in _FIELDS.items()):
+        raise UserError(f"{path}: not a file of codes; {again}")
+    codes = entry["codes"]
+    if entry.get("format") != FORMAT or codes.dtype != torch.int16 or codes.ndim != 3 or codes.shape[1] != CODEBOOKS:
+        raise UserError(
+            f"{path}: holds codes of format {entry.get('format')}, {codes.dtype} {list(codes.shape)}, where format "
+            f"{FORMAT}, int16 [channels, {CODEBOOKS}, frames] is expected; {again}"
+        )
+    return entry
+
+
+def check(
+    entry: dict,
+    path: Path | None = None,
+    mimi_fingerprint: str | None = None,
+    audio_path: Path | None = None,
+) -> None:
+    """Raises UserError if codes (from `path`) were made by another codec, or of audio that has changed since.
+
+    What is None is not checked, nor is audio that is not there: training on codes does not need it.
+    """
+    name = "codes" if path is None else str(path)
+    if mimi_fingerprint is not None and entry["mimi"] != mimi_fingerprint:
+        raise UserError(
+            f"{name}: made by Mimi {entry['mimi']}, and this model's is {mimi_fingerprint}; run precompute_codes.py "
+            "again with this model's --hf-repo or --mimi-path"
+        )
+    if audio_path is not None and Path(audio_path).exists():
+        now = audio_fingerprint(audio_path)
+        if entry["audio"] != now:
+            raise UserError(
+                f"{name}: made of audio {entry['audio']}, and {audio_path} is now {now}: it has changed since; "
+                "run precompute_codes.py again"
+            )
