@@ -393,9 +393,8 @@ def load_codes(path: Path) -> dict:
         entry = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {again}") from None
-    except Exception as error:  # torch raises nearly anything on nearly a zip file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: damaged, or not a file of codes ({reason[0][:120]}); {again}") from None
+    except Exception:  # torch raises nearly anything on nearly a zip file
+        raise UserError(f"{path}: damaged, or not a file of codes; {again}") from None
     if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in _FIELDS.items()):
         raise UserError(f"{path}: not a file of codes; {again}")
     codes = entry["codes"]

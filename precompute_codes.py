@@ -1,0 +1,367 @@
+"""Encodes every file of some manifests with Mimi, once, so that training needs no Mimi and waits for no data.
+
+  python precompute_codes.py data/train.jsonl data/eval.jsonl --output-dir data_encoded
+  python precompute_codes.py data/train.jsonl --output-dir data_encoded --hf-repo nvidia/personaplex-7b-v1
+  python precompute_codes.py data/train.jsonl.gz --output-dir data_encoded --shards 8 --partition gpu
+
+The manifests are JSON lines, {"path": "calls/1.wav", "duration": 63.2}, paths relative to their folders; the audio is
+stereo: left the agent, right the user. Written are codes/calls/1.wav.pt for each file and train_precomputed.jsonl for
+each manifest: its lines with all their fields, "codes_path" added and "duration" as the audio has it. Train on that.
+Word times and prompts stay in the .json beside each wav.
+
+A second run does only what is missing, or was made by another Mimi or of a file that has changed. A file that cannot
+be done costs the others nothing; it is listed at the end and in <codes>.err, and left out of the new manifest. Data
+sets of different folders go to different output folders.
+
+For SLURM, account, quality of service and time limit are read by sbatch from SBATCH_ACCOUNT, SBATCH_QOS and
+SBATCH_TIMELIMIT.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from finetune.cli import Parser, UserError, run
+from finetune.data import audio, codec, manifest
+from finetune.jobs import Failures, Progress, forget_error, replacing, run_shards, shard
+from finetune.model import MOSHI, open_checkpoint
+
+CHANNELS = 2  # agent, user
+LIE_SEC = 0.01  # a manifest that is off by more did not mean rounding
+
+
+class Item(NamedTuple):
+    """One audio file."""
+
+    path: Path
+    codes: Path
+    duration: float | None  # seconds, as the manifest says
+
+
+class Outcome(NamedTuple):
+    """What one run, or one shard of it, has done."""
+
+    durations: dict[str, float]  # true seconds of each file that has codes, by its codes
+    failed: dict[str, str]  # a sentence for each that has none
+    encoded_sec: float  # of the files encoded now
+    wall_sec: float  # for which the codec was there
+
+
+# --- 1. What there is to do ----------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("manifests", type=Path, nargs="+", metavar="MANIFEST", help="the .jsonl or .jsonl.gz files")
+    parser.add_argument("--output-dir", type=Path, required=True, help="for the codes and the new manifests")
+    parser.add_argument("--hf-repo", default=MOSHI.default_repo, help="hub repository or folder of the model to train")
+    parser.add_argument("--mimi-path", help="Mimi weights in place of the repository's")
+    parser.add_argument("--device", help="cpu, cuda or cuda:1; default: cuda if there is one")
+    parser.add_argument(
+        "--lanes", type=int, help="channels encoded at once; default: 2 on a CPU, 64 on a GPU, fewer if it is small"
+    )
+    parser.add_argument(
+        "--exact", action=argparse.BooleanOptionalAction, default=None,
+        help="codes equal to the last bit to those of one stream alone; without, one in some ten thousand may differ "
+        "from them, and many lanes pay; default: on a CPU, not on a GPU",
+    )  # fmt: skip
+    parser.add_argument("--num-load-threads", type=int, default=4, help="threads that decode and resample")
+    parser.add_argument(
+        "-S", "--shards", type=int, default=1, help="jobs of a SLURM task array; without --partition, of this machine"
+    )
+    parser.add_argument("--partition", help="submit to this SLURM partition")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if any file failed; else only if all did")
+    args = parser.parse_args(argv)
+    if args.shards < 1 or args.num_load_threads < 1:
+        raise UserError("--shards and --num-load-threads are at least 1")
+    if args.lanes is not None and args.lanes < CHANNELS:
+        raise UserError(f"--lanes {args.lanes}: a stereo file takes {CHANNELS}")
+    return args
+
+
+def output_manifest(folder: Path, source: Path) -> Path:
+    stem = source.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+    return folder / f"{stem}_precomputed.jsonl"
+
+
+def read_items(args: argparse.Namespace, problems: list[str]) -> dict[Path, Item]:
+    """The files of all manifests by their paths, each once. Lines that are no good become sentences in `problems`.
+
+    Codes are named after the audio: its path from the manifest's folder, or all of its path if it lies elsewhere. The
+    same name for another file (of another manifest) gets a hash of its path as well.
+    """
+    new = [output_manifest(args.output_dir, source) for source in args.manifests]
+    for target, source in zip(new, args.manifests):
+        if new.count(target) > 1:
+            raise UserError(f"{source}: two manifests would both become {target.name}; give them different names")
+    items: dict[Path, Item] = {}
+    taken: set[Path] = set()
+    for source in args.manifests:
+        try:
+            for line in manifest.iterate(source, problems):
+                if line.path in items:
+                    continue
+                path = Path(os.path.normpath(line.path))
+                inside = path.is_relative_to(source.parent)
+                name = str(path.relative_to(source.parent if inside else path.anchor))
+                codes = args.output_dir / "codes" / f"{name}.pt"
+                if codes in taken:
+                    mark = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+                    codes = codes.with_name(f"{path.name}-{mark}.pt")
+                taken.add(codes)
+                duration = line.fields.get("duration")
+                known = isinstance(duration, int | float) and not isinstance(duration, bool) and duration > 0
+                items[line.path] = Item(line.path, codes, float(duration) if known else None)
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise UserError(f"{source}: cannot be read to its end ({error})") from None
+    if not items:
+        raise UserError("; ".join([f"{args.manifests[0]}: names no audio file", *problems[:1]]))
+    return items
+
+
+def finished(item: Item, mimi_fingerprint: str) -> float | None:
+    """Seconds of a file whose codes are there and up to date; None if they have to be made."""
+    if not item.codes.exists():
+        return None
+    try:
+        entry = codec.load_codes(item.codes)
+        codec.check(entry, item.codes, mimi_fingerprint, item.path)
+        return entry["duration"]
+    except UserError:
+        return None
+
+
+# --- 2. Encoding ---------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """The audio of one file, piece by piece; each piece is decoded by a thread while the one before is encoded.
+
+    Attributes:
+        samples: how many have been given out, at 24 kHz, per channel.
+        fingerprint: of the file, taken before it was read.
+    """
+
+    def __init__(self, item: Item, pool: ThreadPoolExecutor, bar: Progress):
+        self.item = item
+        self.samples = 0
+        self.fingerprint = ""
+        self._pool, self._bar = pool, bar
+        self._pieces = self._read()
+        self._next = pool.submit(next, self._pieces, None)
+
+    def _read(self) -> Iterator[np.ndarray]:
+        self.fingerprint = codec.audio_fingerprint(self.item.path)
+        channels = audio.probe(self.item.path).channels
+        if channels != CHANNELS:
+            raise UserError(f"{self.item.path}: has {channels} channel(s); training needs agent left, user right")
+        yield from audio.stream(self.item.path)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        while (piece := self._next.result()) is not None:
+            self._next = self._pool.submit(next, self._pieces, None)
+            self.samples += piece.shape[1]
+            self._bar.update(piece.shape[1] / audio.SAMPLE_RATE)
+            yield piece
+
+
+def read_ahead(readers: Iterator[Reader], count: int) -> Iterator[Reader]:
+    """The same readers, of which the next `count` have begun to decode."""
+    begun = deque(islice(readers, count))
+    while begun:
+        yield begun.popleft()
+        begun.extend(islice(readers, 1))
+
+
+def encode_shard(args: argparse.Namespace, index: int, count: int) -> Outcome:
+    """Does every `count`-th file from `index` on: the whole work on one machine, or one job of a task array."""
+    device = device_of(args.device, index)
+    longest_first = sorted(
+        read_items(args, problems=[]).values(), key=lambda item: (-(item.duration or float("inf")), str(item.path))
+    )
+    items = shard(longest_first, index, count)
+    checkpoint = open_checkpoint(args.hf_repo, mimi_path=args.mimi_path)
+    fingerprint = codec.fingerprint_file(checkpoint.mimi_weights())
+    failures, durations, todo = Failures(), {}, []
+    with ThreadPoolExecutor(args.num_load_threads) as pool:
+        for item, duration in zip(items, pool.map(partial(finished, mimi_fingerprint=fingerprint), items)):
+            if duration is None:
+                todo.append(item)
+            else:
+                durations[str(item.codes)] = duration
+                forget_error(item.codes)
+        if not todo:
+            return Outcome(durations, failures.sentences, 0.0, 0.0)
+
+        mimi = checkpoint.mimi(device)
+        lanes = args.lanes or codec.default_lanes(device)
+        started = time.monotonic()
+        encoded_sec = 0.0
+        with Progress([item.duration for item in todo], "encoding") as bar:
+            readers: dict[int, Reader] = {}
+
+            def begin() -> Iterator[Reader]:
+                for number, item in enumerate(todo):
+                    readers[number] = Reader(item, pool, bar)
+                    yield readers[number]
+
+            sources = read_ahead(begin(), args.num_load_threads)
+            with closing(codec.encode_streams(mimi, sources, lanes, args.exact)) as results:
+                for number, result in results:
+                    reader = readers.pop(number)
+                    item, seconds = reader.item, reader.samples / audio.SAMPLE_RATE
+                    try:
+                        if isinstance(result, UserError):
+                            raise result
+                        codec.save_codes(item.codes, result, seconds, fingerprint, reader.fingerprint)
+                    except (UserError, OSError) as error:
+                        failures.add(item.codes, sentence(item, error))
+                        bar.set_postfix_str(f"{len(failures)} failed")
+                    else:
+                        forget_error(item.codes)
+                        durations[str(item.codes)] = seconds
+                        encoded_sec += seconds
+    return Outcome(durations, failures.sentences, encoded_sec, time.monotonic() - started)
+
+
+def sentence(item: Item, error: Exception) -> str:
+    """The error in words that name the file."""
+    text = str(error)
+    return text if text.startswith(str(item.path)) else f"{item.path}: {text}"
+
+
+def device_of(name: str | None, rank: int) -> torch.device:
+    """The device of shard `rank`: GPUs in turn for `cuda`. Raises UserError if there is no such device."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: is neither cpu, nor cuda, nor a GPU such as cuda:1")
+    if device.type == "cpu":
+        return device
+    gpus = torch.cuda.device_count()
+    if gpus <= (device.index or 0):
+        raise UserError(f"--device {name}: this machine has {gpus} GPU(s)")
+    return torch.device("cuda", rank % gpus if device.index is None else device.index)
+
+
+# --- 3. The new manifests ------------------------------------------------------------------------------------
+
+
+def write_manifest(source: Path, target: Path, items: dict[Path, Item], durations: dict[str, float]) -> tuple[int, int]:
+    """Writes the lines whose files have codes. Returns how many, and how many had a duration that was wrong."""
+    lines = lies = 0
+    with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as out:
+        for line in manifest.iterate(source, problems=[]):
+            item = items[line.path]
+            duration = durations.get(str(item.codes))
+            if duration is None:
+                continue
+            said = line.fields.get("duration")
+            if not isinstance(said, int | float) or abs(said - duration) > LIE_SEC:
+                lies += said is not None
+                line.fields["duration"] = round(duration, 6)
+            line.fields["path"] = path_from(target.parent, line.path)
+            line.fields["codes_path"] = path_from(target.parent, item.codes)
+            out.write(json.dumps(line.fields, ensure_ascii=False) + "\n")
+            lines += 1
+    return lines, lies
+
+
+def path_from(folder: Path, path: Path) -> str:
+    """`path` as a manifest in `folder` names it: relative if it is below, else absolute."""
+    path = Path(os.path.normpath(path))
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
+# --- 4. Main -------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    args.manifests = [Path(os.path.abspath(path)) for path in args.manifests]
+    args.output_dir = Path(os.path.abspath(args.output_dir))
+    problems: list[str] = []
+    items = read_items(args, problems)
+    if not args.partition:
+        device_of(args.device, 0)
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {args.output_dir}: cannot be made ({error.strerror})") from None
+
+    started = time.monotonic()
+    dead: list[str] = []
+    if args.shards == 1 and not args.partition:
+        outcomes = [encode_shard(args, 0, 1)]
+    else:
+        results, dead = run_shards(
+            partial(encode_shard, args),
+            args.shards,
+            folder=args.output_dir / "jobs",
+            name="precompute",
+            partition=args.partition,
+            cpus=args.num_load_threads,
+            gpus=0 if args.device == "cpu" else 1,
+        )
+        outcomes = list(results.values())
+    durations = {codes: seconds for outcome in outcomes for codes, seconds in outcome.durations.items()}
+    failed = {codes: why for outcome in outcomes for codes, why in outcome.failed.items()}
+    for item in items.values():
+        if dead and str(item.codes) not in durations:  # a shard that died has not told
+            failed.setdefault(str(item.codes), f"{item.path}: was not done")
+
+    lines = lies = 0
+    for source in args.manifests:
+        target = output_manifest(args.output_dir, source)
+        written = write_manifest(source, target, items, durations)
+        lines, lies = lines + written[0], lies + written[1]
+        print(f"{target}: {written[0]} lines")
+
+    encoded_sec = sum(outcome.encoded_sec for outcome in outcomes)
+    wall_sec = max((outcome.wall_sec for outcome in outcomes), default=0.0)
+    hours = sum(durations.values()) / 3600
+    size = sum(Path(codes).stat().st_size for codes in durations)
+    rows = {
+        "files": f"{len(durations)} with codes, {len(failed)} failed, {len(problems)} bad lines",
+        "hours": f"{hours:.2f}, of which {encoded_sec / 3600:.2f} encoded now",
+        "speed": f"{encoded_sec / wall_sec:.1f} x real time" if wall_sec else "nothing was left to do",
+        "size": f"{size / hours:,.0f} bytes per hour" if hours else "nothing",
+        "durations": f"{lies} of {lines} corrected",
+        "time": f"{time.monotonic() - started:.1f} s",
+    }
+    for name, value in rows.items():
+        print(f"  {name:<10}{value}")
+    show("bad lines:", problems)
+    show("failed:", [failed[codes] for codes in sorted(failed)])
+    show("dead:", dead)
+    return int(bool(dead) or not durations or (args.strict and bool(failed or problems)))
+
+
+def show(title: str, lines: list[str], limit: int = 20) -> None:
+    if lines:
+        print("\n  ".join([title, *lines[:limit]]))
+        if len(lines) > limit:
+            print(f"  ... and {len(lines) - limit} more")
+
+
+if __name__ == "__main__":
+    import precompute_codes  # by its name: SLURM jobs have to import what is pickled, and __main__ is not theirs
+
+    run(precompute_codes.main)
