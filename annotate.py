@@ -30,16 +30,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
-import torch
-import whisper
 from tqdm import tqdm
 
 from finetune.cli import Parser, UserError, run
 from finetune.data import audio, manifest
 from finetune.jobs import Failures, Progress, error_file, forget_error, replacing, run_shards, shard
 from finetune.prompt_text import wrap_system_prompt
-from finetune.transcriber import Transcriber, Transcript, fetch_whisper
 from finetune.workers import run_workers
+
+# torch and Whisper take seconds to import and belong to the workers, so they are imported there: a mistake in the
+# command is told at once, and the process that hands out the files stays small.
 
 ABOUT = "annotate.py"  # the key of a .json under which its words' origin is kept; without it they are another's
 AGENT, USER = "SPEAKER_MAIN", "SPEAKER_USER"  # the names in Kyutai's data; training reads the agent's words
@@ -93,17 +93,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--shards and --num-workers are at least 1")
     if not args.personaplex and (args.text_prompt or args.voice_prompt):
         raise UserError("--text-prompt and --voice-prompt are written with --personaplex only")
-    if args.lang is not None:
-        known = whisper.tokenizer.LANGUAGES
-        args.lang = whisper.tokenizer.TO_LANGUAGE_CODE.get(args.lang.lower(), args.lang.lower())
-        if args.lang not in known:
-            raise UserError(f"--lang {args.lang}: Whisper knows {', '.join(sorted(known))}")
     if args.tokenizer is not None and not args.tokenizer.is_file():
         raise UserError(f"--tokenizer {args.tokenizer}: no such file")
     return args
 
 
 SILENCE_HELP = "leave 1.5 s instead of 0.5 s of silence around speech: for recordings where edges of words get lost"
+
+
+def whisper_file(name: str) -> str:
+    """What the workers load: the absolute path of a file, or a name whose model is downloaded here and now."""
+    if not Path(name).is_file():
+        from finetune.transcriber import download_whisper
+
+        download_whisper(name)
+        return name
+    if Path(name).suffix != ".pt":
+        raise UserError(f"{name}: a Whisper model file ends with .pt (openai-whisper's format)")
+    return str(Path(name).resolve())
 
 
 def read_items(args: argparse.Namespace, problems: list[str]) -> list[Item]:
@@ -181,31 +188,51 @@ def speakers_missing(content: dict, wanted: dict[str, int]) -> dict[str, int]:
 
 def start_worker(args: argparse.Namespace, workers: int, rank: int) -> Callable:
     """Takes its share of the machine and loads its model, before anything else touches CUDA."""
+    import torch
+
+    from finetune.transcriber import Transcriber
+
     device = device_of(args.device, rank)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    tqdm.set_lock(threading.RLock())  # whisper's bars; their lock across processes leaks when a worker is killed
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // workers))
+    tqdm.set_lock(threading.RLock())  # whisper's bars; their lock across processes leaks when a worker is killed
     if not args.verbose:
         warnings.simplefilter("ignore")
         logging.getLogger("whisper_timestamped").setLevel(logging.ERROR)
     transcriber = Transcriber(args.whisper_model, device, args.lang, args.keep_silence_in_segments)
-    return partial(transcribe, transcriber)
+    return partial(transcribe, transcriber, Path(args.whisper_model).stem)
 
 
-def transcribe(transcriber: Transcriber, task: tuple[Item, dict[str, int]]) -> dict[str, Transcript]:
+def transcribe(transcriber, model: str, task: tuple[Item, dict[str, int]]) -> dict[str, dict]:
+    """What the .json will hold of each speaker of a file: the "words", and beside them their origin."""
     item, speakers = task
     if audio.probe(item.path).channels <= max(speakers.values()):
         raise UserError(f"{item.path}: is mono, and the second channel is asked for (agent left, user right)")
-    return {speaker: transcriber(item.path, channel) for speaker, channel in speakers.items()}
+    heard = {}
+    for speaker, channel in speakers.items():
+        transcript = transcriber(item.path, channel)
+        heard[speaker] = {
+            "words": [[word.text, [word.start, word.end], speaker] for word in transcript.words],
+            "channel": channel,
+            "whisper_model": model,
+            "language": transcript.language,
+            "duration": round(transcript.duration_sec, 3),
+            "sound_sec": round(transcript.sound_sec, 2),
+            "repairs": transcript.repairs,
+        }
+    return heard
 
 
 def device_of(name: str | None, rank: int) -> str:
     """The device of worker `rank`. Raises UserError if the name is no device, or there is no such GPU."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return name
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return device_of(name, rank)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -216,6 +243,15 @@ def device_of(name: str | None, rank: int) -> str:
     if count <= (device.index or 0):
         raise UserError(f"--device {name}: this machine has {count} GPU(s)")
     return f"cuda:{rank % count if device.index is None else device.index}"
+
+
+def gpus(device: str | None) -> int:
+    """How many GPUs the workers take in turn; 0 if it is one, or none."""
+    if device not in (None, "cuda"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def cores() -> int:
@@ -245,24 +281,23 @@ def annotate_shard(args: argparse.Namespace, index: int, count: int) -> dict[str
         except (UserError, OSError) as error:
             failures.add(item.output, sentence(item, error))
 
-    gpus = torch.cuda.device_count() if args.device in (None, "cuda") else 0
-    workers = min(args.num_workers or gpus or 1, max(len(todo), 1))
+    workers = min(args.num_workers or gpus(args.device) or 1, max(len(todo), 1))
     outcomes = run_workers(partial(start_worker, args, workers), todo, workers, args.verbose)
     with closing(outcomes), Progress([item.duration for item, _ in todo], "annotating", disable=not todo) as bar:
-        for (item, speakers), transcripts, error in outcomes:
+        for (item, _), heard, error in outcomes:
             try:
                 if error is not None:
                     raise UserError(error)
-                add_words(item, speakers, transcripts, Path(args.whisper_model).stem)
+                add_words(item, heard)
                 forget_error(item.output)
-                told = "; ".join(describe(*pair) for pair in transcripts.items())
+                told = "; ".join(describe(*pair) for pair in heard.items())
             except (UserError, OSError) as problem:
                 told = sentence(item, problem)
                 failures.add(item.output, told)
             if args.verbose:
                 bar.write(f"{item.path}: {told}", file=sys.stderr)
             bar.set_postfix_str(f"{len(failures)} failed" if failures else "")
-            bar.update(item.duration or max((t.duration_sec for t in (transcripts or {}).values()), default=0.0))
+            bar.update(item.duration or max((part["duration"] for part in (heard or {}).values()), default=0.0))
     return failures.sentences
 
 
@@ -272,26 +307,19 @@ def sentence(item: Item, error: Exception) -> str:
     return text if text.startswith(str(item.path.with_suffix(""))) else f"{item.path}: {text}"
 
 
-def describe(speaker: str, transcript: Transcript) -> str:
-    repairs = ", ".join(f"{n} {what}" for what, n in transcript.repairs.items())
-    return f"{len(transcript.words)} words of {speaker} ({transcript.language}), repairs: {repairs or 'none'}"
+def describe(speaker: str, part: dict) -> str:
+    repairs = ", ".join(f"{n} {what}" for what, n in part["repairs"].items())
+    return f"{len(part['words'])} words of {speaker} ({part['language']}), repairs: {repairs or 'none'}"
 
 
-def add_words(item: Item, speakers: dict[str, int], transcripts: dict[str, Transcript], model: str) -> None:
+def add_words(item: Item, heard: dict[str, dict]) -> None:
     """Puts the words of some speakers into the file's .json, beside what it holds of others."""
     content = load_output(item.output)
-    rows = [row for row in content.get("alignments", []) if row[2] not in transcripts]
+    rows = [row for row in content.get("alignments", []) if row[2] not in heard]
     about = content.setdefault(ABOUT, {"speakers": {}})
-    about["duration"] = round(max(t.duration_sec for t in transcripts.values()), 3)
-    for speaker, transcript in transcripts.items():
-        rows += [[word.text, [word.start, word.end], speaker] for word in transcript.words]
-        about["speakers"][speaker] = {
-            "channel": speakers[speaker],
-            "whisper_model": model,
-            "language": transcript.language,
-            "sound_sec": round(transcript.sound_sec, 2),
-            "repairs": transcript.repairs,
-        }
+    for speaker, part in heard.items():
+        rows += part["words"]
+        about["speakers"][speaker] = {key: value for key, value in part.items() if key != "words"}
     content["alignments"] = sorted(rows, key=lambda row: row[1][0])
     write_output(item, content)
 
@@ -317,8 +345,8 @@ def examine(item: Item, content: dict, count_tokens: Callable[[str], int]) -> di
     """A row of the report: what a .json holds, and what about it should be listened to, in seconds of doubt."""
     words = [row for row in content["alignments"] if row[2] == AGENT]
     about = content.get(ABOUT, {"speakers": {}})
-    duration = about.get("duration", item.duration) or 0.0
-    agent = about["speakers"].get(AGENT, {"repairs": {}, "sound_sec": 0.0})
+    agent = about["speakers"].get(AGENT, {"repairs": {}, "sound_sec": 0.0, "duration": item.duration})
+    duration = agent["duration"] or 0.0
     repairs = agent["repairs"]
     rate = busiest(words, count_tokens)
     doubts = {}
@@ -423,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     items = read_items(args, problems)
     if not args.partition:
         device_of(args.device, 0)
-    args.whisper_model = fetch_whisper(args.whisper_model)
+    args.whisper_model = whisper_file(args.whisper_model)
 
     dead: list[str] = []
     if args.shards == 1 and not args.partition:

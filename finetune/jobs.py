@@ -170,7 +170,7 @@ def run_shards(
 
 def _collect(jobs: Sequence[submitit.Job], name: str) -> ShardResults:
     number = {job.job_id: index for index, job in enumerate(jobs)}
-    results, dead = {}, []
+    results, dead = {}, {}
     print(f"{name}: {len(jobs)} shards, jobs {jobs[0].job_id} to {jobs[-1].job_id}", file=sys.stderr)
     try:
         for finished, job in enumerate(submitit.helpers.as_completed(jobs, poll_frequency=1), start=1):
@@ -181,13 +181,13 @@ def _collect(jobs: Sequence[submitit.Job], name: str) -> ShardResults:
                 results[index] = job.result()
             else:
                 where = f"{name} shard {index + 1} of {len(jobs)} (job {job.job_id})"
-                dead.append(f"{where} died: {_reason(state, str(error))}; its log is {job.paths.stderr}")
+                dead[index] = f"{where} died: {_reason(state, str(error))}; its log is {job.paths.stderr}"
             print(f"{name}: {finished} of {len(jobs)} shards ended, {len(dead)} dead", file=sys.stderr)
     except KeyboardInterrupt:
         for job in jobs:
             job.cancel(check=False)
         raise
-    return ShardResults(results, dead)
+    return ShardResults(results, [dead[index] for index in sorted(dead)])
 
 
 def _reason(state: str, text: str) -> str:

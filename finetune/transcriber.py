@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import whisper
 import whisper_timestamped
+from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 
 from finetune.cli import UserError
 from finetune.data import audio
@@ -136,17 +137,12 @@ def _cut(pcm: np.ndarray) -> int:
 # --- 3. Whisper ----------------------------------------------------------------------------------------------
 
 
-def fetch_whisper(name: str) -> str:
-    """What the workers load: the absolute path of a `.pt` file, or a name that is downloaded here and now, because
-    several workers at once would write into the same file.
+def download_whisper(name: str) -> None:
+    """Fetches a model by name into whisper's cache, once: several workers would write into the same file at once.
 
     Raises:
-        UserError: neither a file nor a known name, or the download fails.
+        UserError: there is no such model, or the download fails.
     """
-    if Path(name).is_file():
-        if Path(name).suffix != ".pt":
-            raise UserError(f"{name}: a Whisper model file ends with .pt (openai-whisper's format)")
-        return str(Path(name).resolve())
     if name not in whisper.available_models():
         known = ", ".join(whisper.available_models())
         raise UserError(f"the Whisper model {name!r} is neither a file nor one of {known}")
@@ -157,7 +153,6 @@ def fetch_whisper(name: str) -> str:
         raise UserError(
             f"cannot download the Whisper model {name!r} ({error}); give the path of a .pt file instead"
         ) from None
-    return name
 
 
 def load_whisper(name: str, device: str) -> whisper.model.Whisper:
@@ -191,13 +186,17 @@ class Transcriber:
     """One Whisper on one device.
 
     Args:
-        language: a code such as "en"; None: heard in the first words of each file.
+        language: a code such as "en" or a name; None: heard in the first words of each file.
         keep_silence: leave 1.5 s rather than 0.5 s of silence around each stretch of sound.
     Raises:
-        UserError: the model cannot be loaded, or knows no other language than English and another is asked for.
+        UserError: the model cannot be loaded or does not know the language.
     """
 
     def __init__(self, model: str, device: str, language: str | None = None, keep_silence: bool = False):
+        if language is not None:
+            language = TO_LANGUAGE_CODE.get(language.lower(), language.lower())
+            if language not in LANGUAGES:
+                raise UserError(f"--lang {language}: Whisper knows {', '.join(sorted(LANGUAGES))}")
         self.model = load_whisper(model, device)
         if not self.model.is_multilingual and language not in (None, "en"):
             raise UserError(f"the Whisper model {model!r} knows English only, and --lang is {language!r}")
