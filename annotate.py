@@ -48,7 +48,7 @@ CPUS_PER_WORKER = 4  # asked of SLURM: decoding and word alignment run on the CP
 # The text stream holds one token a frame. What is said faster than that over five seconds was not said.
 CROWDED_SEC = 5.0
 LOUD_SEC = 3.0  # so much sound without a word deserves an ear
-CHARACTERS_PER_TOKEN = 4  # of English text in a SentencePiece vocabulary of 32,000; no word is less than one token
+BYTES_PER_TOKEN = 4  # of English text in a SentencePiece vocabulary of 32,000; no word is less than one token
 
 
 class Item(NamedTuple):
@@ -336,7 +336,7 @@ def write_output(item: Item, content: dict) -> None:
 def token_counter(tokenizer: Path | None) -> tuple[Callable[[str], int], str]:
     """A function that counts the text tokens of a word, and how it does so."""
     if tokenizer is None:
-        return lambda word: -(-len(word.encode()) // CHARACTERS_PER_TOKEN), "estimated from the letters of each word"
+        return lambda word: -(-len(word.encode()) // BYTES_PER_TOKEN), "estimated from the letters of each word"
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     return lambda word: len(model.encode(word)), f"counted with {tokenizer.name}"
 

@@ -72,13 +72,6 @@ class Failures:
         self.sentences[str(output)] = path.read_text(encoding="utf-8", errors="replace").strip()
         return True
 
-    def table(self, limit: int = 20) -> str:
-        """One line per failure, the first `limit` of them; empty if there are none."""
-        rows = [f"  {name}: {sentence}" for name, sentence in list(self.sentences.items())[:limit]]
-        if len(self) > limit:
-            rows.append(f"  ... and {len(self) - limit} more")
-        return "\n".join(rows)
-
 
 def forget_error(output: Path) -> None:
     """Removes the `.err` of an output that has been made."""

@@ -21,7 +21,6 @@ from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 
 from finetune.cli import UserError
 from finetune.data import audio
-from finetune.data.resample import resample
 from finetune.workers import WorkerBroken
 
 SAMPLE_RATE = 16_000  # Hz, Whisper (whisper/audio.py: SAMPLE_RATE)
@@ -104,21 +103,18 @@ def blocks(path: Path, channel: int) -> Iterator[tuple[float, np.ndarray]]:
     """One channel of a file at 16 kHz as (start in seconds, pcm float32 [samples]), at most 10 minutes at a time.
 
     Raises:
-        UserError: the file is missing, is not audio, lacks the channel, holds no samples or fewer than its header
-            promises, or a sample is not a number.
+        UserError: as `audio.read`; or the file holds no samples, or fewer than its header promises.
     """
-    _, source_rate, promised = audio.probe(path)
+    promised = audio.probe(path).duration_sec
     start = 0.0
     while start == 0.0 or start < promised - FRAME_SEC:
         expected = min(BLOCK_SEC, promised - start)
-        pcm = resample(audio.read(path, start, expected, source_rate, channel), source_rate, SAMPLE_RATE)[0]
+        pcm = audio.read(path, start, expected, SAMPLE_RATE, channel)[0]
         if not len(pcm) and start == 0.0:
             raise UserError(f"{path}: holds no audio")
         if len(pcm) / SAMPLE_RATE < expected - 0.2:
             got = start + len(pcm) / SAMPLE_RATE
             raise UserError(f"{path}: truncated, its header says {promised:.1f} s and {got:.1f} s can be decoded")
-        if not np.isfinite(pcm).all():
-            raise UserError(f"{path}: holds samples that are not numbers, around {start:.0f} s")
         if start + BLOCK_SEC < promised:
             pcm = pcm[: _cut(pcm)]
         yield start, pcm

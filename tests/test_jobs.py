@@ -65,10 +65,7 @@ def test_an_error_is_one_sentence_on_disk_until_it_is_forgotten(tmp_path):
 def test_a_failure_in_a_folder_that_is_not_there_is_still_counted(tmp_path):
     failures = Failures()
     failures.add(tmp_path / "nowhere" / "a.json", "no such file")
-    assert len(failures) == 1 and "nowhere" in failures.table()
-    for i in range(30):
-        failures.add(tmp_path / f"{i}.json", "broken")
-    assert failures.table(limit=5).count("\n") == 5 and "and 26 more" in failures.table(limit=5)
+    assert failures.sentences == {str(tmp_path / "nowhere" / "a.json"): "no such file"}
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_no_litter(tmp_path):
