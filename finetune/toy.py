@@ -300,13 +300,12 @@ def _write_decoder(mimi: MimiModel) -> None:
     first, *ups, last = (m for m in mimi.decoder.model if not isinstance(m, torch.nn.ELU))
     mimi.upsample.convtr.convtr.convtr.weight[:, 0, :2] = 1.0
 
-    # A unit for each band in each pitch, open when both are there; one for each pitch, and for each timbre, alone.
-    needs = [((b, p), _sounds(Voice(p, 0))[b]) for p in range(len(PITCHES)) for b in range(len(BANDS))]
-    needs += [((None, p), _sounds(Voice(p, 0))[-2]) for p in range(len(PITCHES))]
-    needs = [((row, _PITCH.start + p), sound) for (row, p), sound in needs]
-    needs += [((None, _TIMBRE.start + t), _sounds(Voice(0, t))[-1]) for t in range(len(TIMBRES))]
-    conv, floor = first.conv.conv, 0.3  # levels below the floor are silent
-    for unit, ((band, row), _) in enumerate(needs):
+    # A unit for each band in each pitch, which opens when both are there; one for each pitch and each timbre alone.
+    conv, floor, sounds = first.conv.conv, 0.3, []  # levels below the floor are silent
+
+    def add_unit(sound: np.ndarray, row: int, band: int | None = None) -> None:
+        unit = len(sounds)
+        sounds.append(sound[:_BLOCK])
         if band is None:
             conv.weight[unit, row, 0] = _GAIN
             conv.bias[unit] = -floor * _GAIN
@@ -314,9 +313,16 @@ def _write_decoder(mimi: MimiModel) -> None:
             conv.weight[unit, band, 0] = _GAIN
             conv.weight[unit, row, 0] = 4 * _GAIN
             conv.bias[unit] = -(4 + floor) * _GAIN
-    waves = torch.from_numpy(np.stack([sound[:_BLOCK] for _, sound in needs])).float()
-    waves *= _SMALL / ((1 - floor) * _GAIN + 1)
-    conv.bias[len(needs)] = 1.0  # always 1: takes back the -1 that ELU gives for a unit that is shut
+
+    for pitch in range(len(PITCHES)):
+        *bands, alone, _ = _sounds(Voice(pitch, timbre=0))
+        add_unit(alone, _PITCH.start + pitch)
+        for band, sound in enumerate(bands):
+            add_unit(sound, _PITCH.start + pitch, band)
+    for timbre in range(len(TIMBRES)):
+        add_unit(_sounds(Voice(0, timbre))[-1], _TIMBRE.start + timbre)
+    waves = torch.from_numpy(np.stack(sounds)).float() * _SMALL / ((1 - floor) * _GAIN + 1)
+    conv.bias[len(sounds)] = 1.0  # always 1: takes back the -1 that ELU gives for a unit that is shut
     waves = torch.cat([waves, waves.sum(0, keepdim=True)])
 
     # Back to 24 kHz: the waveform, in ever shorter blocks that the channels hold.
