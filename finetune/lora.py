@@ -46,3 +46,15 @@ def adapters_off(lm: nn.Module, off: bool) -> None:
             elif not off and hasattr(module, "_scaling_on"):
                 module.scaling = module._scaling_on
                 del module._scaling_on
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """A linear layer's weight [out, in] with its adapter added, in float32: W + scaling * B A.
+
+    Args:
+        a: [rank, in].
+        b: [out, rank]; some of its rows give those rows of the result.
+    """
+    delta = b.float() @ a.float()
+    # In place: at 7B the largest of these tensors is 0.5 GB.
+    return delta.mul_(scaling).add_(weight)
