@@ -1,0 +1,340 @@
+"""Order, shares, samples and batches; and that no bad file ends a run or goes unnoticed."""
+
+import gzip
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from conftest import ROOT
+
+from finetune.cli import UserError
+from finetune.data import codec, dataset, manifest
+from finetune.data.dataset import (
+    EvalOrder,
+    InterleavedTokenizer,
+    ManifestIndex,
+    Order,
+    PrecomputedTokenizer,
+    Share,
+    collate,
+    get_dataset_iterator,
+    open_windows,
+)
+from finetune.data.interleaver import Interleaver, TextStats
+from finetune.model import open_checkpoint
+
+DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
+
+# --- order ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_epoch_holds_each_window_once(shuffle):
+    order = Order([17], None, seed=3, shuffle=shuffle)
+    epochs = [[order(17 * e + i) for i in range(17)] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == [(0, i) for i in range(17)]
+    assert (epochs[0] == epochs[1]) != shuffle
+    again = Order([17], None, seed=3, shuffle=shuffle)
+    assert [again(p) for p in (40, 3, 22)] == [order(p) for p in (40, 3, 22)], "a function of the position alone"
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_mixtures_keep_their_shares_and_go_through_each_source(shuffle):
+    order = Order([100, 20, 5], [0.7, 0.2, 0.1], seed=0, shuffle=shuffle)
+    drawn = [order(p) for p in range(1250)]
+    assert Counter(s for s, _ in drawn) == {0: 880, 1: 250, 2: 120} or Counter(s for s, _ in drawn) == {
+        0: 870, 1: 250, 2: 130,
+    }  # fmt: skip
+    for source, size in enumerate([100, 20, 5]):
+        mine = [w for s, w in drawn if s == source]
+        for start in range(0, len(mine) - size + 1, size):
+            assert sorted(mine[start : start + size]) == list(range(size)), "no window twice before all were seen"
+
+
+def test_ranks_and_microbatches_partition_the_stream():
+    for batch, ranks in ((1, 4), (4, 1), (2, 2)):
+        taken = [p for m in range(6) for r in range(ranks) for p in Share(batch, r, ranks, position=8).positions(m)]
+        assert sorted(taken) == list(range(8, 8 + 6 * batch * ranks))
+    step = lambda batch, ranks, micro: sorted(
+        p for m in range(micro) for r in range(ranks) for p in Share(batch, r, ranks).positions(m)
+    )
+    assert step(4, 1, 1) == step(1, 4, 1) == step(1, 1, 4) == step(1, 2, 2), "the same windows in the same step"
+
+
+def test_evaluation_takes_the_same_spread_windows_on_any_number_of_ranks():
+    order = EvalOrder([10, 5], 6)
+    windows = [order(i) for i in range(len(order))]
+    assert windows == [(0, 0), (0, 2), (0, 5), (0, 7), (1, 0), (1, 2)]
+    for ranks in (1, 2, 4):
+        shares = [Share(2, r, ranks, stop=len(order)) for r in range(ranks)]
+        assert len({s.microbatches for s in shares}) == 1
+        taken = [p for s in shares for m in range(s.microbatches) for p in s.positions(m)]
+        assert sorted(taken) == list(range(6))
+
+
+# --- manifests --------------------------------------------------------------------------------------------------
+
+
+def write_lines(path, lines, opener=open):
+    with opener(path, "wt") as file:
+        file.writelines(json.dumps(line) + "\n" if isinstance(line, dict) else line + "\n" for line in lines)
+    return path
+
+
+@pytest.mark.parametrize("suffix, opener", [("", open), (".gz", gzip.open)])
+def test_windows_of_a_manifest(tmp_path, suffix, opener):
+    lines = [{"path": "a.wav", "duration": 10}, "", {"path": "ü.wav", "duration": 4.01}, {"path": "c.wav", "duration": 0}]
+    index = ManifestIndex(write_lines(tmp_path / f"m.jsonl{suffix}", lines, opener), window_frames=50)
+    assert len(index) == 3 + 2 + 1 and index.files == 3
+    assert [index.window(i) for i in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]
+    assert index.line(1).path == tmp_path / "ü.wav" and index.line(1).number == 3
+    assert index.line(2).path == tmp_path / "c.wav"
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("{broken", "line 2"),
+        ({"path": "a.wav"}, "line 2"),
+        ({"path": "a.wav", "duration": "long"}, "line 2"),
+        ({"path": "a.wav", "duration": -1}, "line 2"),
+        ({"duration": 3}, "line 2"),
+        ("[1]", "line 2"),
+    ],
+)
+def test_broken_lines_are_named_by_number(tmp_path, line, sentence):
+    path = write_lines(tmp_path / "m.jsonl", [{"path": "a.wav", "duration": 1}, line])
+    with pytest.raises(UserError, match=sentence):
+        ManifestIndex(path, 50)
+
+
+def test_an_empty_manifest_is_an_error_at_once(tmp_path):
+    with pytest.raises(UserError, match="empty"):
+        ManifestIndex(write_lines(tmp_path / "m.jsonl", [""]), 50)
+
+
+def test_paths_are_relative_to_the_manifest_and_may_not_leave_it(tmp_path):
+    path = tmp_path / "m.jsonl"
+    assert manifest.resolve(path, "x/a.wav") == tmp_path / "x/a.wav"
+    assert manifest.resolve(path, "/data/a.wav").is_absolute()
+    with pytest.raises(UserError, match="leaves the manifest's folder"):
+        manifest.resolve(path, "../a.wav")
+
+
+def test_codes_in_all_lines_or_in_none(tmp_path):
+    a = write_lines(tmp_path / "a.jsonl", [{"path": "a.wav", "duration": 1, "codes_path": "a.pt"}] * 2)
+    b = write_lines(tmp_path / "b.jsonl", [{"path": "a.wav", "duration": 1}])
+    c = write_lines(tmp_path / "c.jsonl", [{"path": "a.wav", "duration": 1, "codes_path": "a.pt"},
+                                           {"path": "b.wav", "duration": 1}])  # fmt: skip
+    assert open_windows(str(a), 50).precomputed and not open_windows(str(b), 50).precomputed
+    for mixed in (f"{a},{b}", str(c)):
+        with pytest.raises(UserError, match="codes"):
+            open_windows(mixed, 50)
+
+
+def test_a_long_manifest_costs_little_memory(tmp_path):
+    """200,000 lines: a fifth of what must fit in 1 GB."""
+    path = tmp_path / "m.jsonl"
+    with path.open("w") as file:
+        for i in range(200_000):
+            file.write(f'{{"path": "calls/{i:07d}.wav", "duration": {i % 600}.5}}\n')
+    code = (
+        "import sys, resource\nfrom pathlib import Path\n"
+        "from finetune.data.dataset import ManifestIndex, Order\n"
+        "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before = rss()\n"
+        "index = ManifestIndex(Path(sys.argv[1]), 1250)\n"
+        "order = Order([len(index)], None, 0, True)\n"
+        "lines = [index.line(index.window(order(p)[1])[0]) for p in range(100)]\n"
+        "print(len(index), rss() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True, check=True)
+    windows, megabytes = map(float, done.stdout.split())
+    assert windows > 600_000 and megabytes < 60
+
+
+# --- samples ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parts(world):
+    checkpoint = open_checkpoint(str(world / "model"))
+    return checkpoint.mimi("cpu"), sentencepiece.SentencePieceProcessor(str(checkpoint.tokenizer_path()))
+
+
+@pytest.fixture(scope="module")
+def encoded(world, parts, tmp_path_factory):
+    """The corpus with codes, as precompute_codes.py lays it out, made by hand."""
+    mimi, _ = parts
+    folder = tmp_path_factory.mktemp("encoded")
+    lines = []
+    from finetune.data import audio
+
+    for i, line in enumerate(itertools.islice(manifest.iterate(world / "data/train.jsonl", []), 4)):
+        codes = torch.stack(codec.encode(mimi, list(audio.read(line.path)))).to(torch.int16)
+        codec.save_codes(folder / f"{i}.pt", codes, line.fields["duration"], codec.fingerprint(mimi),
+                         codec.audio_fingerprint(line.path))  # fmt: skip
+        lines.append(line.fields | {"path": str(line.path), "codes_path": f"{i}.pt"})
+    return write_lines(folder / "train_precomputed.jsonl", lines)
+
+
+def tokenizers(parts, window_frames=40):
+    mimi, pieces = parts
+    interleaver = Interleaver(pieces)
+    return (
+        InterleavedTokenizer(interleaver, window_frames, mimi=mimi),
+        PrecomputedTokenizer(interleaver, window_frames, mimi_fingerprint=codec.fingerprint(mimi)),
+    )
+
+
+def test_both_tokenizers_give_the_same_first_window_of_each_file(parts, encoded):
+    live, stored = tokenizers(parts)
+    for line in manifest.iterate(encoded, []):
+        a, b = (t.encode([t.read(line, 0)])[0] for t in (live, stored))
+        assert a.codes.shape == (17, 40) and torch.equal(a.codes, b.codes) and torch.equal(a.loss_mask, b.loss_mask)
+        assert a.name == b.name and a.text == b.text
+
+
+def test_later_windows_have_the_text_of_live_ones_and_codes_that_have_heard_the_beginning(parts, encoded):
+    live, stored = tokenizers(parts)
+    line = next(manifest.iterate(encoded, []))
+    a, b = (t.encode([t.read(line, 1)])[0] for t in (live, stored))
+    assert torch.equal(a.codes[0], b.codes[0])
+    whole = codec.load_codes(manifest.resolve(encoded, line.fields["codes_path"]))["codes"].long().flatten(0, 1)
+    assert torch.equal(b.codes[1:], whole[:, 40:80])
+
+
+def test_the_last_window_is_as_long_as_what_is_left(parts, encoded):
+    _, stored = tokenizers(parts, window_frames=60)
+    line = next(manifest.iterate(encoded, []))
+    frames = round(line.fields["duration"] * 12.5)
+    sample = stored.encode([stored.read(line, frames // 60)])[0]
+    assert sample.codes.shape[1] == frames % 60
+
+
+def test_text_streams_end_with_the_audio(parts, encoded):
+    """A window longer than the file: frames past its end are no target at all, rather than padding to be learnt."""
+    _, stored = tokenizers(parts, window_frames=1000)
+    samples = [stored.encode([stored.read(line, 0)])[0] for line in itertools.islice(manifest.iterate(encoded, []), 2)]
+    batch = collate(samples, [], DELAYS, 8)
+    short = min(range(2), key=lambda i: samples[i].codes.shape[1])
+    length = samples[short].codes.shape[1]
+    assert (batch.codes[short, :, length:] == -1).all() and not batch.loss_mask[short, length:].any()
+    assert int(batch.counts[:2].sum()) == sum(s.codes.shape[1] for s in samples)
+
+
+def test_codes_of_another_codec_or_of_a_changed_file_are_refused(parts, encoded, tmp_path):
+    _, stored = tokenizers(parts)
+    line = next(manifest.iterate(encoded, []))
+    with pytest.raises(UserError, match="made by Mimi"):
+        other = PrecomputedTokenizer(stored.interleaver, 40, mimi_fingerprint="another")
+        other.read(line, 0)
+    copy = tmp_path / "copy.wav"
+    copy.write_bytes(line.path.read_bytes()[:-5000] + bytes(5000))
+    copy.with_suffix(".json").write_text(line.path.with_suffix(".json").read_text())
+    with pytest.raises(UserError, match="changed"):
+        stored.read(line._replace(path=copy), 0)
+
+
+def test_the_cache_is_bounded():
+    cache = dataset.Cache(megabytes=1)
+    made = []
+    for key in range(10):
+        cache.get(key, lambda k=key: (made.append(k) or k, 300_000))
+    assert cache.used <= 2**20 and cache.get(9, lambda: 1 / 0) == 9
+    cache.get(0, lambda: (made.append(0) or 0, 300_000))
+    assert made == [*range(10), 0]
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+def bad_corpus(world, folder):
+    """One line for each way in which a file can be bad, between good ones."""
+    import shutil
+
+    good = next(manifest.iterate(world / "data/train.jsonl", []))
+    data = good.path.read_bytes()
+
+    def copy(name, audio=data, sidecar='{"alignments": []}', duration=good.fields["duration"]):
+        (folder / f"{name}.wav").write_bytes(audio)
+        if sidecar is not None:
+            (folder / f"{name}.json").write_text(sidecar)
+        return {"path": f"{name}.wav", "duration": duration}
+
+    mono = bytearray(data[:44])
+    mono[22] = 1
+    mono[28:34] = (48000).to_bytes(4, "little") + (2).to_bytes(2, "little")
+    lines = [
+        copy("good"),
+        {"path": "missing.wav", "duration": 3},
+        copy("no_sidecar", sidecar=None),
+        copy("no_alignments", sidecar="{}"),
+        copy("broken_sidecar", sidecar="{"),
+        copy("wrong_times", sidecar='{"alignments": [["a", [1], "SPEAKER_MAIN"]]}'),
+        copy("not_audio", audio=b"hello"),
+        copy("mono", audio=bytes(mono) + data[44:]),
+        copy("truncated", audio=data[:44]),
+    ]
+    shutil.copy(folder / "good.wav", folder / "overstated.wav")
+    (folder / "overstated.json").write_text('{"alignments": []}')
+    lines.append({"path": "overstated.wav", "duration": good.fields["duration"] + 2})
+    return write_lines(folder / "bad.jsonl", lines)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_are_left_out_and_named(world, parts, tmp_path, workers):
+    live, _ = tokenizers(parts, window_frames=400)
+    windows = open_windows(str(bad_corpus(world, tmp_path)), 400)
+    batches = get_dataset_iterator(windows, live, Share(4), DELAYS, 8, workers=workers, evaluation=True)
+    batches = list(batches)
+    names = [name for b in batches for name in b.names]
+    problems = "\n".join(p for b in batches for p in b.problems)
+    assert [n.split("/")[-1].split()[0] for n in names] == ["good.wav", "overstated.wav"]
+    for part in ("missing.wav: no such file", "no_sidecar.json: missing", 'no_alignments.json: has no "alignments"',
+                 "broken_sidecar.json: not readable", "wrong_times.json: alignment 0", "not_audio.wav",
+                 "mono.wav: has 1 channel", "truncated.wav"):  # fmt: skip
+        assert part in problems, part
+    assert len(names) + problems.count("\n") + 1 == len(windows)
+
+
+def test_a_batch_of_bad_files_only_has_no_targets_and_still_a_shape():
+    batch = collate([], ["bad"], DELAYS, 16)
+    assert batch.codes.shape == (1, 17, 2) and int(batch.counts.sum()) == 0 and len(batch.plan.text_rows) == 1
+
+
+def test_padding_is_no_target():
+    """A batch counts what its windows count alone: padding behind the shorter does not change its last frame."""
+    generator = np.random.default_rng(0)
+    samples = [
+        dataset.Sample(torch.from_numpy(generator.integers(4, 2000, (17, t))), torch.ones(t, dtype=torch.bool), None, "",
+                       t, TextStats())
+        for t in (9, 5)
+    ]  # fmt: skip
+    together = collate(samples, [], DELAYS, 16).counts
+    alone = sum(collate([s], [], DELAYS, 16).counts for s in samples)
+    assert together.tolist() == alone.tolist()
+
+
+def test_no_worker_outlives_a_run(world, parts, encoded):
+    _, stored = tokenizers(parts)
+    windows = open_windows(str(encoded), 40)
+    stream = get_dataset_iterator(windows, stored, Share(2), DELAYS, 8, workers=2, shuffle=True)
+    first = [next(stream) for _ in range(5)]
+    direct = get_dataset_iterator(windows, stored, Share(2), DELAYS, 8, workers=0, shuffle=True)
+    for a, b in zip(first, direct):
+        assert torch.equal(a.codes, b.codes) and a.names == b.names, "workers change nothing"
+    resumed = get_dataset_iterator(windows, stored, Share(2, position=6), DELAYS, 8, workers=2, shuffle=True)
+    assert next(resumed).names == first[3].names
+    stream.close()
+    resumed.close()
+    children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid="], capture_output=True, text=True)
+    assert len(children.stdout.split()) <= 2  # ps itself
