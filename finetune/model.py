@@ -135,8 +135,11 @@ class Checkpoint:
         return self._file("tokenizer_path", "tokenizer_name", loaders.TEXT_TOKENIZER_NAME)
 
     def voices_archive(self) -> Path | None:
-        """`voices.tgz`, the shipped voice prompts; None if the source has none."""
-        return self._find("voices.tgz", required=False)
+        """`voices.tgz`, the shipped voice prompts; None if the source has none, or it cannot be reached."""
+        try:
+            return self._find("voices.tgz", required=False)
+        except UserError:
+            return None
 
     def mimi_config(self) -> dict | None:
         """Arguments of a Mimi that is not the standard one; None for that."""
@@ -306,8 +309,9 @@ def fill(lm: nn.Module, weights: Weights, seed: int) -> None:
     """Gives a model that has memory (`to_empty`) its values: the base from the file, adapters fresh.
 
     Each rank reads only the rows that it keeps, one tensor at a time. Adapters depend on (seed, name) alone, so that
-    any number of ranks starts from the same ones.
+    any number of ranks starts from the same ones. Raises UserError if the file holds other parameters.
     """
+    weights.check({base_name(n): p.shape for n, p in lm.named_parameters() if not lora.is_adapter(n)})
     for name, parameter in lm.named_parameters():
         start, local = local_rows(parameter)
         stop = start + local.shape[0]

@@ -83,7 +83,10 @@ class WeightFile:
             steps = attention_steps(key, self.dep_q)
             names = split_names(key, steps) or [key]
             if len(names) > 1 and shape[0] % len(names):
-                raise UserError(f"{self.path}: {key} has {shape[0]} rows, which do not divide by {steps} steps")
+                raise UserError(
+                    f"{self.path}: {key} has {shape[0]} rows, which do not divide by {steps} depformer steps, as many as "
+                    "it has linears.*"
+                )
             rows = shape[0] // len(names) if shape else 0
             for i, name in enumerate(names):
                 self.slots[name] = Slot(key, i * rows, (i + 1) * rows, (rows, *shape[1:]) if shape else (), dtype)
