@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from finetune.cli import UserError
 from finetune.jobs import Failures, Progress, error_file, forget_error, replacing, run_shards, shard
+from tests.test_workers import alive, wait_for
 
 
 def square_or_die(folder: str, index: int, count: int) -> int:
@@ -19,6 +22,11 @@ def square_or_die(folder: str, index: int, count: int) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     Path(folder, f"{index}.done").touch()
     return 10 * index + count
+
+
+def note_and_sleep(folder: str, index: int, count: int) -> None:
+    Path(folder, f"{index}-{os.getpid()}.pid").touch()
+    time.sleep(60)
 
 
 def test_shards_partition_the_items_and_balance_sorted_lengths():
@@ -42,6 +50,22 @@ def test_dead_shards_are_named_and_the_others_keep_their_results(tmp_path, capfd
     assert "the disk is full" in Path(log).read_text()
     assert {p.name for p in tmp_path.glob("*.done")} == {"0.done", "3.done"}
     assert "4 of 4 shards ended, 2 dead" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_jobs_too(tmp_path):
+    code = (
+        "from functools import partial; from pathlib import Path; from tests.test_jobs import note_and_sleep\n"
+        "from finetune.cli import run; from finetune.jobs import run_shards\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "run(lambda: run_shards(partial(note_and_sleep, folder), 2, Path(folder, 'jobs'), 'nap'))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], stderr=subprocess.PIPE)
+    wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    jobs = [int(path.stem.split("-")[1]) for path in tmp_path.glob("*.pid")]
+    parent.send_signal(signal.SIGINT)
+    assert b"interrupted" in parent.communicate(timeout=30)[1] and parent.returncode == 130
+    wait_for(lambda: not any(map(alive, jobs)))
 
 
 def test_without_slurm_a_partition_is_refused_in_a_sentence(tmp_path, monkeypatch):
