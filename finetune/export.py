@@ -171,22 +171,27 @@ def open_source(name: str, base: str | None = None, expand: bool = False) -> Sou
     weights.check(shapes)
     source = Source(name, checkpoint, kwargs, shapes, weights, adapters, where, lineage, training)
     if adapters is not None:
-        lora.add_adapters(lm, source.rank, source.scaling)
-        _check_adapters(source, {n: tuple(p.shape) for n, p in lm.named_parameters() if lora.is_adapter(n)})
+        _check_adapters(source)
     return source
 
 
-def _check_adapters(source: Source, expected: dict[str, tuple[int, ...]]) -> None:
-    """Raises UserError unless the file holds exactly these, and embedding tables at most."""
+def _check_adapters(source: Source) -> None:
+    """Raises UserError unless the file holds both matrices for each linear layer, and embedding tables at most."""
+    expected = {}
+    for name, shape in source.shapes.items():
+        if len(shape) == 2 and not lora.is_embedding(name):
+            prefix = name.removesuffix("weight")
+            expected[f"{prefix}lora_A.weight"] = (source.rank, shape[1])
+            expected[f"{prefix}lora_B.weight"] = (shape[0], source.rank)
     found = {name: slot.shape for name, slot in source.adapters.slots.items()}
-    tables = {name: tuple(source.shapes.get(name, ())) for name in found if lora.is_embedding(name)}
-    wrong = [name for name, shape in (expected | tables).items() if found.get(name) != shape]
-    wrong += sorted(found.keys() - expected.keys() - tables.keys())
+    tables = {name for name in found.keys() & source.shapes.keys() if lora.is_embedding(name)}
+    expected |= {name: tuple(source.shapes[name]) for name in tables}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
-        what = f"{wrong[0]} is {list(found[wrong[0]])}" if wrong[0] in found else f"{wrong[0]} is missing"
+        what = f"holds {wrong[0]} of {list(found[wrong[0]])}" if wrong[0] in found else f"lacks {wrong[0]}"
         raise UserError(
-            f"{source.adapters.path}: not adapters of rank {source.rank} for a model of {source.kwargs['dep_q']} "
-            f"codebooks, as config.json says ({what})"
+            f"{source.adapters.path}: {what}, so these are not adapters of rank {source.rank} over "
+            f"{source.kwargs['dep_q']} codebooks, as config.json says"
         )
 
 
@@ -298,8 +303,8 @@ def export(source: Source, out: Path, runtime: str, merge: bool, dtype: torch.dt
             "--format moshi, or train with train_personaplex.py"
         )
     if source.adapters is None or merge or runtime == "personaplex":
-        state = fuse(model.build_lm(source.kwargs, dtype).state_dict(), source.kwargs["dep_q"])
-        layout = {key: (dtype, tuple(values.shape)) for key, values in state.items()}
+        state = {key: torch.empty(shape, device="meta") for key, shape in source.shapes.items()}
+        layout = {key: (dtype, tuple(t.shape)) for key, t in fuse(state, source.kwargs["dep_q"]).items()}
         tensors, name = source.fused(layout), WEIGHTS
         adapters = {"moshi_name": WEIGHTS}
     elif source.weights.origin.expanded:
