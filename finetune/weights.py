@@ -84,8 +84,8 @@ class WeightFile:
             names = split_names(key, steps) or [key]
             if len(names) > 1 and shape[0] % len(names):
                 raise UserError(
-                    f"{self.path}: {key} has {shape[0]} rows, which do not divide by {steps} depformer steps, as many as "
-                    "it has linears.*"
+                    f"{self.path}: {key} has {shape[0]} rows, which do not divide by {steps} depformer steps, as many "
+                    "as it has linears.*"
                 )
             rows = shape[0] // len(names) if shape else 0
             for i, name in enumerate(names):

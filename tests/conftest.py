@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+import precompute_codes
 import train
 from finetune import model, toy
 from finetune.args import load_args
@@ -30,11 +31,21 @@ def caches(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A tiny Moshi (world/model) and its corpus (world/data)."""
+    """A tiny Moshi (world/model), its corpus (world/data) and the corpus's codes (world/codes)."""
     folder = tmp_path_factory.mktemp("world")
     toy.make_model(folder / "model")
-    toy.make_corpus(folder / "data", hours=0.06, seed=0)
+    toy.make_corpus(folder / "data", hours=0.05, seed=0)
+    done = precompute_codes.main([
+        *(str(folder / f"data/{split}.jsonl") for split in ("train", "eval")), "--output-dir", str(folder / "codes"),
+        "--hf-repo", str(folder / "model"), "--device", "cpu", "--no-exact",
+    ])  # fmt: skip
+    assert done == 0
     return folder
+
+
+def live(world: Path) -> dict[str, str]:
+    """Settings of a run in which Mimi makes the codes."""
+    return {f"data.{split}_data": str(world / f"data/{split}.jsonl") for split in ("train", "eval")}
 
 
 def script(*command: object, processes: int | None = None, timeout: float = 120, check: bool = True, **env: str):
@@ -54,7 +65,8 @@ def script(*command: object, processes: int | None = None, timeout: float = 120,
 def write_config(folder: Path, world: Path, **settings) -> Path:
     """A config.yaml for the tiny world; keys with dots nest, as in overrides."""
     base = {
-        "data.train_data": str(world / "data/train.jsonl"), "data.eval_data": str(world / "data/eval.jsonl"),
+        "data.train_data": str(world / "codes/train_precomputed.jsonl"),
+        "data.eval_data": str(world / "codes/eval_precomputed.jsonl"),
         "data.shuffle": True, "data.num_workers": 0, "moshi_paths.hf_repo_id": str(world / "model"),
         "prompt.voices_dir": str(world / "data/voices"), "lora.enable": True, "lora.rank": 4, "duration_sec": 3,
         "max_steps": 2, "param_dtype": "float32", "device": "cpu", "optim.lr": 1e-3, "eval_max_samples": 3,

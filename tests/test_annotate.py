@@ -18,15 +18,16 @@ import sentencepiece
 import sphn
 import torch
 import whisper
+from conftest import rows, train_here, write_config
+from test_workers import alive, wait_for
 from whisper.tokenizer import get_tokenizer
 
 import annotate
 from finetune import transcriber
 from finetune.cli import UserError
 from finetune.data import audio
-from finetune.data.interleaver import read_alignments
+from finetune.model import PERSONAPLEX
 from finetune.transcriber import Transcriber, blocks, levels, repair, sounding, stretches
-from tests.test_workers import alive, wait_for
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -225,8 +226,6 @@ def test_messy_input_costs_only_itself(tmp_path, scripted, capsys):
     assert load(tmp_path / "own.json")["note"] == "by hand"
     assert (tmp_path / "missing.json").exists() and not (tmp_path / "missing.json.err").exists()
     assert "is mono" in (tmp_path / "mono.json.err").read_text()
-    # Training reads it as it is.
-    assert len(read_alignments(again["alignments"])) == len(agent)
 
 
 def test_all_failed_is_a_failure(tmp_path, scripted):
@@ -302,6 +301,23 @@ def children(pid: int) -> list[int]:
     """Spawned workers of a process, not Python's own resource tracker."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in found if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+@pytest.mark.slow
+def test_what_it_writes_goes_straight_into_training(world, tmp_path, scripted):
+    (tmp_path / "data").mkdir()
+    for n, wav in enumerate(sorted((world / "data/train").glob("*.wav"))[:3]):
+        (tmp_path / f"data/{n}.wav").write_bytes(wav.read_bytes())
+    lines = [{"path": f"{n}.wav", "duration": audio.probe(tmp_path / f"data/{n}.wav").duration_sec} for n in range(3)]
+    manifest = write_manifest(tmp_path / "data/egs.jsonl", lines)
+    flags = ["--whisper-model", scripted, "--device", "cpu", "--personaplex", "--channel", "both"]
+    prompts = ["--text-prompt", "You are Dario from the station.", "--voice-prompt", "willow.wav"]
+    assert annotate.main([str(manifest), *flags, *prompts]) == 0
+    config = write_config(tmp_path, world, **{"data.train_data": str(manifest), "max_steps": 1, "batch_size": 3})
+    assert train_here(config, PERSONAPLEX) == 0
+    (row,) = rows(tmp_path / "run")
+    assert np.isfinite(row["loss"])
+    assert row["text_words"] > 0 and row["skipped"] == 0
 
 
 # --- The parts -----------------------------------------------------------------------------------------------

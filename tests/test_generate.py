@@ -1,5 +1,7 @@
 """Free-running generation feeds the model what training fed it, forces prompts, and listens to the user."""
 
+import random
+
 import pytest
 import torch
 from test_personaplex import DELAYS, Runtime, embed, engine_frames, random_frames, tiny_lm
@@ -53,8 +55,6 @@ def greedy_by_runtime(lm, voice, text, user):
 
 @pytest.mark.parametrize("embedded", [False, True])
 def test_replies_are_the_runtimes(embedded, tmp_path):
-    import random
-
     lm = tiny_lm(DEP_Q)
     voice, text, user = conversation(random.Random(2), 15)
     source = Voice("v", codes=torch.tensor(voice).T)
@@ -69,12 +69,11 @@ def test_replies_are_the_runtimes(embedded, tmp_path):
 
 
 def test_a_batch_gives_each_its_own_reply():
-    import random
-
     lm = tiny_lm(DEP_Q)
     rng = random.Random(4)
     conversations = [conversation(rng, frames) for frames in (12, 5, 9)]
-    prompts = [build_prompt(Voice("v", codes=torch.tensor(v).T), t + [14] * i) for i, (v, t, _) in enumerate(conversations)]
+    voice = lambda codes: Voice("v", codes=torch.tensor(codes).T)
+    prompts = [build_prompt(voice(v), t + [14] * i) for i, (v, t, _) in enumerate(conversations)]
     prompts[1] = None
     users = [u for _, _, u in conversations]
     together = generate(lm, prompts, users, Sampling(greedy=True))
@@ -85,8 +84,6 @@ def test_a_batch_gives_each_its_own_reply():
 
 
 def test_the_user_is_heard():
-    import random
-
     lm = tiny_lm(DEP_Q)
     voice, text, user = conversation(random.Random(6), 12)
     prompt = build_prompt(Voice("v", codes=torch.tensor(voice).T), text)
@@ -98,8 +95,6 @@ def test_the_user_is_heard():
 
 def test_greedy_tokens_are_the_most_likely_of_the_training_forward():
     """What is generated, fed back as a training sample: every free token is the argmax of the training forward."""
-    import random
-
     lm = tiny_lm(DEP_Q)
     voice, text, user = conversation(random.Random(8), 14)
     prompt = build_prompt(Voice("v", codes=torch.tensor(voice).T), text)
@@ -115,8 +110,6 @@ def test_greedy_tokens_are_the_most_likely_of_the_training_forward():
 
 
 def test_sampling_follows_the_seed():
-    import random
-
     lm = tiny_lm(8)
     user = conversation(random.Random(1), 10)[2]
     draw = lambda seed: generate(lm, [None], [user], seed=seed)[0].codes.tolist()

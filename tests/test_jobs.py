@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from test_workers import alive, wait_for
 
 from finetune.cli import UserError
 from finetune.jobs import Failures, Progress, error_file, forget_error, replacing, run_shards, shard
-from tests.test_workers import alive, wait_for
 
 
 def square_or_die(folder: str, index: int, count: int) -> int:
@@ -55,12 +55,12 @@ def test_dead_shards_are_named_and_the_others_keep_their_results(tmp_path, capfd
 @pytest.mark.slow
 def test_ctrl_c_ends_the_jobs_too(tmp_path):
     code = (
-        "from functools import partial; from pathlib import Path; from tests.test_jobs import note_and_sleep\n"
+        "from functools import partial; from pathlib import Path; from test_jobs import note_and_sleep\n"
         "from finetune.cli import run; from finetune.jobs import run_shards\n"
         f"folder = {str(tmp_path)!r}\n"
         "run(lambda: run_shards(partial(note_and_sleep, folder), 2, Path(folder, 'jobs'), 'nap'))"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], stderr=subprocess.PIPE)
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stderr=subprocess.PIPE)
     wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
     jobs = [int(path.stem.split("-")[1]) for path in tmp_path.glob("*.pid")]
     parent.send_signal(signal.SIGINT)

@@ -50,7 +50,7 @@ def test_personaplex_weights_are_never_expanded_and_moshi_ones_always_are(tmp_pa
 
     for dep_q in (8, 16):
         (tmp_path / str(dep_q)).mkdir()
-    own, origin = filled(folder_with(tmp_path / "16", tiny_lm(16)), PERSONAPLEX)
+    _, origin = filled(folder_with(tmp_path / "16", tiny_lm(16)), PERSONAPLEX)
     assert not origin.expanded and "PersonaPlex weights (16 codebooks)" in str(origin)
     small = tiny_lm(8)
     grown, origin = filled(folder_with(tmp_path / "8", small), PERSONAPLEX)

@@ -4,14 +4,17 @@ import json
 
 import pytest
 import torch
-from conftest import rows, script, train_here, write_config
+from conftest import live, rows, script, train_here, write_config
 from moshi.models.loaders import CheckpointInfo
-from safetensors.torch import load_file
+from moshi.modules.lora import LoRALinear
+from safetensors.torch import load_file, save_file
 
-from finetune import loss, model
-from finetune.args import load_args
+from finetune import checkpointing, lora, loss, model, optim
+from finetune.args import DataArgs, OptimArgs, TrainArgs, load_args
 from finetune.cli import UserError
+from finetune.fast import TrainingLM
 from finetune.model import MOSHI, PERSONAPLEX
+from finetune.personaplex import expand_moshiko_to_personaplex
 
 
 def consolidated(run, step):
@@ -44,7 +47,7 @@ def moshi_run(world, tmp_path_factory):
 def personaplex_run(world, tmp_path_factory):
     """LoRA on PersonaPlex, from Moshi weights, through the script itself, by torchrun with two processes."""
     folder = tmp_path_factory.mktemp("personaplex")
-    config = write_config(folder, world, **{"batch_size": 1, "ckpt_freq": 1, "tensorboard": True})
+    config = write_config(folder, world, **{"batch_size": 1, "ckpt_freq": 1, "tensorboard": True} | live(world))
     done = script("train_personaplex.py", config, processes=2)
     return folder / "run", done.stdout + done.stderr
 
@@ -53,8 +56,10 @@ def test_metrics_and_artefacts_of_moshi(moshi_run):
     train_rows, held_out = rows(moshi_run), rows(moshi_run, "eval")
     assert [r["step"] for r in train_rows] == [1, 2] and [r["step"] for r in held_out] == [0, 1, 2]
     assert held_out[-1]["loss"] < held_out[0]["loss"]
-    for key in ("text_loss", "audio_loss", "agent_loss", "semantic_loss", "acoustic_loss", "text_word_accuracy",
-                "text_padding_accuracy", "lr", "grad_norm", "tokens_per_sec", "data_wait", "peak_memory_gb"):  # fmt: skip
+    for key in (
+        "text_loss", "audio_loss", "agent_loss", "semantic_loss", "acoustic_loss", "text_word_accuracy",
+        "text_padding_accuracy", "lr", "grad_norm", "tokens_per_sec", "data_wait", "peak_memory_gb",
+    ):  # fmt: skip
         assert key in train_rows[-1], key
     assert "user_loss" not in train_rows[-1]
     assert train_rows[0]["loss"] == pytest.approx(train_rows[0]["text_loss"] + train_rows[0]["audio_loss"])
@@ -85,31 +90,38 @@ def test_personaplex_says_what_it_saw_and_starts_from(personaplex_run):
     assert list((run / "tensorboard").glob("events*"))
 
 
-def test_adapters_load_in_stock_moshi_and_give_the_trained_logits(world, personaplex_run, tmp_path):
-    """Base + adapters through stock loaders = the same run saved merged; both differ from the base."""
+def test_stock_moshi_gives_the_trained_logits(world, personaplex_run, tmp_path):
+    """The training state, restored; the same as base and adapters in stock moshi; and merged in stock moshi."""
     run, _ = personaplex_run
     folder = consolidated(run, 2)
     config = json.loads((folder / "config.json").read_text())
     assert (config["lora"], config["lora_rank"], config["dep_q"]) == (True, 4, 16)
-    base = model.open_checkpoint(str(world / "model"))
-    from finetune.personaplex import expand_moshiko_to_personaplex
-    from safetensors.torch import save_file
+    checkpoint = model.open_checkpoint(str(world / "model"))
+    kwargs = model.lm_kwargs(checkpoint, PERSONAPLEX)
+    trained = model.build_lm(kwargs, torch.float32)
+    lora.add_adapters(trained, 4, 2.0)
+    model.set_trainable(trained, full=False, ft_embed=False)
+    trained.to_empty(device="cpu")
+    model.fill(trained, model.Weights(checkpoint.moshi_weights(), 16), seed=0)
+    optimizer = optim.build_optimizer(trained, OptimArgs(), torch.device("cpu"))
+    codes, mask = torch.randint(4, 300, (2, 17, 20)), torch.ones(2, 20, dtype=torch.bool)
+    losses = lambda lm: TrainingLM(lm, False)(codes, mask).ce
+    with torch.no_grad():
+        base = losses(trained)
+        checkpointing.load(folder.parent, trained, optimizer, 2)
+        expected = losses(trained)
+        assert not torch.allclose(expected, base, rtol=1e-3)
 
-    save_file(expand_moshiko_to_personaplex(load_file(base.moshi_weights())), tmp_path / "base16.safetensors")
-    adapted = stock(world, folder / "config.json", tmp_path / "base16.safetensors", folder / "lora.safetensors")
+        save_file(expand_moshiko_to_personaplex(load_file(checkpoint.moshi_weights())), tmp_path / "base.safetensors")
+        adapted = stock(world, folder / "config.json", tmp_path / "base.safetensors", folder / "lora.safetensors")
+        torch.testing.assert_close(losses(adapted), expected, rtol=1e-6, atol=1e-4)
 
-    # The same checkpoint, continued for no step and saved merged.
-    merged_config = write_config(run.parent, world, **{"batch_size": 1, "ckpt_freq": 1, "save_adapters": False,
-                                                       "num_microbatches": 2, "max_steps": 3, "optim.lr": 1e-3})  # fmt: skip
-    assert train_here(merged_config, PERSONAPLEX) == 0
-    again = run / "checkpoints/checkpoint_000003/consolidated"
-    assert not json.loads((again / "config.json").read_text()).get("lora")
-    assert set(load_file(again / "consolidated.safetensors")) == set(stock_names(world))
-
-
-def stock_names(world):
-    kwargs = model.lm_kwargs(model.open_checkpoint(str(world / "model")), PERSONAPLEX)
-    return model.build_lm(kwargs, torch.float32).state_dict()
+        config = {k: v for k, v in config.items() if k != "lora"}
+        artefact = checkpointing.Artefact(config, None, torch.float32)
+        assert artefact.write(trained, tmp_path, is_main=True) is None
+        merged = stock(world, tmp_path / "config.json", tmp_path / "consolidated.safetensors")
+        assert not any(isinstance(m, LoRALinear) for m in merged.modules())
+        torch.testing.assert_close(losses(merged), expected, rtol=1e-5, atol=1e-3)
 
 
 def test_one_batch_of_four_is_four_of_one_and_two_ranks_of_two(world, tmp_path):
@@ -144,8 +156,6 @@ def test_losses_are_weighted_sums_over_global_weights():
 
 
 def load_args_with(**settings):
-    from finetune.args import DataArgs, TrainArgs
-
     return TrainArgs(data=DataArgs(), run_dir="x", **settings)
 
 

@@ -83,11 +83,10 @@ def test_closing_the_iterator_kills_workers_in_the_middle_of_a_task(tmp_path):
 @pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     code = (
-        "from functools import partial; from tests.test_workers import start; from finetune.workers import run_workers;"
+        "from functools import partial; from test_workers import start; from finetune.workers import run_workers;"
         f"list(run_workers(partial(start, {str(tmp_path)!r}), ['sleep', 'sleep'], 2))"
     )
-    root = Path(__file__).parents[1]
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root)
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
     wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
     workers = [int(p.name.split("-")[-1]) for p in tmp_path.iterdir()]
     assert all(map(alive, workers))

@@ -1,0 +1,248 @@
+"""Runs that survive: the same command goes on, and ends where an undisturbed run ends."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, rows, script, train_here, write_config
+from safetensors.torch import load_file, save_file
+
+from finetune import checkpointing
+from finetune.cli import UserError
+from finetune.loop import EXIT_PREEMPTED
+from finetune.model import MOSHI, PERSONAPLEX
+
+STEPS = 6
+SETTINGS = {
+    "max_steps": STEPS, "ckpt_freq": 3, "batch_size": 2, "do_eval": False, "prompt.drop_text": 0.3,
+    "prompt.drop_voice": 0.3, "num_ckpt_keep": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(world, tmp_path_factory):
+    """A run of six steps that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert train_here(write_config(folder, world, **SETTINGS), PERSONAPLEX) == 0
+    return folder
+
+
+def copy_of(straight, tmp_path, world, upto=3, **settings):
+    """The same run, as it stood at a step."""
+    shutil.copytree(straight / "run", tmp_path / "run")
+    for step, path in checkpointing.checkpoints(tmp_path / "run"):
+        if step > upto:
+            shutil.rmtree(path)
+    config = write_config(tmp_path, world, **SETTINGS | settings)
+    dumped = (tmp_path / "run/args.yaml").read_text()
+    (tmp_path / "run/args.yaml").write_text(dumped.replace(str(straight), str(tmp_path)))
+    return config
+
+
+def curve(run):
+    return [(r["step"], r["loss"], r["grad_norm"], r["text_word_loss"], r["codebook_15_loss"]) for r in rows(run)]
+
+
+def adapters(run, step=STEPS):
+    return load_file(run / f"checkpoints/checkpoint_{step:06d}/consolidated/lora.safetensors")
+
+
+def assert_same_end(run, straight):
+    assert curve(run) == curve(straight / "run")
+    ours, theirs = adapters(run), adapters(straight / "run")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_resumed_is_straight_bit_for_bit(straight, world, tmp_path):
+    config = copy_of(straight, tmp_path, world)
+    assert train_here(config, PERSONAPLEX) == 0
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_two_ranks_go_on_as_one(straight, world, tmp_path):
+    """Saved by one rank, continued by two, and saved by two, continued by one."""
+    config = copy_of(straight, tmp_path, world, batch_size=1)
+    script("train_personaplex.py", config, "max_steps=6", processes=2)
+    torch.testing.assert_close(torch.tensor(curve(tmp_path / "run")), torch.tensor(curve(straight / "run")), rtol=1e-5,
+                               atol=1e-5)  # fmt: skip
+    shutil.rmtree(tmp_path / "run/checkpoints/checkpoint_000003")
+    assert train_here(write_config(tmp_path, world, **SETTINGS | {"max_steps": 7}), PERSONAPLEX) == 0
+    assert curve(tmp_path / "run")[-1][0] == 7
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(straight, world, tmp_path, caplog):
+    config = copy_of(straight, tmp_path, world, upto=STEPS)
+    shard = next((tmp_path / "run/checkpoints/checkpoint_000006/state").glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    for damage, sentence in ((data[:-7], "bytes instead of"), (data[:5000] + b"!" + data[5001:], "have changed")):
+        shard.write_bytes(damage)
+        caplog.clear()
+        assert train_here(config, PERSONAPLEX) == 0
+        assert "checkpoint_000006 is not whole" in caplog.text and sentence in caplog.text
+        assert_same_end(tmp_path / "run", straight)
+        shard = next((tmp_path / "run/checkpoints/checkpoint_000006/state").glob("*.distcp"))
+
+
+def test_settings_that_may_change_do_and_others_are_listed(straight, world, tmp_path):
+    config = copy_of(straight, tmp_path, world)
+    before = (tmp_path / "run/metrics.train.jsonl").read_bytes()
+    with pytest.raises(UserError) as error:
+        train_here(config, PERSONAPLEX, ("optim.lr=5e-4", "lora.rank=8", "max_steps=9"))
+    assert "optim.lr: was 0.001, now 0.0005" in str(error.value) and "lora.rank: was 4, now 8" in str(error.value)
+    assert "max_steps" not in str(error.value)
+    assert (tmp_path / "run/metrics.train.jsonl").read_bytes() == before
+    assert train_here(config, PERSONAPLEX, ("log_freq=2",)) == 0
+    assert [r["step"] for r in rows(tmp_path / "run")] == [1, 2, 3, 4, 6]
+
+
+def test_overwriting_starts_anew_only_after_everything_was_checked(straight, world, tmp_path):
+    config = copy_of(straight, tmp_path, world)
+    with pytest.raises(UserError):
+        train_here(config, PERSONAPLEX, ("overwrite_run_dir=true", "prompt.voice=nobody", "optim.lr=5e-4",
+                                         "prompt.max_sec=1"))  # fmt: skip
+    assert len(rows(tmp_path / "run")) == STEPS, "nothing was deleted"
+    assert train_here(config, PERSONAPLEX, ("overwrite_run_dir=true", "max_steps=1")) == 0
+    assert [r["step"] for r in rows(tmp_path / "run")] == [1]
+
+
+def test_old_checkpoints_are_pruned_by_step(straight, world, tmp_path):
+    config = copy_of(straight, tmp_path, world)
+    assert train_here(config, PERSONAPLEX, ("ckpt_freq=1", "num_ckpt_keep=2")) == 0
+    assert [step for step, _ in checkpointing.checkpoints(tmp_path / "run")] == [5, 6]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(straight, world, tmp_path):
+    config = copy_of(straight, tmp_path, world)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    signal_safe = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": ROOT, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "train_personaplex.py", config], preexec_fn=limit, **signal_safe)
+    assert done.returncode == 2 and "the last checkpoint could not be written" in done.stderr
+    assert "could not be written" in done.stderr and "the one before is kept" in done.stderr
+    assert [step for step, _ in checkpointing.checkpoints(tmp_path / "run")] == [3]
+    assert train_here(config, PERSONAPLEX) == 0
+    assert_same_end(tmp_path / "run", straight)
+
+
+# --- real processes -----------------------------------------------------------------------------------------------
+
+
+def start(*command, processes=None, restarts=0):
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+                     f"--max-restarts={restarts}"]  # fmt: skip
+    return subprocess.Popen(
+        [*launcher, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for_step(process, run, step, timeout=120):
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(r["step"] >= step for r in rows(run)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate()[0] if process.poll() is not None else "no step in time")
+
+
+def workers_of(process):
+    out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+    return sorted(int(m[1]) for m in re.finditer(rf"^\s*(\d+)\s+{process.pid}\s.*train_personaplex", out, re.M))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGINT, 0)])
+def test_a_signal_saves_and_the_same_command_goes_on(straight, world, tmp_path, number, code):
+    config = write_config(tmp_path, world, **SETTINGS | {"ckpt_freq": 0, "data.num_workers": 1})
+    process = start("train_personaplex.py", config)
+    wait_for_step(process, tmp_path / "run", 1)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    if len(rows(tmp_path / "run")) < STEPS:  # else it had ended before the signal came
+        assert process.returncode == code, output
+        assert f"{number.name}: stopped after step" in output and "the same command goes on" in output
+    assert train_here(config, PERSONAPLEX, ("data.num_workers=0",)) == 0
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_a_killed_rank_is_restarted_and_the_end_is_the_same(straight, world, tmp_path):
+    config = write_config(tmp_path, world, **SETTINGS | {"batch_size": 1, "ckpt_freq": 1})
+    process = start("train_personaplex.py", config, processes=2, restarts=2)
+    wait_for_step(process, tmp_path / "run", 2)
+    os.kill(workers_of(process)[-1], signal.SIGKILL)
+    output = process.communicate(timeout=150)[0]
+    assert process.returncode == 0, output
+    torch.testing.assert_close(torch.tensor(curve(tmp_path / "run")), torch.tensor(curve(straight / "run")), rtol=1e-5,
+                               atol=1e-5)  # fmt: skip
+
+
+def test_a_dead_rank_ends_the_others(world, tmp_path):
+    config = write_config(tmp_path, world, **SETTINGS | {"batch_size": 1, "max_steps": 1000, "do_ckpt": False})
+    process = start("train_personaplex.py", config, processes=2)
+    wait_for_step(process, tmp_path / "run", 1)
+    os.kill(workers_of(process)[-1], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+
+
+# --- before the update --------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(world, tmp_path):
+    """One token's embedding is NaN, so only windows that hold it are; both ranks stop, and the samples are listed."""
+    shutil.copytree(world / "model", tmp_path / "model")
+    state = load_file(tmp_path / "model/model.safetensors")
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(str(world / "model/tokenizer.model"))
+    lines = [json.loads(line) for line in (world / "codes/train_precomputed.jsonl").read_text().splitlines()]
+    texts = [[w[0] for w in json.loads(p.with_suffix(".json").read_text())["alignments"] if w[2] == "SPEAKER_MAIN"]
+             for p in (world / "codes" / line["path"] for line in lines)]  # fmt: skip
+    words = {w for t in texts for w in t}
+    rare = min(words, key=lambda w: (sum(w in t for t in texts), w))
+    state["text_emb.weight"][pieces.encode(rare)[0]] = float("nan")
+    save_file(state, tmp_path / "model/model.safetensors")
+    config = write_config(tmp_path, world, **{
+        "moshi_paths.hf_repo_id": str(tmp_path / "model"), "batch_size": 1, "max_steps": 50, "duration_sec": 30,
+        "do_eval": False, "data.shuffle": False,
+    })  # fmt: skip
+    done = script("train.py", config, processes=2, check=False)
+    assert done.returncode != 0
+    found = re.search(r"error: the loss of step (\d+) is not finite \(rank (\d)", done.stderr)
+    assert found, done.stderr
+    step, rank = int(found[1]), int(found[2])
+    ranks = json.loads((tmp_path / f"run/not_finite_step_{step:06d}.json").read_text())["ranks"]
+    assert not ranks[rank]["loss_is_finite"]
+    named = ranks[rank]["samples"][0].split(" at ")[0]
+    holders = [line["path"] for line, text in zip(lines, texts) if rare in text]
+    assert any(named.endswith(os.path.basename(h)) for h in holders)
+    assert len(rows(tmp_path / "run")) == step - 1
+
+
+def test_too_many_bad_samples_stop_the_run_with_the_list(world, tmp_path):
+    lines = (world / "codes/train_precomputed.jsonl").read_text().splitlines()
+    bad = [json.dumps(json.loads(line) | {"codes_path": "gone.pt", "path": f"gone{i}.wav"}) for i, line in enumerate(lines)]
+    for name, mixed, sentence in (
+        ("some", [x for pair in zip(lines, bad) for x in pair], "more than data.max_bad_samples = 2"),
+        ("all", bad, "no window of a whole step could be read"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        for line in mixed:
+            fields = json.loads(line)
+            fields |= {k: str(world / "codes" / fields[k]) for k in ("path", "codes_path")}
+            with (folder / "train.jsonl").open("a") as file:
+                file.write(json.dumps(fields) + "\n")
+        config = write_config(folder, world, **{"data.train_data": str(folder / "train.jsonl"), "batch_size": 2,
+                                                "data.max_bad_samples": 2, "max_steps": 50, "do_eval": False})  # fmt: skip
+        with pytest.raises(UserError) as error:
+            train_here(config, MOSHI)
+        assert sentence in str(error.value) and "gone.pt" in str(error.value)
