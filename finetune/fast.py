@@ -14,8 +14,7 @@ Losses and gradients equal those of `LMModel.forward` (tests/test_fast.py). Modu
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,8 +31,11 @@ from finetune.cli import UserError
 
 TEXT_PADDING_IDS = (0, 3)  # EPAD and PAD of Moshi's text tokenizer
 NO_TARGET = -1  # also moshi's zero token: it embeds to 0 and never carries loss
-# Logits that exist at a time: on a CPU what its caches hold (16 MiB in fp32), elsewhere few launches (512 MiB).
-LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**27, "meta": 2**27}
+# Depformer frames are independent of each other. The gated channels of so many of them exist at a time, for the same
+# reasons; and memory from malloc costs page faults from 32 MiB on, a third of a step with windows of 1,250 frames.
+GATED_PER_CHUNK = {"cpu": 2**23, "cuda": 2**29, "meta": 2**29}
+# Logits that exist at a time: on a CPU what its caches hold (16 MiB in fp32), elsewhere few launches (128 MiB).
+LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**25, "meta": 2**25}
 
 
 class Losses(NamedTuple):
@@ -82,8 +84,11 @@ def count_targets(codes: Tensor, loss_mask: Tensor, delays: Sequence[int], dep_q
 
 def _delayed_targets(codes: Tensor, loss_mask: Tensor, delays: Sequence[int], dep_q: int) -> Tensor:
     """[B, 1 + dep_q, T]: the token that the output at each position is to predict, or NO_TARGET."""
+    # A window loses its last acoustic frame to the delay; padding behind a shorter one must not give it back.
+    padding = (codes == NO_TARGET).all(1, keepdim=True)
     codes = torch.where(loss_mask[:, None], codes[:, : 1 + dep_q], NO_TARGET)
-    return _delay(codes, delays[: 1 + dep_q], torch.full_like(codes[:1, :, :1], NO_TARGET))
+    delayed = _delay(codes, delays[: 1 + dep_q], torch.full_like(codes[:1, :, :1], NO_TARGET))
+    return delayed.masked_fill(padding, NO_TARGET)
 
 
 def _delay(codes: Tensor, delays: Sequence[int], first: Tensor) -> Tensor:
@@ -101,8 +106,8 @@ def _is_padding(targets: Tensor) -> Tensor:
     return (targets == TEXT_PADDING_IDS[0]) | (targets == TEXT_PADDING_IDS[1])
 
 
-def _rms_norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.alpha.flatten().to(x.dtype), norm.eps)  # computes in fp32, as moshi does
+def _rms_norm(x: Tensor, alpha: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], alpha.flatten().to(x.dtype), eps)  # computes in fp32, as moshi does
 
 
 def _gate(x: Tensor) -> Tensor:
@@ -110,39 +115,40 @@ def _gate(x: Tensor) -> Tensor:
     return F.silu(activated) * linear
 
 
-class _Linears:
+class _Linears(NamedTuple):
     """One linear per step as tensors [Q, out, in], in the dtype of the activations. A linear may have an adapter, which
     may be kept in fp32 over a bf16 base."""
 
-    def __init__(self, modules: Iterable[nn.Linear | LoRALinear], dtype: torch.dtype):
+    weight: Tensor
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scaling: float = 0.0
+
+    @classmethod
+    def of(cls, modules: Iterable[nn.Linear | LoRALinear], dtype: torch.dtype) -> "_Linears":
         modules = list(modules)
-        self.a, self.b, self.scaling = None, None, 0.0
-        if isinstance(modules[0], LoRALinear):
-            self.weight = _stack((m.frozen_W for m in modules), dtype)
-            self.a, self.b = _stack((m.lora_A for m in modules), dtype), _stack((m.lora_B for m in modules), dtype)
-            self.scaling = modules[0].scaling
-        else:
-            self.weight = _stack(modules, dtype)
+        if not isinstance(modules[0], LoRALinear):
+            return cls(_stack(modules, dtype))
+        parts = ([getattr(module, part) for module in modules] for part in ("frozen_W", "lora_A", "lora_B"))
+        return cls(*(_stack(part, dtype) for part in parts), modules[0].scaling)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [Q, N, in] -> [Q, N, out]."""
-        return _Product.apply(x, self.weight, self.a, self.b, self.scaling)
+        return _Product.apply(x, *self)
 
     def fan_out(self, x: Tensor) -> Tensor:
         """The same input for every step, x: [N, in] -> [Q, N, out]: one product, and one for the gradient of x."""
         steps = len(self.weight)
-        each = lambda w: _Product.apply(x[None], w.flatten(0, 1)[None], None, None, 0.0)[0].unflatten(1, (steps, -1))
-        y = each(self.weight).transpose(0, 1)
-        if self.a is None:
-            return y
-        return torch.baddbmm(y, each(self.a).transpose(0, 1), self.b.mT, alpha=self.scaling)
+        each = lambda w: _Linears(w.flatten(0, 1)[None])(x[None])[0].unflatten(1, (steps, -1)).transpose(0, 1)
+        y = each(self.weight)
+        return y if self.a is None else torch.baddbmm(y, each(self.a), self.b.mT, alpha=self.scaling)
 
     def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """As heads, x: [Q, N, in], targets: [Q, N] -> sums of cross-entropies and hits, both [Q] float32."""
-        return _HeadLoss.apply(x, targets, self.weight, self.a, self.b, self.scaling, torch.is_grad_enabled())
+        return _HeadLoss.apply(x, targets, *self, torch.is_grad_enabled())
 
 
-def _stack(layers: Iterable[nn.Linear], dtype: torch.dtype) -> Tensor:
+def _stack(layers: list[nn.Linear], dtype: torch.dtype) -> Tensor:
     weights = [layer.weight for layer in layers]
     stacked = weights[0][None] if len(weights) == 1 else torch.stack(weights)  # the temporal layers' are not copied
     return stacked.to(dtype)
@@ -276,17 +282,19 @@ class TemporalLayer(StreamingTransformerLayer):
     ) -> Tensor:
         if attention is None:
             return super().forward(x, cross_attention_src)
-        return _recomputed(self._train_forward, checkpointing)(x, attention)
+        if checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.run, x, attention, use_reentrant=False, preserve_rng_state=False)
+        return self.run(x, attention)
 
-    def _train_forward(self, x: Tensor, attention: Attention) -> Tensor:
-        project = lambda module, x: _Linears([module], x.dtype)(x.flatten(0, 1)[None]).view(*x.shape[:2], -1)
-        qkv = project(self.self_attn.in_projs[0], _rms_norm(self.norm1, x))
+    def run(self, x: Tensor, attention: Attention) -> Tensor:
+        project = lambda module, x: _Linears.of([module], x.dtype)(x.flatten(0, 1)[None]).view(*x.shape[:2], -1)
+        qkv = project(self.self_attn.in_projs[0], _rms_norm(x, self.norm1.alpha, self.norm1.eps))
         qkv = qkv.unflatten(-1, (3, self.self_attn.num_heads, -1))  # [B, T, 3, H, head_dim]
         q, k = attention.rotate(qkv[:, :, :2]).transpose(1, 3).unbind(2)  # [B, H, T, head_dim]
         v = qkv[:, :, 2].transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attention.mask, is_causal=attention.mask is None)
         x = x + project(self.self_attn.out_projs[0], y.transpose(1, 2).flatten(2))
-        hidden = _gate(project(self.gating.linear_in, _rms_norm(self.norm2, x)))
+        hidden = _gate(project(self.gating.linear_in, _rms_norm(x, self.norm2.alpha, self.norm2.eps)))
         return x + project(self.gating.linear_out, hidden)
 
 
@@ -302,29 +310,77 @@ class DepformerLayer(StreamingTransformerLayer):
     ) -> Tensor:
         if not steps_first:
             return super().forward(x, cross_attention_src)
-        return _recomputed(self._train_forward, checkpointing)(x)
+        if checkpointing or not torch.is_grad_enabled():
+            return _InChunks.apply(self, x, *self.parameters())
+        return self.run(x, self.weights(x.dtype))
 
-    def _train_forward(self, x: Tensor) -> Tensor:
+    def weights(self, dtype: torch.dtype) -> list[Tensor]:
+        """The parameters as `run` takes them, steps stacked."""
+        tensors = [self.norm1.alpha.flatten(), self.norm2.alpha.flatten()]
+        for modules in self._projections():
+            tensors += [part for part in _Linears.of(modules, dtype)[:3] if part is not None]
+        return tensors
+
+    def _projections(self) -> list[list[nn.Module]]:
+        gating = [[gate.linear_in for gate in self.gating], [gate.linear_out for gate in self.gating]]
+        return [[*self.self_attn.in_projs], [*self.self_attn.out_projs], *gating]
+
+    def run(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+        """x: [Q, N, dim] -> [Q, N, dim]."""
         steps, heads = len(x), self.self_attn.num_heads
-        project = lambda modules, x: _Linears(modules, x.dtype)(x)
-        qkv = project(self.self_attn.in_projs, _rms_norm(self.norm1, x))
-        qkv = qkv.unflatten(-1, (3, heads, -1))  # [Q, N, 3, H, head_dim]
+        alpha1, alpha2, *rest = weights
+        each, scaling = len(rest) // 4, getattr(self.self_attn.in_projs[0], "scaling", 0.0)
+        linears = [_Linears(*rest[i : i + each]) for i in range(0, len(rest), each)]
+        in_proj, out_proj, linear_in, linear_out = (linear._replace(scaling=scaling) for linear in linears)
+
+        qkv = in_proj(_rms_norm(x, alpha1, self.norm1.eps)).unflatten(-1, (3, heads, -1))  # [Q, N, 3, H, head_dim]
         q, k, v = qkv.permute(2, 1, 3, 0, 4).flatten(1, 2)  # [N * H, Q, head_dim] each
         # By hand: on sequences of 16 steps the backward pass of CPU's flash attention takes 12 times as long.
         future = torch.full((steps, steps), -math.inf, device=x.device).triu(1)
         scores = torch.add(future, torch.bmm(q, k.mT), alpha=q.shape[-1] ** -0.5)  # float32
         y = torch.bmm(scores.softmax(-1).to(x.dtype), v)
-        y = y.unflatten(0, (-1, heads)).permute(2, 0, 1, 3).flatten(2)  # [Q, N, dim]
-        x = x + project(self.self_attn.out_projs, y)
-        hidden = _gate(project((g.linear_in for g in self.gating), _rms_norm(self.norm2, x)))
-        return x + project((g.linear_out for g in self.gating), hidden)
+        x = x + out_proj(y.unflatten(0, (-1, heads)).permute(2, 0, 1, 3).flatten(2))
+        return x + linear_out(_gate(linear_in(_rms_norm(x, alpha2, self.norm2.eps))))
+
+    def chunks(self, x: Tensor) -> tuple[Tensor, ...]:
+        gated = len(x) * 2 * self.gating[0].linear_out.in_features
+        number = -(-gated * x.shape[1] // GATED_PER_CHUNK[x.device.type])
+        return x.split(-(-x.shape[1] // number), 1)
 
 
-def _recomputed(function: Callable, wanted: bool = True) -> Callable:
-    """`function`, whose intermediate results are computed again in the backward pass rather than kept."""
-    if not (wanted and torch.is_grad_enabled()):
-        return function
-    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+class _InChunks(torch.autograd.Function):
+    """A depformer layer, one chunk of frames after the other. The backward pass computes each chunk again, so that
+    between the passes only x is kept and the steps' weights are stacked for one layer at a time."""
+
+    @staticmethod
+    def forward(ctx, layer: DepformerLayer, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        weights = layer.weights(x.dtype)
+        return torch.cat([layer.run(chunk, weights) for chunk in layer.chunks(x)], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        layer, (x,) = ctx.layer, ctx.saved_tensors
+        with torch.enable_grad():
+            weights = layer.weights(x.dtype)
+            leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
+            dx = []
+            for chunk, dchunk in zip(layer.chunks(x), layer.chunks(dy)):
+                chunk = chunk.detach().requires_grad_()
+                torch.autograd.backward(layer.run(chunk, leaves), dchunk)
+                dx.append(chunk.grad)
+        gradients = [None] * len(ctx.needs_input_grad)
+        gradients[1] = torch.cat(dx, 1)
+        trained = [i for i, wanted in enumerate(ctx.needs_input_grad) if i > 1 and wanted]
+        if trained:
+            parameters = list(layer.parameters())
+            outputs, doutputs = zip(*((w, leaf.grad) for w, leaf in zip(weights, leaves) if w.requires_grad))
+            found = torch.autograd.grad(outputs, [parameters[i - 2] for i in trained], doutputs)
+            for i, gradient in zip(trained, found):
+                gradients[i] = gradient
+        return tuple(gradients)
 
 
 class TrainingLM(nn.Module):
@@ -384,14 +440,14 @@ class TrainingLM(nn.Module):
         attention = Attention.of(lm, x.shape[1], device)
         for layer in lm.transformer.layers:
             x = layer(x, attention=attention, checkpointing=self.gradient_checkpointing)
-        x = _rms_norm(lm.out_norm, x).flatten(0, 1)  # [B * T, dim]
+        x = _rms_norm(x, lm.out_norm.alpha, lm.out_norm.eps).flatten(0, 1)  # [B * T, dim]
 
-        text_head = _Linears([lm.text_linear], x.dtype)
+        text_head = _Linears.of([lm.text_linear], x.dtype)
         words = text_head.loss(x.index_select(0, plan.word_rows)[None], plan.word_targets)
         padding = text_head.loss(x.index_select(0, plan.padding_rows)[None], plan.padding_targets)
         tokens = delayed[:, : lm.dep_q].transpose(0, 1).flatten(1).index_select(1, plan.audio_rows)
         y = self._depformer(x.index_select(0, plan.audio_rows), tokens)
-        audio = _Linears(lm.linears, y.dtype).loss(y, plan.audio_targets)
+        audio = _Linears.of(lm.linears, y.dtype).loss(y, plan.audio_targets)
         ce, correct = (torch.cat(group) for group in zip(words, padding, audio))
         return Losses(ce, correct)
 
@@ -408,7 +464,7 @@ class TrainingLM(nn.Module):
         lm = self.lm
         embeddings = [lm.depformer_text_emb, *lm.depformer_emb]
         embedded = torch.stack([embedding(token) for embedding, token in zip(embeddings, tokens)])
-        y = embedded + _Linears(lm.depformer_in, x.dtype).fan_out(x)
+        y = embedded + _Linears.of(lm.depformer_in, x.dtype).fan_out(x)
         for layer in lm.depformer.layers:
             y = layer(y, steps_first=True, checkpointing=self.gradient_checkpointing)
         return y
