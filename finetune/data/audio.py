@@ -113,12 +113,15 @@ def resample(pcm: np.ndarray, source: int, target: int) -> np.ndarray:
 
 def _open(path: str | Path) -> sphn.FileReader:
     try:
-        return sphn.FileReader(str(path))
+        reader = sphn.FileReader(str(path))
     except ValueError as error:
         if not Path(path).exists():
             raise UserError(f"{path}: no such file") from None
         reason = str(error).split(": ", 1)[-1]
         raise UserError(f"{path}: not readable as audio ({reason})") from None
+    if reader.channels < 1 or not 1000 <= reader.sample_rate <= 200_000:
+        raise UserError(f"{path}: its header says {reader.channels} channel(s) at {reader.sample_rate} Hz")
+    return reader
 
 
 def _decode(path: str | Path, reader: sphn.FileReader, start_sec: int, duration_sec: int) -> np.ndarray:

@@ -15,7 +15,7 @@ float32, because TF32 changes far more codes than batching does.
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,20 +34,20 @@ CODEBOOKS = 8  # of Mimi's 32: what Moshi hears and says per channel (moshi/mode
 
 # --- 1. Encoding -----------------------------------------------------------------------------------------------
 
-CPU_LANES = 2
-CUDA_LANES = 64
+EXACT_LANES = 8  # on a CPU, where more gain nothing
+LANES = {"cpu": 32, "cuda": 64}  # of the plain batch
 _LANE_BYTES = 40 * 2**20  # of GPU memory, with the real Mimi: 16 MB are keys and values, the rest activations
 _COLLECT_FRAMES = 32  # codes stay on the device for so long: fetching them makes the host wait for it
 _CUDA_REFILL_FRAMES = 8  # a reset is some 250 launches, as long as half a frame; lanes wait a little and share it
 
 
-def default_lanes(device: torch.device | str) -> int:
-    """How many streams to encode at once: one stereo file on a CPU, on a GPU as many as pay and fit."""
+def default_lanes(device: torch.device | str, exact: bool | None = None) -> int:
+    """How many channels to encode at once: as many as pay, on a GPU also as many as fit."""
     device = torch.device(device)
     if device.type != "cuda":
-        return CPU_LANES
+        return LANES["cpu"] if exact is False else EXACT_LANES
     free, _ = torch.cuda.mem_get_info(device)
-    return max(2, min(CUDA_LANES, free // _LANE_BYTES // 2 * 2))
+    return max(2, min(LANES["cuda"], free // _LANE_BYTES // 2 * 2))
 
 
 def encode(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | None = None) -> list[Tensor]:
@@ -65,12 +65,13 @@ def encode(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | N
     if not len(wavs):
         return []
     order = sorted(range(len(wavs)), key=lambda i: -len(wavs[i]))  # so that lanes end together
-    streams = encode_streams(mimi, ([wavs[i]] for i in order), min(len(wavs), CUDA_LANES), exact)
+    lanes = min(len(wavs), default_lanes(_device(mimi), exact))
     codes = {}
-    for place, result in streams:
-        if isinstance(result, UserError):
-            raise result
-        codes[order[place]] = result[0].long()
+    with closing(encode_streams(mimi, ([wavs[i]] for i in order), lanes, exact)) as results:
+        for place, result in results:
+            if isinstance(result, UserError):
+                raise result
+            codes[order[place]] = result[0].long()
     return [codes[i] for i in range(len(wavs))]
 
 
