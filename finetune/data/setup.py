@@ -1,0 +1,91 @@
+"""The data of a run: its windows, their prompts, and who makes their codes."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from finetune.args import TrainArgs
+from finetune.cli import UserError
+from finetune.data import codec, dataset
+from finetune.data.audio import FRAME_RATE
+from finetune.data.dataset import Batch, Sample, Share, Tokenizer, Windows
+from finetune.data.interleaver import Interleaver
+from finetune.data.prompts import Prompter
+from finetune.distributed import World
+from finetune.model import Checkpoint, embed_column
+from finetune.voices import VoiceBook, load_voices
+
+
+class Data:
+    """What a run reads. Prompts are all checked, and their voices encoded, before a model is loaded.
+
+    Mimi is loaded where codes have to be made: for windows without codes, and for voices that are not in the cache.
+
+    Args:
+        prompts: whether windows begin with a hybrid system prompt.
+        lm_kwargs: of the model: its delays and depformer steps.
+        read: rows of the model's embedding tables, `read(name, start, stop)`: `.pt` voices are checked against them.
+    Raises:
+        UserError: manifests, prompts or codec cannot be used.
+    """
+
+    def __init__(
+        self, args: TrainArgs, prompts: bool, checkpoint: Checkpoint, lm_kwargs: dict,
+        read: Callable[[str, int, int], torch.Tensor], world: World,
+    ):  # fmt: skip
+        self.args, self.world = args, world
+        self.delays, self.dep_q = lm_kwargs["delays"], lm_kwargs["dep_q"]
+        self.window_frames = math.ceil(round(args.duration_sec * FRAME_RATE, 6))
+        self.train = dataset.open_windows(args.data.train_data, self.window_frames)
+        self.held_out = dataset.open_windows(args.data.eval_data, self.window_frames) if args.do_eval else None
+        self.text_tokenizer = checkpoint.tokenizer()
+        self.mimi = functools.cache(lambda: checkpoint.mimi(world.device))
+        self.prompter = None
+        context = lm_kwargs.get("context")
+        if prompts and context and self.window_frames + int(args.prompt.max_sec * FRAME_RATE) > context:
+            raise UserError(
+                f"duration_sec {args.duration_sec:g} and prompt.max_sec {args.prompt.max_sec:g} together exceed what the "
+                f"model attends to ({context} frames, {context / FRAME_RATE:g} s), so that it would forget its prompt"
+            )
+        if prompts:
+            folder = Path(args.prompt.voices_dir) if args.prompt.voices_dir else None
+            self.prompter = Prompter(args.prompt, self.text_tokenizer, VoiceBook(folder, checkpoint.voices_archive))
+            embed = lambda column: embed_column(read, column)
+            load = lambda files: load_voices(files, self.mimi, embed, self.delays, args.trains_embeddings)
+            files = itertools.chain(self.train.prompts(), self.held_out.prompts() if self.held_out else ())
+            with world.main_first():
+                self.prompter.prepare(files, load)
+        self._checkpoint = checkpoint
+        self._tokenizers = {id(w): self._tokenizer(w) for w in (self.train, self.held_out) if w is not None}
+
+    def _tokenizer(self, windows: Windows) -> Tokenizer:
+        data = self.args.data
+        interleaver = Interleaver(self.text_tokenizer, data.keep_and_shift)
+        common = (interleaver, self.window_frames, data.speakers, self.prompter, data.cache_mb)
+        if windows.precomputed:
+            fingerprint = codec.fingerprint_file(self._checkpoint.mimi_weights())
+            return dataset.PrecomputedTokenizer(*common, mimi_fingerprint=fingerprint)
+        return dataset.InterleavedTokenizer(*common, mimi=self.mimi())
+
+    def _iterate(self, windows: Windows, position: int = 0, **settings) -> Iterator[Batch]:
+        share = Share(self.args.batch_size, self.world.rank, self.world.size, position)
+        return dataset.get_dataset_iterator(
+            windows, self._tokenizers[id(windows)], share, self.delays, self.dep_q,
+            workers=self.args.data.num_workers, **settings,
+        )  # fmt: skip
+
+    def batches(self, position: int) -> Iterator[Batch]:
+        """This rank's microbatches, from a position of the endless stream of windows on."""
+        return self._iterate(self.train, position, seed=self.args.seed, shuffle=self.args.data.shuffle)
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """This rank's held-out batches, the same at each call."""
+        return self._iterate(self.held_out, evaluation=True, eval_samples=self.args.eval_max_samples)
+
+    def eval_samples(self, count: int) -> list[Sample]:
+        """`count` held-out samples, evenly spread; those that cannot be read are left out."""
+        return dataset.spread_samples(self.held_out, self._tokenizers[id(self.held_out)], count)
