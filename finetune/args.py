@@ -4,6 +4,7 @@ Every problem of a file is reported at once, before a model is loaded or a folde
 """
 
 import difflib
+import json
 import math
 import re
 from pathlib import Path
@@ -381,3 +382,24 @@ def flatten(values: dict, prefix: str = "") -> dict[str, object]:
         else:
             out[prefix + key] = value
     return out
+
+
+def settings_table() -> str:
+    """All settings as a Markdown table, for README.md."""
+    lines = ["| setting | default | |", "|---|---|---|"]
+
+    def add(kind: type[Settings], prefix: str) -> None:
+        for name, field in kind.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+                continue
+            default = "required"
+            if not field.is_required():
+                value = list(field.default) if isinstance(field.default, tuple) else field.default
+                default = f"`{json.dumps(value)}`"
+            lines.append(f"| `{prefix}{name}` | {default} | {field.description} |")
+
+    add(TrainArgs, "")
+    for name, field in TrainArgs.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            add(field.annotation, f"{name}.")
+    return "\n".join(lines)

@@ -5,7 +5,6 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from finetune import checkpointing, loss
 from finetune.args import TrainArgs
 from finetune.cli import UserError
 from finetune.data.dataset import Batch
+from finetune.data.setup import Data
 from finetune.distributed import World
 from finetune.evaluate import evaluate
 from finetune.fast import TrainingLM
@@ -62,8 +62,7 @@ def train(
     folder: Path,
     model: TrainingLM,
     optimizer: torch.optim.AdamW,
-    batches: Callable[[int], Iterator[Batch]],
-    eval_batches: Callable[[], Iterator[Batch]] | None,
+    data: Data,
     artefact: checkpointing.Artefact,
     progress: Progress,
     metrics: Metrics,
@@ -72,8 +71,6 @@ def train(
     """Trains until `max_steps` and returns the exit code.
 
     Args:
-        batches: this rank's microbatches from a position of the stream on.
-        eval_batches: this rank's held-out batches, the same at each call; None: no evaluation.
         progress: where to begin; updated in place.
     Raises:
         UserError: loss or gradient is not finite (before the update; names step, rank and samples), or too many
@@ -99,7 +96,7 @@ def train(
 
     def hold_out() -> None:
         began = time.perf_counter()
-        row = evaluate(model, eval_batches(), weights, world)
+        row = evaluate(model, data.eval_batches(), weights, world)
         metrics.write("eval", progress.step, row | {"seconds": time.perf_counter() - began})
         metrics.draw()
         if world.is_main:
@@ -109,10 +106,10 @@ def train(
             if row["skipped"]:
                 logger.warning("%d held-out windows could not be read", row["skipped"])
 
-    if eval_batches is not None and progress.step == 0:
+    if args.do_eval and progress.step == 0:
         hold_out()
 
-    stream = batches(progress.position) if progress.step < args.max_steps else iter(())
+    stream = data.batches(progress.position) if progress.step < args.max_steps else iter(())
     since_log = Interval()
     while progress.step < args.max_steps:
         step = progress.step + 1
@@ -179,7 +176,7 @@ def train(
         frequent = args.ckpt_freq and step % args.ckpt_freq == 0
         if args.do_ckpt and (last or frequent or wants_save or signalled):
             save()
-        if eval_batches is not None and (last or (args.eval_freq and step % args.eval_freq == 0)) and not signalled:
+        if args.do_eval and (last or (args.eval_freq and step % args.eval_freq == 0)) and not signalled:
             hold_out()
         if signalled:
             return _stopped(stop, world, step, saved=saved_step == step)

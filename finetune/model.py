@@ -1,6 +1,7 @@
 """The two model families as specs, and how their files are found, built, filled with weights and sharded."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -238,15 +239,15 @@ class Weights:
         return self.file.read(source, start, stop)
 
 
-def embed_column(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
-    """The temporal transformer's input for one delayed column of a model that is still on disk: [17] -> [dim]."""
-    total = None
-    for stream, token in enumerate(tokens.tolist()):
-        name = "text_emb.weight" if stream == 0 else f"emb.{stream - 1}.weight"
-        if token >= 0:
-            row = weights.file.read(name, token, token + 1)[0].float()
-            total = row if total is None else total + row
-    return torch.zeros(weights.file.slots["text_emb.weight"].shape[1]) if total is None else total
+def embed_column(read: Callable[[str, int, int], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """The temporal transformer's input for one delayed column, [17] -> [dim] float32, of a model that is not loaded.
+
+    Args:
+        read: rows [start, stop) of a parameter.
+    """
+    names = ["text_emb.weight", *(f"emb.{i}.weight" for i in range(len(tokens) - 1))]
+    rows = [read(name, token, token + 1)[0].float() for name, token in zip(names, tokens.tolist()) if token >= 0]
+    return torch.stack(rows).sum(0)
 
 
 def lm_kwargs(checkpoint: Checkpoint, spec: Spec) -> dict:

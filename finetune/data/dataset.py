@@ -339,7 +339,7 @@ class InterleavedTokenizer(Tokenizer):
     def _sound(self, line: Line, start: int):
         pcm = audio.read(line.path, start / FRAME_RATE, self.window_frames / FRAME_RATE)
         if pcm.shape[0] != 2:
-            raise UserError(f"{line.path}: has {pcm.shape[0]} channel(s); training needs stereo (agent left, user right)")
+            raise UserError(f"{line.path}: has {pcm.shape[0]} channel(s); it must be stereo, agent left, user right")
         return None, pcm[:, : self.window_frames * FRAME_SIZE], None
 
     def encode(self, drafts: list[Draft]) -> list[Sample]:
@@ -369,7 +369,7 @@ class PrecomputedTokenizer(Tokenizer):
 
     def _sound(self, line: Line, start: int):
         if not isinstance(line.fields.get("codes_path"), str):
-            raise UserError(f"{line.path}: no codes_path in line {line.number} of the manifest; run precompute_codes.py")
+            raise UserError(f"{line.path}: line {line.number} has no codes_path; run precompute_codes.py")
         entry = self.cache.get(("codes", line.path), lambda: self._codes(line))
         codes = entry["codes"][:, :, start : start + self.window_frames].long().flatten(0, 1)
         return codes, None, entry.get("voices", [])
@@ -584,6 +584,14 @@ def get_precomputed_iterator(stream: Microbatches, finish: Finish, workers: int)
     """Batches that workers read whole from pre-computed codes."""
     stream.finish = finish
     yield from _load(stream, workers)
+
+
+def spread_samples(windows: Windows, tokenizer: Tokenizer, count: int) -> list[Sample]:
+    """`count` samples, evenly spread over the windows; those that cannot be read are left out."""
+    order = EvalOrder([len(index) for index in windows.indexes], count)
+    stream = Microbatches(windows.indexes, order, Share(count, stop=len(order)), tokenizer, None, None)
+    drafts = next(iter(stream))[0]
+    return tokenizer.encode(drafts) if drafts else []
 
 
 def get_dataset_iterator(

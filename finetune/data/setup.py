@@ -48,8 +48,8 @@ class Data:
         context = lm_kwargs.get("context")
         if prompts and context and self.window_frames + int(args.prompt.max_sec * FRAME_RATE) > context:
             raise UserError(
-                f"duration_sec {args.duration_sec:g} and prompt.max_sec {args.prompt.max_sec:g} together exceed what the "
-                f"model attends to ({context} frames, {context / FRAME_RATE:g} s), so that it would forget its prompt"
+                f"duration_sec {args.duration_sec:g} and prompt.max_sec {args.prompt.max_sec:g} together exceed what "
+                f"the model attends to ({context / FRAME_RATE:g} s), so that it would forget its prompt; shorten one"
             )
         if prompts:
             folder = Path(args.prompt.voices_dir) if args.prompt.voices_dir else None
