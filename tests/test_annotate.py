@@ -18,15 +18,18 @@ import sentencepiece
 import sphn
 import torch
 import whisper
-from conftest import rows, train_here, write_config
 from test_workers import alive, wait_for
 from whisper.tokenizer import get_tokenizer
 
 import annotate
 from finetune import transcriber
+from finetune.args import PromptArgs
 from finetune.cli import UserError
 from finetune.data import audio
-from finetune.model import PERSONAPLEX
+from finetune.data.dataset import InterleavedTokenizer
+from finetune.data.interleaver import Interleaver
+from finetune.data.manifest import iterate
+from finetune.data.prompts import Prompter
 from finetune.transcriber import Transcriber, blocks, levels, repair, sounding, stretches
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +94,16 @@ def murmur(seconds: float, seed: int = 0, lead: float = 0.5) -> np.ndarray:
 def write_manifest(path: Path, lines: list) -> Path:
     path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
     return path
+
+
+def letters(folder: Path) -> sentencepiece.SentencePieceProcessor:
+    """A tokenizer that gives each letter a token, written to `folder`/sp.model."""
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog and runs away from it\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "sp"), vocab_size=32, model_type="char",
+        pad_id=3, bos_id=1, eos_id=2, unk_id=0, minloglevel=2,
+    )  # fmt: skip
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "sp.model"))
 
 
 def load(path: Path) -> dict:
@@ -227,6 +240,17 @@ def test_messy_input_costs_only_itself(tmp_path, scripted, capsys):
     assert (tmp_path / "missing.json").exists() and not (tmp_path / "missing.json.err").exists()
     assert "is mono" in (tmp_path / "mono.json.err").read_text()
 
+    # Training reads it as it is: the agent's words in the text stream, the prompts in front.
+    pieces = letters(tmp_path)
+    line = next(iterate(manifest, []))
+    window = InterleavedTokenizer(Interleaver(pieces), window_frames=50).read(line, 0)
+    assert window.stats.words == len(agent) and window.stats.dropped == 0
+    (words, prompts), _ = InterleavedTokenizer(Interleaver(pieces), window_frames=50).sidecar(line.path)
+    assert [word[0] for word in words] == [row[0] for row in agent]
+    line.fields.clear()  # what the manifest says is in the .json, too
+    chosen = Prompter(PromptArgs(), pieces, book=None).names(line, prompts)
+    assert chosen == ("<system> You sell tea. <system>", "voices/a.wav")
+
 
 def test_all_failed_is_a_failure(tmp_path, scripted):
     (tmp_path / "a.json").write_text("torn")
@@ -301,23 +325,6 @@ def children(pid: int) -> list[int]:
     """Spawned workers of a process, not Python's own resource tracker."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in found if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
-
-
-@pytest.mark.slow
-def test_what_it_writes_goes_straight_into_training(world, tmp_path, scripted):
-    (tmp_path / "data").mkdir()
-    for n, wav in enumerate(sorted((world / "data/train").glob("*.wav"))[:3]):
-        (tmp_path / f"data/{n}.wav").write_bytes(wav.read_bytes())
-    lines = [{"path": f"{n}.wav", "duration": audio.probe(tmp_path / f"data/{n}.wav").duration_sec} for n in range(3)]
-    manifest = write_manifest(tmp_path / "data/egs.jsonl", lines)
-    flags = ["--whisper-model", scripted, "--device", "cpu", "--personaplex", "--channel", "both"]
-    prompts = ["--text-prompt", "You are Dario from the station.", "--voice-prompt", "willow.wav"]
-    assert annotate.main([str(manifest), *flags, *prompts]) == 0
-    config = write_config(tmp_path, world, **{"data.train_data": str(manifest), "max_steps": 1, "batch_size": 3})
-    assert train_here(config, PERSONAPLEX) == 0
-    (row,) = rows(tmp_path / "run")
-    assert np.isfinite(row["loss"])
-    assert row["text_words"] > 0 and row["skipped"] == 0
 
 
 # --- The parts -----------------------------------------------------------------------------------------------
@@ -434,11 +441,7 @@ def test_keeping_silence_gives_whisper_more_of_it(tmp_path, scripted):
 
 
 def test_the_report_names_what_to_listen_to(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog and runs away from it\n" * 50)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(tmp_path / "sp"), vocab_size=40, model_type="char", minloglevel=2
-    )
+    letters(tmp_path)
     args = annotate.parse_args([str(tmp_path / "egs.jsonl"), "--tokenizer", str(tmp_path / "sp.model")])
 
     def item(name: str, words: list, repairs: dict | None = None, sound_sec: float = 1.0) -> annotate.Item:
