@@ -118,8 +118,10 @@ class TrainArgs(Settings):
     user_audio_loss_weight: NonNegative = Field(1.0, description="Loss weight of the user's codebooks (dep_q 16).")
 
     log_freq: Count = Field(1, description="Steps between metrics.")
-    do_eval: bool = Field(True, description="Evaluate on eval_data before, during and after training.")
+    do_eval: bool = Field(False, description="Evaluate through training; absent: if there is eval_data.")
     eval_freq: CountOrZero = Field(0, description="Steps between evaluations; 0: only at the start and the end.")
+    eval_free_samples: CountOrZero = Field(4, description="Held-out users that an evaluation replies to, freely.")
+    eval_free_sec: Positive = Field(20.0, description="Longest such reply, in seconds.")
     eval_max_samples: Count | None = Field(None, description="Windows of an evaluation; all if absent.")
     do_ckpt: bool = Field(True, description="Save checkpoints, the last step's always.")
     ckpt_freq: CountOrZero = Field(0, description="Steps between checkpoints; 0: only the last.")
@@ -143,7 +145,8 @@ class TrainArgs(Settings):
 
 # Settings that a resumed run may bring anew; all others decide what the weights become.
 CHANGEABLE = {
-    "run_dir", "max_steps", "log_freq", "do_eval", "eval_freq", "eval_max_samples", "do_ckpt", "ckpt_freq",
+    "run_dir", "max_steps", "log_freq", "do_eval", "eval_freq", "eval_max_samples", "eval_free_samples",
+    "eval_free_sec", "do_ckpt", "ckpt_freq",
     "ckpt_every_minutes", "num_ckpt_keep", "save_adapters", "gradient_checkpointing", "device", "sharding", "compile",
     "overwrite_run_dir", "wandb", "tensorboard", "data.num_workers", "data.cache_mb", "data.max_bad_samples",
     "data.eval_data", "batch_size", "num_microbatches",
@@ -189,6 +192,8 @@ def load_args(config: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         _apply(raw, override, problems)
     plain = _plain(raw, TrainArgs)
+    if isinstance(plain.get("data"), dict):
+        plain.setdefault("do_eval", bool(plain["data"].get("eval_data")))
     try:
         args = TrainArgs.model_validate(plain)
     except ValidationError as error:

@@ -9,16 +9,30 @@ PersonaPlex is run with the first 8 of its 16 depformer steps: the user's codes 
 depformer is causal over codebooks, so the other 8 would change nothing.
 """
 
+import json
+import wave
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import sentencepiece
 import torch
-from moshi.models import LMGen, LMModel
+from moshi.models import LMGen, LMModel, MimiModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from finetune.personaplex import CODEBOOKS, N_STREAMS, Prompt
+from finetune import model
+from finetune.cli import Parser, UserError, run
+from finetune.data import audio, codec
+from finetune.data.audio import FRAME_RATE, SAMPLE_RATE
+from finetune.distributed import pick_device
+from finetune.export import DTYPES, Source, open_source
+from finetune.jobs import replacing
+from finetune.personaplex import CODEBOOKS, DEP_Q, N_STREAMS, TEXT_EPAD, TEXT_PAD, Prompt, build_prompt
+from finetune.prompt_text import wrap_system_prompt
+from finetune.voices import VoiceBook, load_voices
 
 FREE = -2  # a token that the model may choose (moshi's `ungenerated_token_id`)
 
@@ -155,3 +169,126 @@ def _replay_embeddings(stepper: LMGen, prompts: Sequence[Prompt | None]) -> int:
     state.offsets += step
     state.offset_cpu += step
     return step
+
+
+# --- Sound, words, and the command -------------------------------------------------------------------------------
+
+
+def decode(mimi: MimiModel, codes: Tensor) -> np.ndarray:
+    """Codes [8, T] -> float32 [samples] at 24 kHz, frame by frame as a server plays them."""
+    device = next(mimi.parameters()).device
+    with torch.inference_mode(), mimi.streaming(1):
+        frames = [mimi.decode(frame[None].to(device)) for frame in codes.split(1, dim=1)]
+    return torch.cat(frames, dim=2)[0, 0].cpu().numpy() if frames else np.zeros(0, np.float32)
+
+
+def spoken_words(text: Tensor, tokenizer: sentencepiece.SentencePieceProcessor) -> list[list]:
+    """[[word, start_sec, end_sec], ...] of a text stream: [T] ids; a piece that begins with a space begins a word."""
+    words: list[list] = []
+    for frame, token in enumerate(text.tolist()):
+        if token in (TEXT_EPAD, TEXT_PAD) or token >= tokenizer.vocab_size():
+            continue
+        piece = tokenizer.id_to_piece(token)
+        start, end = frame / FRAME_RATE, (frame + 1) / FRAME_RATE
+        if piece.startswith("\u2581") or not words:
+            words.append([[token], start, end])
+        else:
+            words[-1][0].append(token)
+            words[-1][2] = end
+    return [[tokenizer.decode(ids), round(start, 2), round(end, 2)] for ids, start, end in words]
+
+
+def write_conversation(path: Path, agent: np.ndarray, user: np.ndarray) -> None:
+    """A stereo wav of 16 bits, agent left and user right; the shorter one ends in silence."""
+    length = max(len(agent), len(user))
+    both = np.stack([np.pad(channel, (0, length - len(channel))) for channel in (agent, user)], axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes((both.clip(-1, 1) * 32767).astype("<i2").tobytes())
+
+
+def load_merged(source: Source, device: torch.device, dtype: torch.dtype) -> LMModel:
+    """A model for inference with 8 depformer steps, adapters merged into its weights, read tensor by tensor."""
+    lm = model.build_lm(source.kwargs | {"dep_q": CODEBOOKS}, dtype)
+    lm.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            parameter.copy_(source.read(name))
+    return lm.eval()
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoint", help="run folder, checkpoint, exported folder or hub repository")
+    parser.add_argument("--user-wav", nargs="+", required=True, help="what users say; of stereo files the right channel")
+    parser.add_argument("--out", required=True, help="wav to write; a folder for several users")
+    parser.add_argument("--text", help="JSON to write the agent's words to; a folder for several users")
+    parser.add_argument("--voice", help="voice prompt: a recording, a .pt or a shipped name")
+    parser.add_argument("--voices-dir", help="folder of voices; the repository's voices.tgz if absent")
+    parser.add_argument("--text-prompt", default="", help="the role; wrapped in <system> tags")
+    parser.add_argument("--tail-sec", type=float, default=4.0, help="silence after the user, for the answer")
+    parser.add_argument("--base", help="repository or folder of the weights that adapters belong to")
+    parser.add_argument("--greedy", action="store_true", help="the most likely token instead of a drawn one")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--temp", type=float, default=Sampling.temp, help="temperature of audio tokens")
+    parser.add_argument("--temp-text", type=float, default=Sampling.temp_text, help="temperature of text tokens")
+    parser.add_argument("--top-k", type=int, default=Sampling.top_k, help="audio tokens to draw from")
+    parser.add_argument("--top-k-text", type=int, default=Sampling.top_k_text, help="text tokens to draw from")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and computation")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args()
+
+    source = open_source(args.checkpoint, args.base)
+    several = len(args.user_wav) > 1
+    wavs = [_output(args.out, path, several, ".wav") for path in args.user_wav]
+    device = pick_device(args.device)
+    mimi = source.checkpoint.mimi(device)
+    tokenizer = source.checkpoint.tokenizer()
+    prompt = _prompt(args, source, mimi, tokenizer)
+    tail = np.zeros(int(args.tail_sec * SAMPLE_RATE), np.float32)
+    heard = []
+    for path in args.user_wav:
+        pcm = audio.read(path)
+        heard.append(np.concatenate([pcm[-1], tail]))
+    users = codec.encode(mimi, heard)
+    lm = load_merged(source, device, DTYPES[args.dtype])
+    sampling = Sampling(args.greedy, args.temp, args.temp_text, args.top_k, args.top_k_text)
+    replies = generate(lm, [prompt] * len(users), users, sampling, args.seed)
+    for path, wav, pcm, reply in zip(args.user_wav, wavs, heard, replies):
+        write_conversation(wav, decode(mimi, reply.codes), pcm)
+        words = spoken_words(reply.text, tokenizer)
+        print(f"{wav}: {' '.join(word for word, _, _ in words) or '(no words)'}")
+        if args.text:
+            target = _output(args.text, path, several, ".json")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as temporary:
+                temporary.write_text(json.dumps({"user": path, "words": words}, ensure_ascii=False))
+    return 0
+
+
+def _output(given: str, source: str, several: bool, suffix: str) -> Path:
+    return Path(given) / (Path(source).stem + suffix) if several or Path(given).is_dir() else Path(given)
+
+
+def _prompt(
+    args, source: Source, mimi: MimiModel, tokenizer: sentencepiece.SentencePieceProcessor
+) -> Prompt | None:
+    text = wrap_system_prompt(args.text_prompt)
+    if source.kwargs["dep_q"] != DEP_Q:
+        if text or args.voice:
+            raise UserError(f"{args.checkpoint}: a Moshi of 8 codebooks has no prompts; drop --voice and --text-prompt")
+        return None
+    voice = None
+    if args.voice:
+        book = VoiceBook(Path(args.voices_dir) if args.voices_dir else None, source.checkpoint.voices_archive)
+        path = book.find(args.voice, beside=Path.cwd())
+        embed = lambda column: model.embed_column(source.read, column)
+        voice = load_voices([path], lambda: mimi, embed, source.kwargs["delays"], trains_embeddings=False)[path]
+    return build_prompt(voice, tokenizer.encode(text, add_bos=False, add_eos=False))
+
+
+if __name__ == "__main__":
+    run(main)
