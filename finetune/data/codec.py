@@ -139,8 +139,10 @@ def encode_streams(
             frame = np.zeros((lanes, 1, FRAME_SIZE), dtype=np.float32)
             for recording in active:
                 frame[recording.lanes, 0] = recording.frame
-            busy = [lane for recording in active for lane in recording.lanes]
-            made.append(_encode_frame(mimi, torch.from_numpy(frame), busy if exact and lanes > 1 else None))
+            busy = None
+            if exact and lanes > 1:  # CUDA graphs keep the calls that they were recorded with: there all lanes are
+                busy = list(range(lanes)) if on_cuda else [lane for each in active for lane in each.lanes]
+            made.append(_encode_frame(mimi, torch.from_numpy(frame), busy))
 
 
 class _Recording:

@@ -1,0 +1,276 @@
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, script
+from test_audio import write_wav
+
+import precompute_codes
+from finetune import toy
+from finetune.cli import UserError
+from finetune.data import audio, codec, manifest
+from finetune.model import open_checkpoint
+
+FRAME = audio.FRAME_SIZE
+
+
+def sound(seconds, sample_rate=24_000, channels=2, seed=0):
+    """Something that changes: a few tones, another one every 0.1 s."""
+    rng = np.random.default_rng(seed)
+    samples = round(seconds * sample_rate)
+    tones = np.repeat(rng.uniform(100, 4000, (channels, samples // (sample_rate // 10) + 1)), sample_rate // 10, axis=1)
+    return 0.3 * np.sin(2 * np.pi * np.cumsum(tones[:, :samples], axis=1) / sample_rate)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder with a manifest of what people have: [path, seconds the manifest says, written as]."""
+    folder = tmp_path / "data"
+    (folder / "calls").mkdir(parents=True)
+    write_wav(folder / "calls/a.wav", sound(1.5), 24_000)
+    write_wav(folder / "calls/b.wav", sound(0.9, 44_100, seed=1), 44_100)
+    write_wav(folder / "calls/c.wav", sound(0.5, seed=2)[:, : 5 * FRAME + 1], 24_000)
+    write_wav(folder / "calls/one.wav", np.full((2, 1), 0.1), 24_000)
+    durations = {"a": 1.5, "b": 0.9, "c": 2.0, "one": 1 / 24_000}
+    write(folder / "egs.jsonl", [{"path": f"calls/{k}.wav", "duration": v} for k, v in durations.items()])
+    return folder
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def encode(world, *command):
+    """main() with the tiny model; returns its exit code."""
+    return precompute_codes.main([*map(str, command), "--hf-repo", str(world / "model"), "--device", "cpu"])
+
+
+def by_hand(mimi, path):
+    """Codes [2, 8, frames] of a file, one channel after the other, frame by frame."""
+    pcm = torch.from_numpy(audio.read(path))
+    pcm = torch.nn.functional.pad(pcm, (0, -pcm.shape[1] % FRAME))
+    codes = []
+    for channel in pcm:
+        with torch.no_grad(), mimi.streaming(1):
+            codes.append(torch.cat([mimi.encode(frame[None, None]) for frame in channel.split(FRAME)], dim=-1)[0])
+    return torch.stack(codes)
+
+
+@pytest.fixture(scope="module")
+def mimi(world):
+    return open_checkpoint(str(world / "model")).mimi("cpu")
+
+
+def test_codes_and_manifest_of_a_data_set(world, mimi, data, tmp_path, capsys):
+    out = tmp_path / "encoded"
+    assert encode(world, data / "egs.jsonl", "--output-dir", out, "--lanes", 6) == 0
+    assert [p.name for p in out.iterdir() if p.name not in ("codes", "egs_precomputed.jsonl")] == []
+    name = codec.fingerprint(mimi)
+    seconds = {"a": 1.5, "b": 0.9, "c": (5 * FRAME + 1) / 24_000, "one": 1 / 24_000}
+    problems = []
+    for line, old in zip(manifest.iterate(out / "egs_precomputed.jsonl", problems), lines_of(data / "egs.jsonl")):
+        stem = line.path.stem
+        assert line.path == data / old["path"]
+        assert line.fields["codes_path"] == f"codes/calls/{stem}.wav.pt"
+        assert line.fields["duration"] == pytest.approx(seconds[stem], abs=1e-6)
+        path = manifest.resolve(out / "egs_precomputed.jsonl", line.fields["codes_path"])
+        entry = codec.load_codes(path)
+        codec.check(entry, path, name, line.path)
+        assert entry["duration"] == pytest.approx(seconds[stem], abs=1e-4)
+        assert torch.equal(entry["codes"].long(), by_hand(mimi, line.path)), stem
+    assert not problems
+    report = capsys.readouterr().out
+    assert "4 with codes, 0 failed, 0 bad lines" in report and "1 of 4 corrected" in report
+    assert "x real time" in report and "bytes per hour" in report
+
+
+def test_broken_inputs_are_listed_and_cost_the_others_nothing(world, data, tmp_path, capsys):
+    write_wav(data / "mono.wav", sound(1, channels=1), 24_000)
+    write_wav(data / "none.wav", np.zeros((2, 0)), 24_000)
+    nan = sound(0.5).astype(np.float32)
+    nan[1, 7000] = np.nan
+    write_wav(data / "nan.wav", nan, 24_000, float32=True)
+    (data / "text.wav").write_text("hello")
+    write_wav(data / "cut.wav", sound(2), 24_000)
+    (data / "cut.wav").write_bytes((data / "cut.wav").read_bytes()[: 44 + 4 * 24_000])
+    with (data / "egs.jsonl").open("a") as file:
+        for name in ("mono", "none", "nan", "text", "gone", "cut"):
+            file.write(json.dumps({"path": f"{name}.wav", "duration": 2}) + "\n")
+        file.write('{"path": 7}\n{"duration": 3}\nnot json\n{"path": "../a.wav"}\n')
+    out = tmp_path / "encoded"
+    assert encode(world, data / "egs.jsonl", "--output-dir", out) == 0
+    report = capsys.readouterr().out
+    assert "5 with codes, 5 failed, 4 bad lines" in report
+    for words in (
+        "mono.wav: has 1 channel(s); training needs agent left, user right",
+        "none.wav: holds no sound at all",
+        "nan.wav: holds samples that are not finite",
+        "text.wav: not readable as audio",
+        "gone.wav: no such file",
+        "line 11: needs an object",
+        "line 13: not JSON",
+        "leaves the manifest's folder",
+    ):
+        assert words in report, words
+    made = {Path(line["path"]).stem: line for line in lines_of(out / "egs_precomputed.jsonl")}
+    assert set(made) == {"a", "b", "c", "one", "cut"}
+    assert made["cut"]["duration"] == 1.0 and codec.load_codes(out / made["cut"]["codes_path"])["codes"].shape[2] == 13
+    assert (out / "codes/mono.wav.pt.err").read_text().count("mono.wav") == 1
+    assert encode(world, data / "egs.jsonl", "--output-dir", out, "--strict") == 1
+    write(data / "bad.jsonl", [{"path": "gone.wav"}])
+    assert encode(world, data / "bad.jsonl", "--output-dir", tmp_path / "bad") == 1
+
+    write_wav(data / "gone.wav", sound(0.2), 24_000)  # mended: done, and no longer listed
+    assert encode(world, data / "bad.jsonl", "--output-dir", tmp_path / "bad") == 0
+    assert not list((tmp_path / "bad").rglob("*.err"))
+
+
+def test_a_second_run_does_only_what_is_missing_or_stale(world, data, tmp_path, capsys):
+    out = tmp_path / "encoded"
+    files = {name: out / f"codes/calls/{name}.wav.pt" for name in ("a", "b", "c", "one")}
+
+    def redone():
+        for path in files.values():
+            if path.exists():
+                os.utime(path, (0, 0))
+        assert encode(world, data / "egs.jsonl", "--output-dir", out) == 0
+        assert all(codec.load_codes(path) for path in files.values())
+        return {name for name, path in files.items() if path.stat().st_mtime > 0}
+
+    assert redone() == set(files)
+    (out / "egs_precomputed.jsonl").unlink()
+    assert redone() == set() and len(lines_of(out / "egs_precomputed.jsonl")) == 4
+    assert "nothing was left to do" in capsys.readouterr().out
+    os.utime(data / "calls/a.wav")  # a new date is no new sound
+    assert redone() == set()
+    files["c"].unlink()
+    files["b"].write_bytes(files["b"].read_bytes()[:-50])
+    assert redone() == {"b", "c"}
+    write_wav(data / "calls/a.wav", sound(1.5, seed=9), 24_000)
+    assert redone() == {"a"}
+    entry = torch.load(files["one"], weights_only=True)
+    torch.save(entry | {"mimi": "another"}, files["one"])
+    assert redone() == {"one"}
+    (data / "calls/one.wav").unlink()  # training does not need it
+    assert redone() == set()
+
+
+def test_another_mimi_makes_all_codes_stale(world, data, tmp_path):
+    out, other = tmp_path / "encoded", tmp_path / "model"
+    encode(world, data / "egs.jsonl", "--output-dir", out)
+    before = codec.load_codes(out / "codes/calls/a.wav.pt")["mimi"]
+    toy.make_model(other, seed=1)
+    weights = other / json.loads((other / "config.json").read_text())["mimi_name"]
+    assert encode(world, data / "egs.jsonl", "--output-dir", out, "--mimi-path", weights) == 0
+    after = {codec.load_codes(path)["mimi"] for path in out.rglob("*.pt")}
+    assert after == {codec.fingerprint_file(weights)} != {before}
+
+
+def test_fields_names_and_paths_of_several_manifests(world, data, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "calls").mkdir(parents=True)
+    write_wav(elsewhere / "calls/a.wav", sound(0.3, seed=5), 24_000)
+    out = elsewhere / "encoded"
+    (out / "local").mkdir(parents=True)
+    write_wav(out / "local/x.wav", sound(0.2, seed=6), 24_000)
+    more = {"path": "calls/a.wav", "duration": 0.3, "text_prompt": "Sei freundlich ✓", "extra": {"n": [1, None]}}
+    absolute = {"path": str(data / "calls/c.wav")}
+    inside = {"path": "encoded/local/x.wav", "duration": 0.2001}
+    with gzip.open(elsewhere / "more.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in (more, absolute, more, inside)))
+    command = (data / "egs.jsonl", elsewhere / "more.jsonl.gz", "--output-dir", out)
+    assert encode(world, *command) == 0
+
+    mine = lines_of(out / "egs_precomputed.jsonl")
+    first, second, again, third = lines_of(out / "more_precomputed.jsonl")
+    assert mine[0]["codes_path"] == "codes/calls/a.wav.pt"
+    assert first["codes_path"].startswith("codes/calls/a.wav-") and again == first
+    assert {k: first[k] for k in ("duration", "text_prompt", "extra")} == {k: more[k] for k in list(more)[1:]}
+    assert first["path"] == str(elsewhere / "calls/a.wav")
+    assert second["codes_path"] == mine[2]["codes_path"] and second["duration"] == mine[2]["duration"]
+    assert third["path"] == "local/x.wav" and third["duration"] == 0.2001
+    assert codec.load_codes(out / first["codes_path"])["duration"] == pytest.approx(0.3)
+
+    # A moved data set: the same names, so that nothing is encoded again.
+    moved = tmp_path / "moved"
+    data.rename(moved)
+    before = (out / "codes/calls/a.wav.pt").stat().st_mtime_ns
+    assert encode(world, moved / "egs.jsonl", "--output-dir", out) == 0
+    assert (out / "codes/calls/a.wav.pt").stat().st_mtime_ns == before
+    assert lines_of(out / "egs_precomputed.jsonl")[0]["path"] == str(moved / "calls/a.wav")
+
+    (tmp_path / "third").mkdir()
+    write(tmp_path / "third/egs.jsonl", [absolute])
+    with pytest.raises(UserError, match="two manifests would both become egs_precomputed"):
+        encode(world, moved / "egs.jsonl", tmp_path / "third/egs.jsonl", "--output-dir", out)
+
+
+def test_mistakes_of_the_command_line(world, data, tmp_path):
+    egs, out = data / "egs.jsonl", ("--output-dir", tmp_path / "encoded")
+    with pytest.raises(UserError, match="no such manifest"):
+        encode(world, data / "nothing.jsonl", *out)
+    with pytest.raises(UserError, match="a stereo file takes 2"):
+        encode(world, egs, *out, "--lanes", 1)
+    with pytest.raises(UserError, match="at least 1"):
+        encode(world, egs, *out, "--shards", 0)
+    with pytest.raises(UserError, match="cannot be made"):
+        encode(world, egs, "--output-dir", egs)
+    with pytest.raises(UserError, match="names no audio file"):
+        (data / "empty.jsonl").write_text("\n")
+        encode(world, data / "empty.jsonl", *out)
+    for device, words in (("tpu", "is neither cpu"), ("cuda:99", "this machine has")):
+        with pytest.raises(UserError, match=words):
+            precompute_codes.main([str(egs), *map(str, out), "--device", device])
+    assert not (tmp_path / "encoded").exists()
+
+
+def test_a_killed_run_loses_only_what_it_had_in_hand(world, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "encoded"
+    data.mkdir()
+    for i in range(12):
+        write_wav(data / f"{i}.wav", sound(2, seed=i), 24_000)
+    write(data / "egs.jsonl", [{"path": f"{i}.wav", "duration": 2} for i in range(12)])
+    command = [
+        "precompute_codes.py", data / "egs.jsonl", "--output-dir", out, "--hf-repo", world / "model",
+        "--device", "cpu", "--lanes", 2,
+    ]  # fmt: skip
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while len(list(out.rglob("*.pt"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
+    assert 2 <= len(done) < 12 and not (out / "egs_precomputed.jsonl").exists()
+    for path in done:
+        codec.load_codes(path)
+    finished = script(*command[:-1], 8)
+    assert len(lines_of(out / "egs_precomputed.jsonl")) == 12 and "12 with codes, 0 failed" in finished.stdout
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+
+
+def test_two_shards_do_together_what_one_run_does(world, data, tmp_path, capsys):
+    one, two = tmp_path / "one", tmp_path / "two"
+    (data / "text.wav").write_text("hello")
+    with (data / "egs.jsonl").open("a") as file:
+        file.write('{"path": "text.wav", "duration": 1}\n')
+    assert encode(world, data / "egs.jsonl", "--output-dir", one) == 0
+    assert encode(world, data / "egs.jsonl", "--output-dir", two, "--shards", 2) == 0
+    assert "4 with codes, 1 failed" in capsys.readouterr().out.split("egs_precomputed.jsonl")[-1]
+    assert (one / "egs_precomputed.jsonl").read_text() == (two / "egs_precomputed.jsonl").read_text()
+    for line in lines_of(one / "egs_precomputed.jsonl"):
+        codes = [codec.load_codes(folder / line["codes_path"])["codes"] for folder in (one, two)]
+        assert torch.equal(*codes)
