@@ -223,7 +223,7 @@ def load_merged(source: Source, device: torch.device, dtype: torch.dtype) -> LMM
 def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="run folder, checkpoint, exported folder or hub repository")
-    parser.add_argument("--user-wav", nargs="+", required=True, help="what users say; of stereo files the right channel")
+    parser.add_argument("--user-wav", nargs="+", required=True, help="users; of stereo files the right channel")
     parser.add_argument("--out", required=True, help="wav to write; a folder for several users")
     parser.add_argument("--text", help="JSON to write the agent's words to; a folder for several users")
     parser.add_argument("--voice", help="voice prompt: a recording, a .pt or a shipped name")
