@@ -206,6 +206,8 @@ def encode_shard(args: argparse.Namespace, index: int, count: int) -> Outcome:
         if not todo:
             return Outcome(durations, failures.sentences, 0.0, 0.0)
 
+        for folder in {item.codes.parent for item in todo}:
+            make_folder(folder)
         mimi = checkpoint.mimi(device)
         lanes = min(args.lanes or codec.default_lanes(device, args.exact), CHANNELS * len(todo))
         started = time.monotonic()
@@ -235,6 +237,13 @@ def encode_shard(args: argparse.Namespace, index: int, count: int) -> Outcome:
                         durations[str(item.codes)] = seconds
                         encoded_sec += seconds
     return Outcome(durations, failures.sentences, encoded_sec, time.monotonic() - started)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir: {folder} cannot be made ({error.strerror})") from None
 
 
 def sentence(item: Item, error: Exception) -> str:
@@ -301,11 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     items = read_items(args, problems)
     if not args.partition:
         device_of(args.device, 0)
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {args.output_dir}: cannot be made ({error.strerror})") from None
-
+    make_folder(args.output_dir)
     started = time.monotonic()
     dead: list[str] = []
     if args.shards == 1 and not args.partition:

@@ -367,7 +367,7 @@ _FIELDS = {"codes": Tensor, "frame_rate": float, "sample_rate": int, "duration":
 
 
 def save_codes(path: Path, codes: Tensor, duration_sec: float, mimi_fingerprint: str, audio_fingerprint: str) -> None:
-    """Writes codes [channels, 8, frames], atomically.
+    """Writes codes [channels, 8, frames] to a file in an existing folder, atomically.
 
     The file is `torch.save` of a dictionary: the codes as int16, "frame_rate" and "sample_rate" (Hz), "duration" (of
     the audio, seconds), "mimi" and "audio" (fingerprints) and "format".
@@ -381,7 +381,6 @@ def save_codes(path: Path, codes: Tensor, duration_sec: float, mimi_fingerprint:
         "audio": audio_fingerprint,
         "format": FORMAT,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         torch.save(entry, temporary)
 
