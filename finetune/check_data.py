@@ -241,7 +241,7 @@ def check(args: TrainArgs, prompts: bool | None = None, workers: int | None = No
         prompts: whether it trains with prompts (PersonaPlex); None: if the settings or the data speak of any.
         workers: see finetune.make_manifest.outcomes.
     Raises:
-        UserError: the model's config or tokenizer cannot be had.
+        UserError: the model's config or tokenizer cannot be had, or windows are too long for the model.
     """
     # 1. Manifests.
     sources = [parse_sources(args.data.train_data), parse_sources(args.data.eval_data) if args.do_eval else []]
@@ -268,6 +268,12 @@ def check(args: TrainArgs, prompts: bool | None = None, workers: int | None = No
     )
     kwargs = model.lm_kwargs(checkpoint, spec)
     checkpoint.tokenizer()
+    context, prompt_frames = kwargs["context"], int(args.prompt.max_sec * FRAME_RATE)
+    if prompts and context and window_frames(args) + prompt_frames > context:
+        raise UserError(
+            f"duration_sec {args.duration_sec:g} and prompt.max_sec {args.prompt.max_sec:g} together exceed what the "
+            f"model attends to ({context / FRAME_RATE:g} s); shorten one"
+        )
 
     # 3. Every file, in processes.
     share_sec = max(HEAR_SEC, HEAR_HOURS * 3600 / max(1, len(tasks)))

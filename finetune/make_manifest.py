@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="manifest to write or to extend")
     parser.add_argument("--split", type=float, default=0.02, help="share of the files that is held out; 0: none")
     parser.add_argument("--seed", type=int, default=0, help="another seed holds out other files")
-    parser.add_argument("--left-suffix", help="end of the name of an agent's file, instead of those above")
+    parser.add_argument("--left-suffix", help="end of an agent's file name (before .wav), instead of those above")
     parser.add_argument("--right-suffix", help="the same for the user")
     parser.add_argument("--pairs-dir", type=Path, help="folder of the stereo files that are made (OUT_pairs if absent)")
     parser.add_argument("--workers", type=int, help="processes (one per core if absent); 0: only this one")
