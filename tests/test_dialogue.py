@@ -1,0 +1,277 @@
+"""Measures of conversations whose every word and silence is known: drawn by hand, from the tiny world, and recorded."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from finetune import dialogue, toy
+from finetune.data import audio
+from finetune.data.audio import FRAME_RATE, FRAME_SIZE
+from finetune.data.interleaver import Interleaver, read_alignments
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def sound(seconds, spans, level_db=-25.0, noise_db=None):
+    """float32 [samples]: noise at `level_db` dBFS in the spans (seconds), over a background at `noise_db`."""
+    rng = np.random.default_rng(0)
+    pcm = np.zeros(round(seconds * FRAME_RATE) * FRAME_SIZE)
+    if noise_db is not None:
+        pcm += rng.normal(0, 10 ** (noise_db / 20), len(pcm))
+    for start, end in spans:
+        first, last = (round(t * FRAME_RATE) * FRAME_SIZE for t in (start, end))
+        pcm[first:last] += rng.normal(0, 10 ** (level_db / 20), last - first)
+    return pcm.astype(np.float32)
+
+
+def heard(pcm):
+    """Spans of voice activity in seconds."""
+    return [(s.first / FRAME_RATE, s.last / FRAME_RATE) for s in dialogue.spans(dialogue.voice_activity(pcm))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return sentencepiece.SentencePieceProcessor(str(world / "model/tokenizer.model"))
+
+
+# --- 1. Who is heard -----------------------------------------------------------------------------------------------
+
+SPEECH = [(0.8, 2.0), (3.2, 3.52), (5.6, 8.0)]
+
+
+@pytest.mark.parametrize("noise_db", [None, -80, -60, -45])
+@pytest.mark.parametrize("level_db", [-12, -28])
+def test_speech_is_found_over_silence_and_noise(noise_db, level_db):
+    assert heard(sound(12, SPEECH, level_db, noise_db)) == SPEECH
+
+
+@pytest.mark.parametrize("noise_db", [None, -70, -56, -45])
+def test_a_channel_without_speech_is_silent(noise_db):
+    assert heard(sound(10, [], noise_db=noise_db)) == []
+
+
+def test_speech_without_a_break_is_speech():
+    assert heard(sound(10, [(0, 10)])) == [(0, 10)]
+
+
+def test_quiet_speech_in_a_silent_channel_is_found_and_the_other_side_in_the_headphones_is_not():
+    assert heard(sound(12, SPEECH, -45)) == SPEECH
+    assert heard(sound(12, SPEECH, -14) + sound(12, [(9, 11)], -54)) == SPEECH
+
+
+def test_articulation_is_part_of_speech_and_clicks_are_not():
+    assert heard(sound(8, [(0.8, 2.0), (2.16, 3.2), (4.0, 4.08)])) == [(0.8, 3.2)]
+    assert heard(sound(8, [(0.8, 2.0), (2.24, 3.2)])) == [(0.8, 2.0), (2.24, 3.2)]
+
+
+def test_speech_that_fades_is_followed_down():
+    fading = sum(sound(8, [(1.6 + i * 0.8, 2.4 + i * 0.8)], level) for i, level in enumerate((-31, -33, -39, -43)))
+    assert heard(fading + sound(8, [], noise_db=-60)) == [(1.6, 4.8)]
+    alone = sound(8, [(1.6, 2.4)], -39) + sound(8, [], noise_db=-50)  # beneath the beginning of speech
+    assert heard(alone) == []
+
+
+def test_any_length_will_do():
+    assert heard(np.zeros(0, np.float32)) == []
+    assert dialogue.voice_activity(np.ones(FRAME_SIZE * 3 // 2, np.float32) / 10).tolist() == [True, True]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs a recording")
+def test_recorded_speech_begins_where_it_begins():
+    pcm = audio.read(SHARED / "audio/input_assistant.wav")[0]
+    starts = [start for start, _ in heard(pcm)]
+    assert starts == pytest.approx([3.26, 21.75], abs=0.08)  # "How", "By"
+    measures = dialogue.measure(np.zeros_like(pcm), pcm, [3] * 500)
+    assert (measures["turns"], measures["pauses"]) == (2, 0) and measures["silence"] == 1
+
+
+# --- 2. What is said -----------------------------------------------------------------------------------------------
+
+
+def test_words_are_what_the_interleaver_laid_out(tokenizer):
+    interleaver = Interleaver(tokenizer)
+    given = [("hello", 0.4, 0.5), ("harbour", 0.8, 1.2), ("seven", 1.04, 1.3), ("books", 4.0, 4.2)]
+    frames, _ = interleaver(given, 0, 75)
+    found = dialogue.words(frames, tokenizer)
+    assert [word for word, _, _ in found] == [word for word, _, _ in given]
+    for (_, start, _), (_, said, end) in zip(given, found):
+        assert said <= start + 0.24 and said > start - 0.08 and end > said
+    assert dialogue.words([3, 0, -1, 3], tokenizer) == []
+
+
+def brute_force(tokens):
+    """Longest phrase of four or more that recurs without overlap: by trying all pairs of places."""
+    for n in range(len(tokens) // 2, 3, -1):
+        best = 0
+        for i in range(len(tokens) - n + 1):
+            at, count = i, 0
+            while at <= len(tokens) - n:
+                same = tokens[at : at + n] == tokens[i : i + n]
+                count += same
+                at += n if same else 1
+            best = max(best, count)
+        if best >= 2:
+            return best * n / len(tokens)
+    return 0.0
+
+
+def test_repetition_is_the_share_of_the_longest_repeated_phrase():
+    rng = random.Random(0)
+    for _ in range(300):
+        tokens = [rng.randrange(rng.choice((1, 2, 3, 6))) for _ in range(rng.randrange(40))]
+        assert dialogue.repetition(tokens) == pytest.approx(brute_force(tokens)), tokens
+
+
+def test_repetition_of_loops_phrases_and_short_texts():
+    fresh = list(range(100, 180))
+    assert dialogue.repetition(fresh) == 0
+    assert dialogue.repetition([7] * 200) == 1
+    assert dialogue.repetition([1, 2, 3, 4, 5] * 20) == 1
+    assert dialogue.repetition([*fresh[:40], *[1, 2] * 20]) == 0.5
+    assert dialogue.repetition([*fresh[:36], 1, 2, 3, 4, *fresh[36:72], 1, 2, 3, 4]) == pytest.approx(0.1)
+    for short in ([], [1], [1, 1, 1], [1, 2, 1, 2, 1, 2, 1]):
+        assert dialogue.repetition(short) == 0
+
+
+# --- 3. Turn-taking ------------------------------------------------------------------------------------------------
+
+
+def scene(seconds, user, agent, tokenizer, **kwargs):
+    """Measures of a conversation: spans of the user; (start, end, words) of the agent."""
+    text = [3] * round(seconds * FRAME_RATE)
+    token = next(ids[0] for ids in map(tokenizer.encode, toy.WORDS) if len(ids) == 1)
+    for start, _, count in agent:
+        first = round(start * FRAME_RATE)
+        text[first : first + count] = [token] * count
+    agent_pcm = sound(seconds, [(start, end) for start, end, _ in agent], **kwargs)
+    return dialogue.measure(agent_pcm, sound(seconds, user, **kwargs), torch.tensor(text), tokenizer)
+
+
+# The user speaks 1-3 s and 3.6-5.2 s: one turn with one pause; it ends at 5.2 s. Word counts are the agent's.
+@pytest.mark.parametrize(
+    ("agent", "tor_turn", "latency", "tor_pause", "backchannels"),
+    [
+        ([], 0, None, 0, 0),  # mute
+        ([(6, 8, 6)], 1, 0.8, 0, 0),  # takes the turn
+        ([(6, 6.4, 1)], 0, None, 0, 0),  # "yes": short and one word
+        ([(6, 6.8, 3)], 1, 0.8, 0, 0),  # short, but three words
+        ([(6, 7.2, 1)], 1, 0.8, 0, 0),  # one word, but long
+        ([(6, 6.4, 1), (6.64, 7.2, 1)], 1, 0.8, 0, 0),  # two of them without a pause are one utterance
+        ([(10.8, 12, 4)], 0, None, 0, 0),  # too late: after 5 s
+        ([(4.8, 8, 8)], 1, 0, 0, 0),  # before the end
+        ([(3.2, 4.4, 4)], 0, None, 1, 0),  # takes the pause, and falls silent again
+        ([(3.2, 8, 10)], 1, 0, 1, 0),  # takes the pause and keeps the floor
+        ([(3.2, 3.52, 1), (5.6, 8, 8)], 1, 0.4, 0, 1),  # "uh-huh" in the pause
+        ([(2.0, 2.4, 1), (4.4, 4.8, 0)], 0, None, 0, 2),  # two backchannels, one without text
+        ([(0, 16, 30)], 1, 0, 1, 0),  # never stops
+    ],
+)  # fmt: skip
+def test_take_over_latency_and_backchannels(agent, tor_turn, latency, tor_pause, backchannels, tokenizer):
+    for noise_db in (None, -60):
+        found = scene(16, [(0.96, 3.04), (3.6, 5.2)], agent, tokenizer, noise_db=noise_db)
+        assert (found["turns"], found["pauses"]) == (1, 1)
+        assert (found["tor_turn"], found["tor_pause"], found["backchannels"]) == (tor_turn, tor_pause, backchannels)
+        assert found["latency"] == (None if latency is None else pytest.approx(latency))
+
+
+def test_pauses_are_longer_than_hesitations_and_shorter_than_ends(tokenizer):
+    def counts(*user):
+        found = scene(20, user, [], tokenizer)
+        return found["turns"], found["pauses"]
+
+    assert counts((1.04, 3.04), (3.36, 5.04)) == (1, 0)  # 0.32 s: no pause
+    assert counts((1.04, 3.04), (3.44, 5.04)) == (1, 1)  # 0.40 s
+    assert counts((1.04, 3.04), (4.0, 5.04)) == (1, 1)  # 0.96 s
+    assert counts((1.04, 3.04), (4.08, 5.04)) == (2, 0)  # 1.04 s: two turns
+    assert counts((1.04, 3.04), (17.04, 19.44)) == (1, 0)  # the last one ends too late to be answered
+    assert counts() == (0, 0)
+
+
+def test_a_remark_while_the_agent_speaks_is_no_turn(tokenizer):
+    long = [(4.0, 12.0, 20)]
+    assert scene(20, [(1.04, 3.04), (6.0, 6.4)], long, tokenizer)["turns"] == 1
+    assert scene(20, [(1.04, 3.04), (6.0, 8.0)], long, tokenizer)["turns"] == 2  # an interruption
+    assert scene(20, [(1.04, 3.04), (14.0, 14.4)], long, tokenizer)["turns"] == 2  # a short turn
+
+
+def test_shares_and_paces(tokenizer):
+    found = scene(20, [(0, 4), (8, 12)], [(4, 9.04, 10), (14, 16.48, 5)], tokenizer)
+    assert found["silence"] == pytest.approx(1 - (5.04 + 2.48) / 20)
+    assert found["overlap"] == pytest.approx(1.04 / 20)
+    assert found["words"] == 15 and found["words_per_minute"] == pytest.approx(45)
+    assert found["words_per_minute_speaking"] == pytest.approx(15 / 7.52 * 60)
+    unread = dialogue.measure(sound(20, [(4, 9)]), sound(20, [(0, 4)]), [3] * 250)
+    assert unread["words"] is None and unread["words_per_minute"] is None and unread["tor_turn"] == 1
+    shorter = dialogue.measure(sound(10, [(4, 9.04)]), sound(20, [(0, 4)]), [3] * 125)
+    assert shorter["seconds"] == 20 and shorter["silence"] == pytest.approx(1 - 5.04 / 20)
+    nothing = dialogue.measure(np.zeros(0), np.zeros(0), [], tokenizer)
+    assert nothing["silence"] is None and nothing["words_per_minute"] is None
+    json.dumps([found, unread, nothing], allow_nan=False)
+
+
+def test_the_dialogues_of_the_tiny_world_are_measured_as_they_were_made(world, tokenizer):
+    interleaver = Interleaver(tokenizer)
+    replies = []
+    for path in sorted((world / "data/eval").glob("*.wav")):
+        facts = json.loads(path.with_suffix(".json").read_text())
+        words = read_alignments(facts["alignments"])
+        pcm = audio.read(path)
+        frames = len(dialogue.voice_activity(pcm[0]))
+        text, _ = interleaver(words, 0, frames)
+        found = dialogue.measure(*pcm, text, tokenizer)
+        assert found["turns"] == len(facts["turns"]) and found["tor_turn"] == 1
+        assert found["words"] == len(words) and found["overlap"] == found["pauses"] == 0
+        for turn, latency in zip(facts["turns"], found["latencies"]):
+            answer = min(start for _, start, _ in words if start >= turn["asked_sec"])
+            assert latency == pytest.approx(answer - turn["asked_sec"], abs=0.0801)
+        replies.append(found)
+    assert dialogue.verdict(dialogue.summarise(replies)) is None
+
+
+# --- 4. Many replies -----------------------------------------------------------------------------------------------
+
+
+def test_a_summary_is_what_one_long_conversation_would_measure(tokenizer):
+    parts = [
+        (16, [(0.96, 3.04), (3.6, 5.2)], [(3.2, 3.52, 1), (5.6, 8, 8)]),
+        (24, [(1.04, 2.96), (10, 12)], [(3.2, 4.8, 5), (13.04, 14.8, 7)]),
+        (12, [(1.04, 3.04), (3.6, 5.04)], []),
+    ]
+    joined, shift = ([], []), 0
+    for seconds, user, agent in parts:
+        joined[0].extend((a + shift, b + shift) for a, b in user)
+        joined[1].extend((a + shift, b + shift, n) for a, b, n in agent)
+        shift += seconds
+    summary = dialogue.summarise([scene(*part, tokenizer) for part in parts])
+    whole = scene(shift, *joined, tokenizer)
+    same = set(summary) & set(whole) - {"repetition"}
+    assert same >= {"seconds", "silence", "overlap", "words_per_minute", "turns", "tor_turn", "latency", "tor_pause"}
+    for key in same:
+        assert summary[key] == pytest.approx(whole[key]), key
+    assert summary["backchannels_per_minute"] == pytest.approx(60 * whole["backchannels"] / shift)
+    json.dumps(summary, allow_nan=False)
+
+
+def test_no_replies_make_an_empty_summary():
+    assert dialogue.summarise([])["silence"] is None
+    assert dialogue.verdict(dialogue.summarise([])) is None
+    assert dialogue.verdict({}) is None
+
+
+def test_verdicts(tokenizer):
+    user = [(1.04, 3.04), (12, 14)]
+    sound_reply = scene(20, user, [(4, 8, 12), (15.04, 17.04, 6)], tokenizer)
+    mute = scene(20, user, [(4, 4.4, 1)], tokenizer)
+    babble = scene(20, user, [(4, 12, 0)], tokenizer)
+    loop = sound_reply | {"repetition": 0.8}
+    say = lambda *replies: dialogue.verdict(dialogue.summarise(replies))
+    assert say(*[sound_reply | {"repetition": 0.1}] * 4) is None
+    assert say(mute, mute) == "mute: silent 98% of the time"
+    assert say(babble) == "wordless: 0.0 words a minute"
+    assert say(loop, *[sound_reply | {"repetition": 0.0}] * 3).startswith("loops: 25% of the replies")
+    assert say(loop, *[sound_reply | {"repetition": 0.0}] * 5) is None
