@@ -10,7 +10,7 @@ import pickle
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import pairwise
+from math import ceil, floor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -214,8 +214,8 @@ class Transcriber:
             found = stretches(sound, self.margin_sec, length)
             if found:
                 raw, language = self._hear(pcm, found, language, repairs)
-                good = repair(raw, sound, length, repairs)
-                words += [Word(w.text, round(w.start + offset, 2), round(w.end + offset, 2)) for w in good]
+                for word in repair(raw, sound, length, repairs):
+                    words.append(Word(word.text, _milliseconds(word.start + offset), _milliseconds(word.end + offset)))
             sound_sec += float(sound.sum()) * FRAME_SEC
             duration = offset + length
         return Transcript(words, language if words else None, duration, sound_sec, dict(repairs))
@@ -253,6 +253,11 @@ class Transcriber:
         return words, result["language"] if words else language
 
 
+def _milliseconds(seconds: float) -> float:
+    """Rounded down, so that no word ends after its file."""
+    return floor(seconds * 1000 + 1e-6) / 1000
+
+
 # What whisper-timestamped raises on odd input: failed assertions ("Inconsistent number of segments"), segments of
 # length zero, text without timestamps.
 TRIPS = (AssertionError, IndexError, ValueError, RuntimeError)
@@ -273,9 +278,11 @@ def repair(raw: list[dict], sound: np.ndarray, duration_sec: float, repairs: Cou
     Args:
         raw: whisper-timestamped's words: text, start, end (seconds), confidence, phrase confidence.
         sound: bool [frames of 20 ms], from `sounding`.
-        repairs: counts, by reason, the words dropped or moved.
+        repairs: counts, by reason, the words dropped or moved; each word once.
     """
-    words = []
+    words: list[Word] = []
+    pause = round(PAUSE_SEC / FRAME_SEC)
+    last_start = max(0.0, duration_sec - FRAME_SEC)
     for word in raw:
         text, start, end = word["text"].strip(), float(word["start"]), float(word["end"])
         if not any(letter.isalnum() for letter in text):
@@ -284,21 +291,21 @@ def repair(raw: list[dict], sound: np.ndarray, duration_sec: float, repairs: Cou
         if word["phrase confidence"] < MIN_PHRASE_CONFIDENCE or word["confidence"] < MIN_WORD_CONFIDENCE:
             repairs["dropped: not sure"] += 1
             continue
-        inside = np.clip([start, end], 0.0, duration_sec)
-        if not np.allclose(inside, [start, end], atol=FRAME_SEC) or end <= start:
-            repairs["moved: impossible times"] += 1
-        start = min(inside[0], max(duration_sec - FRAME_SEC, 0.0))
-        end = max(inside[1], min(start + FRAME_SEC, duration_sec))
-        first, last = int(start / FRAME_SEC), max(int(np.ceil(end / FRAME_SEC)), int(start / FRAME_SEC) + 1)
-        near = round(PAUSE_SEC / FRAME_SEC)
-        if not sound[max(first - near, 0) : last + near].any():
+        # Times a rounding beyond the end are no mistake.
+        possible = start < end and start > -FRAME_SEC and end < duration_sec + FRAME_SEC
+        start = min(max(start, 0.0), last_start)
+        end = min(max(end, start + FRAME_SEC), duration_sec)
+        first, last = int(start / FRAME_SEC), ceil(end / FRAME_SEC)
+        if not sound[max(first - pause, 0) : last + pause].any():
             repairs["dropped: in silence"] += 1
             continue
-        heard = np.flatnonzero(sound[first:last])
-        if len(heard) and heard[0] > 0 and not sound[max(first - near, 0) : first].any():
+        if not possible:
+            repairs["moved: impossible times"] += 1
+        elif words and start < words[-1].start:
+            repairs["moved: out of order"] += 1
+        elif not sound[max(first - pause, 0) : first + 1].any() and sound[first:last].any():
             repairs["to the onset"] += 1
-            start = (first + heard[0]) * FRAME_SEC
-        words.append(Word(text, float(start), float(max(end, start + FRAME_SEC))))
-    if late := sum(b.start < a.start for a, b in pairwise(words)):
-        repairs["moved: out of order"] += late
-    return sorted(words, key=lambda w: w.start)
+            start = min((first + int(np.argmax(sound[first:last]))) * FRAME_SEC, last_start)
+            end = max(end, start + FRAME_SEC)
+        words.append(Word(text, start, end))
+    return sorted(words, key=lambda word: word.start)

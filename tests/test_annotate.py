@@ -31,6 +31,7 @@ from finetune.data.interleaver import Interleaver
 from finetune.data.manifest import iterate
 from finetune.data.prompts import Prompter
 from finetune.transcriber import Transcriber, blocks, levels, repair, sounding, stretches
+from finetune.workers import WorkerBroken
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -341,6 +342,7 @@ def test_repairs_put_every_word_inside_the_file_in_order_and_out_of_silence():
         word(" early", 0.8, 1.5), word("two", 2.0, 2.0), word("one", 1.5, 2.0), word("...", 2.0, 2.2),
         word("You", 6.0, 6.5), word("Thanks", 3.0, 3.5, phrase=0.1), word("mm", 3.0, 3.2, confidence=0.001),
         word("last", 9.9, 12.0), word("beyond", 10.5, 11.0), word("back", 3.6, 3.4),
+        word("gone", -3.0, 6.1, phrase=0.0),
     ]  # fmt: skip
     repairs = Counter()
     words = repair(raw, sound, 10.0, repairs)
@@ -349,9 +351,50 @@ def test_repairs_put_every_word_inside_the_file_in_order_and_out_of_silence():
     assert all(w.start < w.end for w in words)
     assert words[0].start == pytest.approx(1.0)  # where the sound begins
     assert repairs == {
-        "dropped: no letters": 1, "dropped: in silence": 1, "dropped: not sure": 2, "to the onset": 1,
-        "moved: impossible times": 4, "moved: out of order": 2,
+        "dropped: no letters": 1, "dropped: in silence": 1, "dropped: not sure": 3, "to the onset": 1,
+        "moved: impossible times": 4, "moved: out of order": 1,
     }  # fmt: skip
+
+
+def test_repairs_hold_for_any_times_and_account_for_every_word():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        duration = float(rng.uniform(0.03, 3.0))
+        sound = rng.random(int(np.ceil(duration / 0.02))) < 0.2
+        times = rng.uniform(-0.5, duration + 0.5, size=(12, 2))
+        sure = {"text": "a", "confidence": 1.0, "phrase confidence": 1.0}
+        repairs = Counter()
+        words = repair([sure | {"start": a, "end": b} for a, b in times], sound, duration, repairs)
+        assert len(words) + repairs["dropped: in silence"] == 12
+        assert all(0 <= word.start < word.end <= duration for word in words)
+        assert [word.start for word in words] == sorted(word.start for word in words)
+        assert sum(n for what, n in repairs.items() if what != "to the onset") <= 12
+
+
+class Tripping(Transcriber):
+    """Whisper-timestamped raises `error` for any stretch that begins between 3 and 6 seconds."""
+
+    error: Exception = AssertionError("Inconsistent number of segments: whisper_segments (1) != 2")
+
+    def _whisper(self, pcm, found, language):
+        if any(3.0 < start < 6.0 for start, _ in found):
+            raise self.error
+        return super()._whisper(pcm, found, language)
+
+
+def test_an_assertion_of_the_engine_costs_one_stretch(tmp_path, scripted):
+    pcm = np.concatenate([murmur(1.5), np.zeros(2 * RATE, dtype=np.float32)] * 3)  # at 0.5, 4 and 7.5 s
+    write_stereo(tmp_path / "a.wav", pcm)
+    engine = Tripping(scripted, "cpu")
+    done = engine(tmp_path / "a.wav", 0)
+    assert done.repairs["given up: stretches"] == 1
+    assert {int(word.start // 3.5) for word in done.words} == {0, 2}
+    write_stereo(tmp_path / "b.wav", np.concatenate([np.zeros(round(3.5 * RATE), dtype=np.float32), murmur(1.5)]))
+    with pytest.raises(AssertionError, match="Inconsistent"):  # nothing of it could be done: that is a failure
+        engine(tmp_path / "b.wav", 0)
+    engine.error = RuntimeError("CUDA error: device-side assert triggered")
+    with pytest.raises(WorkerBroken, match="device-side"):
+        engine(tmp_path / "a.wav", 0)
 
 
 def test_silence_is_told_from_sound_in_quiet_noisy_and_shared_rooms():
