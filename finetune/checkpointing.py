@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,7 +199,9 @@ def save(
 
 def _write_state(path: Path, state: dict[str, Tensor]) -> str | None:
     try:
-        dcp.save(state, checkpoint_id=path)
+        with warnings.catch_warnings():  # torch's own use of a storage class that it is about to remove
+            warnings.filterwarnings("ignore", "TypedStorage is deprecated")
+            dcp.save(state, checkpoint_id=path)
     except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
         return _reason(error)
     return None

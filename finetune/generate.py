@@ -21,16 +21,15 @@ import sentencepiece
 import torch
 from moshi.models import LMGen, LMModel, MimiModel
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
-from finetune import model
+from finetune import dialogue, model
 from finetune.cli import Parser, UserError, run
 from finetune.data import audio, codec
-from finetune.data.audio import FRAME_RATE, SAMPLE_RATE
+from finetune.data.audio import FRAME_SIZE, SAMPLE_RATE
 from finetune.distributed import pick_device
 from finetune.export import DTYPES, Source, open_source
 from finetune.jobs import replacing
-from finetune.personaplex import CODEBOOKS, DEP_Q, N_STREAMS, TEXT_EPAD, TEXT_PAD, Prompt, build_prompt
+from finetune.personaplex import CODEBOOKS, DEP_Q, N_STREAMS, Prompt, build_prompt
 from finetune.prompt_text import wrap_system_prompt
 from finetune.voices import VoiceBook, load_voices
 
@@ -121,7 +120,7 @@ def generate(
             lm, use_sampling=not sampling.greedy, temp=sampling.temp, temp_text=sampling.temp_text,
             top_k=sampling.top_k, top_k_text=sampling.top_k_text, on_text_hook=force_text, on_audio_hook=force_audio,
         )  # fmt: skip
-        with _streaming(stepper, size):
+        with stepper.streaming(size):
             first = _replay_embeddings(stepper, prompts)
             for step in range(first, columns - 1):
                 column = step + 1
@@ -134,20 +133,6 @@ def generate(
         ]
         replies.append(Reply(streams[0], torch.stack(streams[1:])))
     return replies
-
-
-@contextmanager
-def _streaming(stepper: LMGen, batch_size: int) -> Iterator[None]:
-    """`stepper.streaming`, also while the model is sharded: caches are made in the dtype that layers compute in, and
-    what FSDP's root holds is gathered for the whole time (layers are gathered one by one when they are called)."""
-    sharded = [m for m in stepper.lm_model.modules() if isinstance(m, FSDPModule)]
-    for module in sharded:
-        module.unshard()
-    streaming = stepper.streaming(batch_size)
-    for module in sharded:
-        module.reshard()
-    with streaming:
-        yield
 
 
 def _replay_embeddings(stepper: LMGen, prompts: Sequence[Prompt | None]) -> int:
@@ -174,28 +159,16 @@ def _replay_embeddings(stepper: LMGen, prompts: Sequence[Prompt | None]) -> int:
 # --- Sound, words, and the command -------------------------------------------------------------------------------
 
 
-def decode(mimi: MimiModel, codes: Tensor) -> np.ndarray:
-    """Codes [8, T] -> float32 [samples] at 24 kHz, frame by frame as a server plays them."""
+def decode(mimi: MimiModel, codes: Sequence[Tensor]) -> list[np.ndarray]:
+    """Sounds of codes [8, T_i]: float32 [1920 T_i] at 24 kHz, frame by frame as a server plays them."""
     device = next(mimi.parameters()).device
-    with torch.inference_mode(), mimi.streaming(1):
-        frames = [mimi.decode(frame[None].to(device)) for frame in codes.split(1, dim=1)]
-    return torch.cat(frames, dim=2)[0, 0].cpu().numpy() if frames else np.zeros(0, np.float32)
-
-
-def spoken_words(text: Tensor, tokenizer: sentencepiece.SentencePieceProcessor) -> list[list]:
-    """[[word, start_sec, end_sec], ...] of a text stream: [T] ids; a piece that begins with a space begins a word."""
-    words: list[list] = []
-    for frame, token in enumerate(text.tolist()):
-        if token in (TEXT_EPAD, TEXT_PAD) or token >= tokenizer.vocab_size():
-            continue
-        piece = tokenizer.id_to_piece(token)
-        start, end = frame / FRAME_RATE, (frame + 1) / FRAME_RATE
-        if piece.startswith("\u2581") or not words:
-            words.append([[token], start, end])
-        else:
-            words[-1][0].append(token)
-            words[-1][2] = end
-    return [[tokenizer.decode(ids), round(start, 2), round(end, 2)] for ids, start, end in words]
+    lengths = [c.shape[1] for c in codes]
+    lanes = torch.zeros(len(codes), CODEBOOKS, max(lengths), dtype=torch.int64)
+    for lane, own in zip(lanes, codes):
+        lane[:, : own.shape[1]] = own
+    with torch.inference_mode(), mimi.streaming(len(codes)):
+        pcm = torch.cat([mimi.decode(frame) for frame in lanes.to(device).split(1, dim=2)], dim=2)
+    return [sound[0, : length * FRAME_SIZE].cpu().numpy() for sound, length in zip(pcm, lengths)]
 
 
 def write_conversation(path: Path, agent: np.ndarray, user: np.ndarray) -> None:
@@ -257,9 +230,10 @@ def main() -> int:
     lm = load_merged(source, device, DTYPES[args.dtype])
     sampling = Sampling(args.greedy, args.temp, args.temp_text, args.top_k, args.top_k_text)
     replies = generate(lm, [prompt] * len(users), users, sampling, args.seed)
-    for path, wav, pcm, reply in zip(args.user_wav, wavs, heard, replies):
-        write_conversation(wav, decode(mimi, reply.codes), pcm)
-        words = spoken_words(reply.text, tokenizer)
+    sounds = decode(mimi, [reply.codes for reply in replies])
+    for path, wav, pcm, reply, sound in zip(args.user_wav, wavs, heard, replies, sounds):
+        write_conversation(wav, sound, pcm)
+        words = dialogue.words(reply.text, tokenizer)
         print(f"{wav}: {' '.join(word for word, _, _ in words) or '(no words)'}")
         if args.text:
             target = _output(args.text, path, several, ".json")

@@ -16,7 +16,7 @@ from finetune.cli import UserError
 from finetune.data.dataset import Batch
 from finetune.data.setup import Data
 from finetune.distributed import World
-from finetune.evaluate import evaluate
+from finetune.evaluate import evaluate, free_run, judge
 from finetune.fast import TrainingLM
 from finetune.metrics import Metrics, console_line, peak_memory_gb
 from finetune.optim import clip_gradients, lr_factor, set_lr
@@ -97,12 +97,23 @@ def train(
     def hold_out() -> None:
         began = time.perf_counter()
         row = evaluate(model, data.eval_batches(), weights, world)
+        trouble = None
+        samples = data.eval_samples(args.eval_free_samples) if args.eval_free_samples else []
+        if samples:
+            conversations = free_run(model, samples, args.eval_free_sec, args.seed)
+            if world.is_main:
+                kept = folder / "samples" / f"step_{progress.step:06d}"
+                names = [sample.name for sample in samples]
+                free, trouble = judge(conversations, names, data.decoder(), data.text_tokenizer, kept)
+                row |= free
         metrics.write("eval", progress.step, row | {"seconds": time.perf_counter() - began})
         metrics.draw()
         if world.is_main:
             words = f" | words {row['text_word_accuracy']:.1%}" if "text_word_accuracy" in row else ""
             text = "".join(f" | {k} {row[f'{k}_loss']:.3f}" for k in ("text", "agent", "user") if f"{k}_loss" in row)
             logger.info("held-out at step %d: loss %.4f%s%s", progress.step, row["loss"], text, words)
+            if trouble and progress.step:
+                logger.warning("replies at step %d: %s", progress.step, trouble)
             if row["skipped"]:
                 logger.warning("%d held-out windows could not be read", row["skipped"])
 

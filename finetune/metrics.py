@@ -1,6 +1,7 @@
 """Where numbers go: `metrics.{train,eval}.jsonl` are the record; console, curves, TensorBoard and wandb are views."""
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import torch
 
 from finetune.args import TrainArgs, dump_args, parse_yaml
+
+
+logger = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -61,9 +65,12 @@ class Metrics:
             self._wandb.log(numbers, step=step)
 
     def draw(self) -> None:
-        """Draws `curves.png` from the rows written so far."""
+        """Draws `curves.png` from the rows written so far. A picture that cannot be written ends no run."""
         if self.is_main:
-            draw_curves(self.folder)
+            try:
+                draw_curves(self.folder)
+            except OSError as error:
+                logger.warning("curves.png could not be written (%s)", error)
 
     def close(self) -> None:
         if self._board is not None:

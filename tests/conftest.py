@@ -70,6 +70,7 @@ def write_config(folder: Path, world: Path, **settings) -> Path:
         "data.shuffle": True, "data.num_workers": 0, "moshi_paths.hf_repo_id": str(world / "model"),
         "prompt.voices_dir": str(world / "data/voices"), "lora.enable": True, "lora.rank": 4, "duration_sec": 3,
         "max_steps": 2, "param_dtype": "float32", "device": "cpu", "optim.lr": 1e-3, "eval_max_samples": 3,
+        "eval_free_samples": 0,
         "run_dir": str(folder / "run"),
     }  # fmt: skip
     tree: dict = {}

@@ -229,7 +229,8 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(world, tmp_
 
 def test_too_many_bad_samples_stop_the_run_with_the_list(world, tmp_path):
     lines = (world / "codes/train_precomputed.jsonl").read_text().splitlines()
-    bad = [json.dumps(json.loads(line) | {"codes_path": "gone.pt", "path": f"gone{i}.wav"}) for i, line in enumerate(lines)]
+    gone = lambda i: {"codes_path": "gone.pt", "path": f"gone{i}.wav"}
+    bad = [json.dumps(json.loads(line) | gone(i)) for i, line in enumerate(lines)]
     for name, mixed, sentence in (
         ("some", [x for pair in zip(lines, bad) for x in pair], "more than data.max_bad_samples = 2"),
         ("all", bad, "no window of a whole step could be read"),
@@ -241,8 +242,10 @@ def test_too_many_bad_samples_stop_the_run_with_the_list(world, tmp_path):
             fields |= {k: str(world / "codes" / fields[k]) for k in ("path", "codes_path")}
             with (folder / "train.jsonl").open("a") as file:
                 file.write(json.dumps(fields) + "\n")
-        config = write_config(folder, world, **{"data.train_data": str(folder / "train.jsonl"), "batch_size": 2,
-                                                "data.max_bad_samples": 2, "max_steps": 50, "do_eval": False})  # fmt: skip
+        config = write_config(folder, world, **{
+            "data.train_data": str(folder / "train.jsonl"), "batch_size": 2, "data.max_bad_samples": 2, "max_steps": 50,
+            "do_eval": False,
+        })  # fmt: skip
         with pytest.raises(UserError) as error:
             train_here(config, MOSHI)
         assert sentence in str(error.value) and "gone.pt" in str(error.value)

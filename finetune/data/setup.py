@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from moshi.models import MimiModel
 
 from finetune.args import TrainArgs
 from finetune.cli import UserError
@@ -85,6 +86,10 @@ class Data:
     def eval_batches(self) -> Iterator[Batch]:
         """This rank's held-out batches, the same at each call."""
         return self._iterate(self.held_out, evaluation=True, eval_samples=self.args.eval_max_samples)
+
+    def decoder(self) -> MimiModel:
+        """Mimi, to listen to codes; it stays in memory only where training needs it too."""
+        return self.mimi() if not self.train.precomputed else self._checkpoint.mimi(self.world.device)
 
     def eval_samples(self, count: int) -> list[Sample]:
         """`count` held-out samples, evenly spread; those that cannot be read are left out."""
