@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from moshi.models import loaders
 from torch import Tensor
 
@@ -378,7 +379,7 @@ def push(folder: Path, repository: str) -> str:
         name = api.create_repo(repository, private=True, exist_ok=True).repo_id
         api.upload_folder(folder_path=folder, repo_id=name)
         return f"https://huggingface.co/{name}"
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{folder} is written, but could not be uploaded ({reason}); run `huggingface-cli login`, then "
@@ -560,6 +561,11 @@ def main() -> None:
         raise UserError("--expand stands alone, without --format, --merge and --base")
     if not args.expand and not args.format:
         raise UserError("name the runtime: --format moshi or --format personaplex (or --expand)")
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.push_to_hub)
+        except HFValidationError as error:
+            raise UserError(f"--push-to-hub {args.push_to_hub}: {error}") from None
 
     source = open_source(args.source, args.base, args.expand)
     runtime = "personaplex" if args.expand else args.format

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from finetune.cli import Parser, UserError, run
 from finetune.data.audio import FRAME_RATE
+from finetune.distributed import pick_device
 from finetune.export import DTYPES, Source, open_source
 from finetune.jobs import replacing
 from finetune.personaplex import N_STREAMS, SINE_TOKENS, TEXT_PAD, phase
@@ -87,14 +88,14 @@ def main() -> None:
     parser.add_argument("--weights", required=True, metavar="W", help="the model that will use it")
     parser.add_argument("--base", metavar="REPO_OR_FOLDER", help="weights that adapters belong to, if not as written")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="in which the runtime holds the tables")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of Mimi")
+    parser.add_argument("--device", default="auto", help="of Mimi: auto, cpu or cuda")
     args = parser.parse_args()
     if args.out.suffix != ".pt":
         raise UserError(f"{args.out}: a voice file ends in .pt")
     if not args.out.absolute().parent.is_dir():
         raise UserError(f"{args.out.absolute().parent}: no such folder")
     source = open_source(args.weights, args.base)
-    encoded, problems = encode_recordings([args.recording], source.checkpoint.mimi(args.device))
+    encoded, problems = encode_recordings([args.recording], source.checkpoint.mimi(pick_device(args.device)))
     if problems:
         raise UserError(problems[0])
     voice = make(source, encoded[args.recording], DTYPES[args.dtype])

@@ -407,6 +407,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, companions, hub, 
         ((cut, out, "--format", "moshi"), "not a whole safetensors file"),
         ((tmp_path / "nowhere", out, "--format", "moshi"), "neither a local folder nor a repository"),
         ((adapters, out, "--format", "moshi", "--base", base, "--push-to-hub", "me/x"), "of no use on the hub"),
+        ((base, out, "--format", "moshi", "--push-to-hub", "a/b/c"), "--push-to-hub a/b/c: "),
     ):
         with pytest.raises(UserError, match=sentence) as caught:
             command(monkeypatch, *arguments)

@@ -87,8 +87,8 @@ def test_of_a_recording(base, recording, tmp_path, monkeypatch, capsys):
     made = torch.load(tmp_path / "me.pt", weights_only=True)
     equal(made, stepped(tiny_lm(16).bfloat16(), codes))
 
-    stored = model.Weights(base / "model.safetensors", 16)
-    loaded = voices.load_embedded(tmp_path / "me.pt", DELAYS, lambda column: model.embed_column(stored, column))
+    tables = export.open_source(str(base)).read
+    loaded = voices.load_embedded(tmp_path / "me.pt", DELAYS, lambda column: model.embed_column(tables, column))
     assert loaded.frames == 26 and torch.equal(loaded.tail[1:9], codes[:, -3:])
 
 
@@ -102,7 +102,7 @@ def test_it_follows_trained_tables(tables, base, tmp_path):
     equal(made, stepped(trained, codes))
     assert torch.equal(made["embeddings"], stepped(lm, codes)["embeddings"]) != tables
     torch.save(made, tmp_path / "v.pt")
-    embed = lambda column: model.embed_column(model.Weights(base / "model.safetensors", 16), column)
+    embed = lambda column: model.embed_column(export.open_source(str(base)).read, column)
     if tables:
         with pytest.raises(UserError, match="other embedding tables"):
             voices.load_embedded(tmp_path / "v.pt", DELAYS, embed)
