@@ -303,10 +303,16 @@ def check(args: TrainArgs, prompts: bool | None = None, workers: int | None = No
 
 EXAMPLES = 5
 LEVELS = {
-    ERROR: "errors: training would fail, lose data, or learn the wrong thing",
-    WARNING: "warnings: training would use it as it is",
-    NOTE: "notes",
+    ERROR: "Errors: training would fail, lose data, or learn the wrong thing",
+    WARNING: "Warnings: training would use it as it is",
+    NOTE: "Notes",
 }
+
+
+TICKS = {
+    "0.1 s": 0.1, "1 s": 1, "2 s": 2, "5 s": 5, "10 s": 10, "20 s": 20, "1 min": 60, "2 min": 120, "5 min": 300,
+    "10 min": 600, "30 min": 1800, "1 h": 3600, "3 h": 3 * 3600, "10 h": 36_000, "1 day": 86_400,
+}  # fmt: skip
 
 
 def tell(result: Result) -> str:
@@ -316,7 +322,7 @@ def tell(result: Result) -> str:
         kinds = [kind for kind in KINDS if KINDS[kind].level == level]
         found = {kind: [problem for problem in result.problems if problem.kind == kind] for kind in kinds}
         if any(found.values()):
-            out += ["", title.upper() if level == ERROR else title.capitalize()]
+            out += ["", title]
         for kind, problems in found.items():
             if problems:
                 out += [f"  {len(problems)} x {KINDS[kind].title}"]
@@ -398,9 +404,15 @@ def draw(result: Result, path: Path) -> None:
     seconds = np.array([own.real_sec for own in facts if own.real_sec])
     if len(seconds):
         low, high = seconds.min(), seconds.max()
-        wide = high > 20 * low
-        lengths.hist(seconds, np.geomspace(low, high, 41) if wide else np.linspace(0, high, 41), color="#777777")
-        lengths.set_xscale("log" if wide else "linear")
+        if high > 10 * low:
+            lengths.set_xscale("log")
+            lengths.hist(seconds, np.geomspace(low, high, 41), color="#777777")
+            ticks = {label: sec for label, sec in TICKS.items() if low / 2 <= sec <= high * 2}
+            lengths.set_xticks(list(ticks.values()), list(ticks))
+            lengths.set(xlabel="")
+            lengths.minorticks_off()
+        else:
+            lengths.hist(seconds, np.linspace(0, high, 41), color="#777777")
         window = result.args.duration_sec
         lengths.axvline(window, color="black", linestyle="--", linewidth=1, label=f"a window: {window:g} s")
         lengths.legend()
@@ -410,8 +422,10 @@ def draw(result: Result, path: Path) -> None:
     for side, name, colour in ((0, "agent (left)", agent_colour), (1, "user (right)", user_colour)):
         if heard:
             shares = np.array([own.talk_sec[side] / own.heard_sec for own in heard])
+            style = {"histtype": "stepfilled", "alpha": 0.7} if side == 0 else {"histtype": "step", "linewidth": 2}
             label = f"{name}: {shares.mean():.0%} on average"
-            talk.hist(shares, np.linspace(0, 1, 41), color=colour, alpha=0.6, label=label)
+            talk.hist(shares, np.linspace(0, 1, 41), color=colour, label=label, **style)
+            talk.margins(y=0.3)  # room for the legend
             talk.legend()
 
     gaps.set(title="How soon the agent answers", xlabel="seconds from the user's end; below 0 the agent came in early",

@@ -433,7 +433,8 @@ def main(argv: list[str] | None = None) -> int:
     if not train:
         print("no manifest was written: there is nothing to train on")
         return 1
-    print(f"next: python annotate.py {args.out}, then python -m finetune.check_data config.yaml")
+    manifests = " and ".join(str(path) for path, lines in ((out, train), (eval_manifest(out), evaluation)) if lines)
+    print(f"next: word times with annotate.py for {manifests}, then python -m finetune.check_data config.yaml")
     return int(bool(refused))
 
 

@@ -781,3 +781,18 @@ def test_of_a_long_file_start_end_and_stretches_between_are_heard(tmp_path):
     for stretch in part.parts:
         first = round(stretch.start / talk.LEVEL_SEC)
         assert np.allclose(stretch.levels, whole.levels[:, first : first + 500])
+
+
+SPEECH = Path(__file__).parents[2] / "shared/audio/input_assistant.wav"
+
+
+@pytest.mark.skipif(not SPEECH.exists(), reason="no recording of real speech")
+def test_real_speech_begins_where_it_begins():
+    pcm = audio.read(SPEECH)
+    sound = talk.Sound()
+    sound.add(0.0, np.concatenate([pcm, 0.001 * pcm[:, ::-1]]), 24_000)
+    (active,) = talk.talking(sound.parts)
+    edges = np.flatnonzero(np.diff(active[0].astype(int))) * talk.LEVEL_SEC
+    assert len(edges) == 4
+    assert edges[[0, 2]] == pytest.approx([3.26, 21.75], abs=0.05)  # "How", "By"
+    assert not active[1].any()

@@ -63,7 +63,8 @@ KINDS = {
     "crowded": Kind(ERROR, "tokens dropped: words come faster than 12.5 tokens a second", "look at these word times "
                     "(often Whisper squeezed words together); annotate again, or take the words out"),
     "no agent": Kind(ERROR, "no words of the agent in any file", "set data.speakers to the label of the agent's words"),
-    "prompt": Kind(ERROR, "prompt that cannot be used", "write a string that fits: shorten it, or raise prompt.max_sec"),
+    "prompt": Kind(ERROR, "prompt that cannot be used", "write a string that fits: shorten it, or raise "
+                   "prompt.max_sec"),
     "voice": Kind(ERROR, "voice that cannot be used", "put the file there, or set prompt.voices_dir"),
     "codes": Kind(ERROR, "codes that cannot be used", "run precompute_codes.py again"),
     "failed": Kind(ERROR, "file that could not be checked", "look at it; training may stop there"),
@@ -116,6 +117,7 @@ CLIPPED_SHARE = 1e-4  # of the samples of a channel
 BLEEDING = 0.7  # correlation of the channels; own microphones give about 0, a stereo microphone 0.8 and more
 SWAPPED_WORDS = 3  # at least, and more than half of the words heard
 LOST_SEC = 1.0  # what may be missing of a file's end
+LOST_TOKENS, LOST_SHARE = 5, 0.01  # of a file; a late word that a window's end catches is the price of windows
 LATE_SEC = 1.0  # mean lateness of a window's late words
 BROKEN_UP = 0.2  # byte or unknown pieces per letter
 LETTERS = 20  # so many are needed to judge a file's script
@@ -339,8 +341,8 @@ class Checker:
 
         starts = [start for _, start, _ in words]
         longest = max((end - start for _, start, end in words), default=0.0)
-        lost = late = 0
-        where = latest = 0.0
+        lost = most = late = 0
+        worst = where = latest = 0.0
         for i, count in enumerate(facts.windows):
             if count == 0:
                 continue
@@ -354,11 +356,14 @@ class Checker:
                 late, latest = stats.late, stats.late_frames / stats.late
                 where = begin
             if stats.dropped:
-                lost += self._crowded(near, begin, count)
-        if lost:
+                here = self._crowded(near, begin, count)
+                lost += here
+                if here > most:
+                    most, worst = here, begin
+        if lost >= LOST_TOKENS and lost > LOST_SHARE * facts.tokens:
             kind = "crowded" if self.args.data.keep_and_shift else "cut"
-            facts.add(kind, f"{lost} of {facts.tokens} tokens find no frame; {facts.busiest:.1f} tokens a second in "
-                      "the fullest window")  # fmt: skip
+            facts.add(kind, f"{lost} of {facts.tokens} tokens find no frame, {most} of them in the window at "
+                      f"{worst:.1f} s")  # fmt: skip
         elif late:
             facts.add("late", f"in the window at {where:.1f} s {late} words come {latest / FRAME_RATE:.1f} s late on "
                       "average")  # fmt: skip
