@@ -21,6 +21,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from finetune.cli import Parser, UserError, run
 from finetune.data import audio, codec, manifest
 from finetune.jobs import Failures, Progress, forget_error, replacing, run_shards, shard
 from finetune.model import MOSHI, open_checkpoint
+from finetune.voices import same_speaker_file, save_same_speaker
 
 CHANNELS = 2  # agent, user
 LIE_SEC = 0.01  # a manifest that is off by more did not mean rounding
@@ -78,6 +80,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="codes equal to the last bit to those of one stream alone; without, one in some ten thousand may differ "
         "from them, and many lanes pay; default: on a CPU, not on a GPU",
     )  # fmt: skip
+    parser.add_argument(
+        "--same-speaker", action="store_true", help="also encode agents' speech for prompt.voice: same_speaker"
+    )
     parser.add_argument("--num-load-threads", type=int, default=4, help="threads that decode and resample")
     parser.add_argument(
         "-S", "--shards", type=int, default=1, help="jobs of a SLURM task array; without --partition, of this machine"
@@ -203,13 +208,18 @@ def encode_shard(args: argparse.Namespace, index: int, count: int) -> Outcome:
             else:
                 durations[str(item.codes)] = duration
                 forget_error(item.codes)
-        if not todo:
+        fresh = {item.codes for item in todo}
+        voiceless = [
+            item for item in items
+            if args.same_speaker and (item.codes in fresh or not same_speaker_file(item.codes).is_file())
+        ]  # fmt: skip
+        if not todo and not voiceless:
             return Outcome(durations, failures.sentences, 0.0, 0.0)
 
         for folder in {item.codes.parent for item in todo}:
             make_folder(folder)
         mimi = checkpoint.mimi(device)
-        lanes = min(args.lanes or codec.default_lanes(device, args.exact), CHANNELS * len(todo))
+        lanes = min(args.lanes or codec.default_lanes(device, args.exact), CHANNELS * max(1, len(todo)))
         started = time.monotonic()
         encoded_sec = 0.0
         with Progress([item.duration for item in todo], "encoding") as bar:
@@ -228,6 +238,7 @@ def encode_shard(args: argparse.Namespace, index: int, count: int) -> Outcome:
                     try:
                         if isinstance(result, UserError):
                             raise result
+                        same_speaker_file(item.codes).unlink(missing_ok=True)  # of what the file was before
                         codec.save_codes(item.codes, result, seconds, fingerprint, reader.fingerprint)
                     except (UserError, OSError) as error:
                         failures.add(item.codes, sentence(item, error))
@@ -236,6 +247,9 @@ def encode_shard(args: argparse.Namespace, index: int, count: int) -> Outcome:
                         forget_error(item.codes)
                         durations[str(item.codes)] = seconds
                         encoded_sec += seconds
+        pairs = [(item.path, item.codes) for item in voiceless if str(item.codes) in durations]
+        for path, why in save_same_speaker(pairs, mimi, fingerprint, args.exact).items():
+            print(f"{path}: no same_speaker voice: {why}", file=sys.stderr)
     return Outcome(durations, failures.sentences, encoded_sec, time.monotonic() - started)
 
 

@@ -5,7 +5,6 @@ import errno
 import sys
 from collections.abc import Callable
 
-
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

@@ -10,7 +10,6 @@ import torch
 
 from finetune.args import TrainArgs, dump_args, parse_yaml
 
-
 logger = logging.getLogger(__name__)
 
 

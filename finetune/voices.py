@@ -5,10 +5,11 @@ name (`NATF2` or `NATF2.pt`), found in `prompt.voices_dir` or in the repository'
 """
 
 import hashlib
+import json
 import os
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from finetune.cli import UserError
 from finetune.data import audio, codec
+from finetune.data.interleaver import read_alignments
+from finetune.data.manifest import sidecar
 from finetune.jobs import replacing
 from finetune.personaplex import N_STREAMS, Voice
 
@@ -213,12 +216,12 @@ def encode_recordings(paths: list[Path], mimi: MimiModel) -> tuple[dict[Path, Te
 def speech_stretches(words: list[tuple[str, float, float]], duration_sec: float) -> list[tuple[float, float]]:
     """Up to two stretches (start, end in seconds) of the agent's own speech, for `same_speaker`; the best first.
 
-    Two that do not touch, so that most windows have one outside of them. Stretches begin with a word and hold at
-    least STRETCH_SPEECH of speech.
+    Two that do not touch, each at most a third of the recording, so that most windows have one outside of them. They
+    begin with a word and hold at least STRETCH_SPEECH of speech.
     """
     candidates = []
     for i, (_, start, _) in enumerate(words):
-        end = min(start + STRETCH_SEC, duration_sec)
+        end = min(start + min(STRETCH_SEC, duration_sec / 3), duration_sec)
         speech = sum(max(0.0, min(e, end) - s) for _, s, e in words[i : i + 200] if s < end)
         if end - start >= STRETCH_MIN_SEC and speech >= STRETCH_SPEECH * (end - start):
             candidates.append((speech, start, end))
@@ -268,3 +271,58 @@ def load_voices(
     if problems:
         raise UserError("; ".join(problems))
     return voices
+
+
+def same_speaker_file(codes: Path) -> Path:
+    """Where the `same_speaker` stretches of a file of codes are kept."""
+    return codes.with_name(codes.name + ".voices")
+
+
+def save_same_speaker(
+    files: Sequence[tuple[Path, Path]], mimi: MimiModel, fingerprint: str, exact: bool | None = None
+) -> dict[Path, str]:
+    """Encodes the `same_speaker` stretches of recordings beside their codes; what is there already is left alone.
+
+    Args:
+        files: (recording, its file of codes) of each.
+        fingerprint: of the codec.
+        exact: see finetune.data.codec.
+    Returns:
+        {recording: why it has none} of those that could not be read. One without enough speech has an empty list.
+    """
+    problems: dict[Path, str] = {}
+    for i in range(0, len(files), 16):
+        found: list[tuple[Path, list[tuple[float, float]], list[np.ndarray]]] = []
+        for recording, codes in files[i : i + 16]:
+            target = same_speaker_file(codes)
+            try:
+                if target.is_file() and load_same_speaker(target, fingerprint) is not None:
+                    continue
+                words = read_alignments(json.loads(sidecar(recording).read_text(encoding="utf-8"))["alignments"])
+                spans = speech_stretches(words, audio.probe(recording).duration_sec)
+                sounds = [audio.read(recording, start, end - start, channel=0)[0] for start, end in spans]
+                found.append((target, spans, [normalise(sound, str(recording)) for sound in sounds]))
+            except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+                problems[recording] = str(error)
+        encoded = iter(codec.encode(mimi, [sound for _, _, sounds in found for sound in sounds], exact))
+        for target, spans, _ in found:
+            stretches = [
+                {"start": start, "end": end, "codes": next(encoded).to(torch.int16)} for start, end in spans
+            ]
+            with replacing(target) as temporary:
+                torch.save({"mimi": fingerprint, "stretches": stretches}, temporary)
+    return problems
+
+
+def load_same_speaker(path: Path, fingerprint: str | None) -> list[dict] | None:
+    """What `save_same_speaker` wrote: [{"start", "end" (sec), "codes": [8, N] int16}]; None if another codec made it.
+
+    Raises UserError if the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: missing; run precompute_codes.py with --same-speaker")
+    try:
+        raw = torch.load(path, weights_only=True)
+        return raw["stretches"] if fingerprint in (None, raw["mimi"]) else None
+    except Exception:
+        raise UserError(f"{path}: damaged; delete it and run precompute_codes.py with --same-speaker") from None

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import sentencepiece
 import torch
 from conftest import ROOT
 
+from finetune import voices
+from finetune.args import PromptArgs
 from finetune.cli import UserError
-from finetune.data import codec, dataset, manifest
+from finetune.data import audio, codec, dataset, manifest
 from finetune.data.dataset import (
     EvalOrder,
     InterleavedTokenizer,
@@ -28,7 +31,10 @@ from finetune.data.dataset import (
     open_windows,
 )
 from finetune.data.interleaver import Interleaver, TextStats
+from finetune.data.prompts import Prompter
 from finetune.model import open_checkpoint
+from finetune.personaplex import SINE_TOKENS
+from finetune.voices import VoiceBook
 
 DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
 
@@ -177,8 +183,6 @@ def encoded(world, parts, tmp_path_factory):
     mimi, _ = parts
     folder = tmp_path_factory.mktemp("encoded")
     lines = []
-    from finetune.data import audio
-
     for i, line in enumerate(itertools.islice(manifest.iterate(world / "data/train.jsonl", []), 4)):
         codes = torch.stack(codec.encode(mimi, list(audio.read(line.path)))).to(torch.int16)
         codec.save_codes(folder / f"{i}.pt", codes, line.fields["duration"], codec.fingerprint(mimi),
@@ -253,6 +257,104 @@ def test_the_cache_is_bounded():
     assert cache.used <= 2**20 and cache.get(9, lambda: 1 / 0) == 9
     cache.get(0, lambda: (made.append(0) or 0, 300_000))
     assert made == [*range(10), 0]
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------
+
+
+def prompted(parts, world, **settings):
+    """Both tokenizers, with prompts."""
+    mimi, pieces = parts
+    args = PromptArgs(voices_dir=str(world / "data/voices"), **settings)
+    prompter = Prompter(args, pieces, VoiceBook(world / "data/voices", lambda: None))
+    load = lambda files: voices.load_voices(files, lambda: mimi, None, DELAYS, False)
+    common = (Interleaver(pieces), 40, ["SPEAKER_MAIN"], prompter)
+    both = (InterleavedTokenizer(*common, mimi=mimi),
+            PrecomputedTokenizer(*common, mimi_fingerprint=codec.fingerprint(mimi)))  # fmt: skip
+    return prompter, load, both
+
+
+def test_each_window_begins_with_its_own_prompt(parts, world, encoded):
+    mimi, pieces = parts
+    prompter, load, both = prompted(parts, world)
+    windows = open_windows(str(encoded), 40)
+    prompter.prepare(windows.prompts(), load)
+    for line in manifest.iterate(encoded, []):
+        about = json.loads(line.path.with_suffix(".json").read_text())
+        voice = world / "data/voices" / about["voice_prompt"]
+        sound = voices.load_recording(voice)
+        codes = codec.encode(mimi, [torch.from_numpy(sound)])[0]
+        ids = pieces.encode(about["text_prompt"])
+        for index in (0, 1):
+            for tokenizer in both:
+                sample = tokenizer.encode([tokenizer.read(line, index)])[0]
+                dialogue = int(sample.loss_mask.sum())
+                assert sample.codes.shape[1] - dialogue == codes.shape[1] - 1 + 6 + len(ids) + 6
+                assert not sample.loss_mask[:-dialogue].any() and sample.loss_mask[-dialogue:].all()
+                assert torch.equal(sample.codes[1:9, : codes.shape[1] - 1], codes[:, 1:])
+                start = codes.shape[1] - 1 + 6
+                assert sample.codes[0, start : start + len(ids)].tolist() == ids
+                assert (torch.tensor(SINE_TOKENS) == sample.codes[9:, :-dialogue].T).all()
+
+
+def test_prompts_are_dropped_by_position_and_their_silences_stay(parts, world, encoded):
+    prompter, load, (_, stored) = prompted(parts, world, drop_text=0.5, drop_voice=0.5)
+    windows = open_windows(str(encoded), 40)
+    prompter.prepare(windows.prompts(), load)
+    line = next(manifest.iterate(encoded, []))
+    draw = lambda position: stored.encode([stored.read(line, 0, np.random.default_rng([0, 2, position]))])[0]
+    lengths = [int((~draw(position).loss_mask).sum()) for position in range(40)]
+    assert len(set(lengths)) == 4 and min(lengths) == 11, "with and without each, and two silences less the first frame"
+    assert lengths == [int((~draw(position).loss_mask).sum()) for position in range(40)]
+    never = stored.encode([stored.read(line, 0)])[0]
+    assert int((~never.loss_mask).sum()) == max(lengths), "an evaluation drops nothing"
+
+
+def test_long_voices_are_cut_and_long_texts_refused(parts, world, encoded):
+    windows = open_windows(str(encoded), 40)
+    prompter, load, (_, stored) = prompted(parts, world, max_sec=3.2)
+    prompter.prepare(windows.prompts(), load)
+    line = next(manifest.iterate(encoded, []))
+    assert int((~stored.encode([stored.read(line, 0)])[0].loss_mask).sum()) == 40
+    prompter, load, _ = prompted(parts, world, max_sec=1.0)
+    with pytest.raises(UserError, match=r"text prompt has \d+ tokens, and prompt.max_sec 1 has room for 1"):
+        prompter.prepare(windows.prompts(), load)
+
+
+def test_all_missing_voices_are_listed_at_once(parts, world, tmp_path):
+    lines = [{"path": f"{i}.wav", "duration": 1, "voice_prompt": f"NAT{i}", "text_prompt": "Hi."} for i in range(3)]
+    windows = open_windows(str(write_lines(tmp_path / "m.jsonl", lines)), 40)
+    prompter, load, _ = prompted(parts, world)
+    with pytest.raises(UserError) as error:
+        prompter.prepare(windows.prompts(), load)
+    assert all(f"NAT{i}" in str(error.value) for i in range(3))
+
+
+def test_same_speaker_is_heard_from_outside_the_window(parts, world, encoded):
+    mimi, _ = parts
+    _, _, (live, stored) = prompted(parts, world, voice=voices.SAME_SPEAKER)
+    lines = list(manifest.iterate(encoded, []))
+    for line in lines:
+        line.fields["voice_prompt"] = voices.SAME_SPEAKER
+    with pytest.raises(UserError, match="--same-speaker"):
+        stored.read(lines[0], 0)
+    files = [(line.path, manifest.resolve(encoded, line.fields["codes_path"])) for line in lines]
+    assert voices.save_same_speaker(files, mimi, codec.fingerprint(mimi)) == {}
+    voiced = 0
+    for line in lines:
+        for index in range(math.ceil(line.fields["duration"] * 12.5 / 40)):
+            a, b = (t.encode([t.read(line, index)])[0] for t in (live, stored))
+            assert torch.equal(a.codes, b.codes), "live and stored are one"
+            draft = stored.read(line, index)
+            if draft.prompt.voice is not None:
+                voiced += 1
+                spans = voices.load_same_speaker(voices.same_speaker_file(files[0][1].with_name(
+                    line.fields["codes_path"])), None)  # fmt: skip
+                window = (index * 3.2, index * 3.2 + 3.2)
+                used = next(s for s in spans if torch.equal(s["codes"].long()[:, : draft.prompt.voice.frames],
+                                                            draft.prompt.voice.codes))  # fmt: skip
+                assert used["end"] <= window[0] or used["start"] >= window[1]
+    assert voiced
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from finetune.data.manifest import Line, open_text, parse_line, resolve, sidecar
 from finetune.data.prompts import Prompter, PromptParts, parts_to_voice
 from finetune.fast import Plan, count_targets, make_plan
 from finetune.personaplex import CODEBOOKS, N_STREAMS, ZERO, build_prompt, phase
+from finetune.voices import load_same_speaker, same_speaker_file
 
 PROMPT_FIELDS = ("text_prompt", "voice_prompt")  # of a manifest line or a .json
 
@@ -270,7 +271,7 @@ class Tokenizer(abc.ABC):
         """
         start = index * self.window_frames
         start_sec = start / FRAME_RATE
-        codes, pcm, stretches = self._sound(line, start)
+        codes, pcm = self._sound(line, start)
         frames = codes.shape[1] if pcm is None else math.ceil(pcm.shape[1] / FRAME_SIZE)
         if frames == 0:
             raise UserError(
@@ -282,12 +283,16 @@ class Tokenizer(abc.ABC):
         prompt = None
         if self.prompter is not None:
             window = (start_sec, (start + frames) / FRAME_RATE)
-            prompt = self.prompter(line, extra, words, window, generator, stretches)
+            prompt = self.prompter(line, extra, words, window, generator, self._stretches(line))
         return Draft(text, pcm, codes, prompt, f"{line.path} at {start_sec:.2f} s", stats)
 
     @abc.abstractmethod
-    def _sound(self, line: Line, start: int) -> tuple[Tensor | None, np.ndarray | None, list[dict] | None]:
-        """(codes, pcm, same_speaker stretches) of the window that begins at frame `start`: codes or pcm is None."""
+    def _sound(self, line: Line, start: int) -> tuple[Tensor | None, np.ndarray | None]:
+        """(codes, pcm) of the window that begins at frame `start`; one of them is None."""
+
+    def _stretches(self, line: Line) -> Callable[[], list[dict]] | None:
+        """Gives a file's `same_speaker` stretches; None where they are taken from the recording."""
+        return None
 
     @abc.abstractmethod
     def encode(self, drafts: list[Draft]) -> list[Sample]:
@@ -340,7 +345,7 @@ class InterleavedTokenizer(Tokenizer):
         pcm = audio.read(line.path, start / FRAME_RATE, self.window_frames / FRAME_RATE)
         if pcm.shape[0] != 2:
             raise UserError(f"{line.path}: has {pcm.shape[0]} channel(s); it must be stereo, agent left, user right")
-        return None, pcm[:, : self.window_frames * FRAME_SIZE], None
+        return None, pcm[:, : self.window_frames * FRAME_SIZE]
 
     def encode(self, drafts: list[Draft]) -> list[Sample]:
         streams = [torch.from_numpy(channel) for draft in drafts for channel in draft.pcm]
@@ -372,7 +377,18 @@ class PrecomputedTokenizer(Tokenizer):
             raise UserError(f"{line.path}: line {line.number} has no codes_path; run precompute_codes.py")
         entry = self.cache.get(("codes", line.path), lambda: self._codes(line))
         codes = entry["codes"][:, :, start : start + self.window_frames].long().flatten(0, 1)
-        return codes, None, entry.get("voices", [])
+        return codes, None
+
+    def _stretches(self, line: Line) -> Callable[[], list[dict]]:
+        path = same_speaker_file(resolve(line.manifest, line.fields["codes_path"]))
+
+        def load() -> tuple[list[dict], int]:
+            stretches = load_same_speaker(path, self.mimi_fingerprint)
+            if stretches is None:
+                raise UserError(f"{path}: made by another Mimi; run precompute_codes.py with --same-speaker again")
+            return stretches, 500 + sum(2 * s["codes"].numel() for s in stretches)
+
+        return lambda: self.cache.get(("voices", line.path), load)
 
     def _codes(self, line: Line) -> tuple[dict, int]:
         path = resolve(line.manifest, line.fields["codes_path"])

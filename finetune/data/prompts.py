@@ -76,8 +76,8 @@ class Prompter:
                 ids = self._texts[text] = self.encode(text)
                 if prompt_length(0, len(ids)) > self.max_frames:
                     problems[text] = (
-                        f"{line.path}: its text prompt has {len(ids)} tokens; with {self.max_frames / FRAME_RATE:g} s "
-                        f"of prompt (prompt.max_sec) {self.max_frames - prompt_length(0, 0)} fit: {text[:60]!r}"
+                        f"{line.path}: its text prompt has {len(ids)} tokens, and prompt.max_sec {self.args.max_sec:g} "
+                        f"has room for {self.max_frames - prompt_length(0, 0)}: {text[:60]!r}"
                     )
             if isinstance(voice, str) and voice != SAME_SPEAKER:
                 try:
@@ -105,14 +105,15 @@ class Prompter:
         words: list[Word],
         window: tuple[float, float],
         generator: np.random.Generator | None,
-        stretches: list[dict] | None,
+        stretches: Callable[[], list[dict]] | None,
     ) -> PromptParts:
         """The prompt of a window.
 
         Args:
             window: (start, end) of it in seconds of the file.
             generator: draws the drop-out; None: nothing is dropped.
-            stretches: the file's encoded `same_speaker` stretches, where codes are pre-computed; None: take the sound.
+            stretches: gives the file's encoded `same_speaker` stretches, where codes are pre-computed; None: the
+                sound is taken from the recording.
         """
         text, name = self.names(line, extra)
         if generator is not None:
@@ -134,15 +135,15 @@ class Prompter:
         return PromptParts(_cut(voice, room), None, ids)
 
     def _same_speaker(
-        self, line: Line, words: list[Word], window: tuple[float, float], stretches: list[dict] | None
+        self, line: Line, words: list[Word], window: tuple[float, float], stretches: Callable[[], list[dict]] | None
     ) -> tuple[Voice | None, np.ndarray | None]:
         """The first stretch of the agent's speech outside the window; without one, no voice prompt."""
         if stretches is not None:
-            for stretch in stretches:
+            for stretch in stretches():
                 if stretch["end"] <= window[0] or stretch["start"] >= window[1]:
                     return Voice(SAME_SPEAKER, codes=stretch["codes"].long()), None
             return None, None
-        for start, end in speech_stretches(words, line.fields["duration"]):
+        for start, end in speech_stretches(words, audio.probe(line.path).duration_sec):
             if end <= window[0] or start >= window[1]:
                 pcm = audio.read(line.path, start, end - start, channel=0)[0]
                 return None, normalise(pcm, f"{line.path} at {start:.2f} s")
