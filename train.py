@@ -14,7 +14,7 @@ import torch
 
 from finetune import checkpointing, lora, model, optim
 from finetune.args import TrainArgs, load_args
-from finetune.cli import Parser, run
+from finetune.cli import Parser, UserError, run
 from finetune.data.setup import Data
 from finetune.distributed import World, make_mesh, session, shard
 from finetune.fast import TrainingLM
@@ -48,6 +48,11 @@ def run_training(args: TrainArgs, spec: model.Spec, world: World) -> int:
     # 1. The files of the model.
     paths = vars(args.moshi_paths) | {"hf_repo_id": args.moshi_paths.hf_repo_id or spec.default_repo}
     checkpoint = model.open_checkpoint(**paths)
+    if checkpoint.raw_config.get("lora"):
+        raise UserError(
+            f"{checkpoint.source}: holds adapters, and training starts from whole weights; merge them first with "
+            "`python -m finetune.export ... --merge`"
+        )
     kwargs = model.lm_kwargs(checkpoint, spec)
     weights = model.Weights(checkpoint.moshi_weights(), kwargs["dep_q"])
 

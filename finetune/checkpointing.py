@@ -305,6 +305,5 @@ def merged_tensors(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
         module = modules[name.rsplit(".frozen_W.", 1)[0]] if ".frozen_W." in name else None
         values = _full(parameter)
         if isinstance(module, LoRALinear):
-            a, b = _full(module.lora_A.weight), _full(module.lora_B.weight)
-            values = values.float() + module.scaling * (b.float() @ a.float())
+            values = lora.merged(values, _full(module.lora_A.weight), _full(module.lora_B.weight), module.scaling)
         yield name.replace(".frozen_W.", "."), values

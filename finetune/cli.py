@@ -24,7 +24,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else list(args)
-        return super().parse_args([_dashed(a) for a in given], namespace)
+        # Intermixed: `config.yaml --workers 4 key=value` has positional arguments on both sides of an option.
+        return super().parse_intermixed_args([_dashed(a) for a in given], namespace)
 
 
 def _dashed(arg: str) -> str:

@@ -162,7 +162,7 @@ def open_source(name: str, base: str | None = None, expand: bool = False) -> Sou
     if adapted:
         where, path, below = _find_base(name, checkpoint, kwargs["dep_q"], training, base)
         lineage = lineage or below
-        adapters = WeightFile(checkpoint._file("lora_path", "lora_name", ADAPTERS))
+        adapters = WeightFile(checkpoint.file("lora_path", "lora_name", ADAPTERS))
     else:
         path = checkpoint.moshi_weights()
         lineage = lineage or (_run_lineage(_paths(training, kwargs["dep_q"])) if training else _lineage(name))
@@ -279,8 +279,7 @@ def _find_base(
 
 def _address(checkpoint: model.Checkpoint, key: str, path: Path) -> str | None:
     """`hf://...` of a file that a checkpoint's config names under `key`; None for one that is only on this machine."""
-    named = str(checkpoint.raw_config.get(key, ""))
-    address = named if named.startswith("hf://") else checkpoint.locate(path)
+    address = checkpoint.locate(key, path)
     return address if address.startswith("hf://") else None
 
 
@@ -358,7 +357,7 @@ def _companions(checkpoint: model.Checkpoint) -> tuple[dict[str, Path], dict[str
         "tokenizer_name": (checkpoint.tokenizer_path(), "tokenizer", ".model"),
     }
     if "mimi_config_name" in checkpoint.raw_config:
-        path = checkpoint._file("mimi_config", "mimi_config_name", checkpoint.raw_config["mimi_config_name"])
+        path = checkpoint.file("mimi_config", "mimi_config_name", checkpoint.raw_config["mimi_config_name"])
         files["mimi_config_name"] = (path, "mimi_config", ".json")
     copies, names = {}, {}
     for key, (path, stem, suffix) in files.items():

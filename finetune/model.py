@@ -86,33 +86,14 @@ class Checkpoint:
                 return None
             have = ", ".join(sorted(p.name for p in self._folder.iterdir())[:12]) or "nothing"
             raise UserError(f"{self._folder}: holds no {name} (it holds {have})")
-        try:
-            return Path(hf_hub_download(self.source, name))
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):
-                raise UserError(
-                    f"{self.source}: {name} is not in the local hub cache and the hub cannot be reached; "
-                    "connect once, or give a local folder as moshi_paths.hf_repo_id"
-                ) from None
-            if not required:
-                return None
-            raise UserError(f"{self.source}: the repository has no file {name}") from None
-        except GatedRepoError:
-            raise UserError(
-                f"{self.source}: access is gated; accept its licence on huggingface.co and run "
-                "`huggingface-cli login` (or set HF_TOKEN)"
-            ) from None
-        except (RepositoryNotFoundError, HFValidationError):
-            raise UserError(f"{self.source}: neither a local folder nor a repository of the hub") from None
-        except OSError as error:
-            raise UserError(f"{self.source}: {name} could not be fetched ({error})") from None
+        return _from_hub(self.source, name, required)
 
-    def _file(self, what: str, config_key: str, default: str) -> Path:
+    def file(self, what: str, config_key: str, default: str) -> Path:
         given = self._files.get(what)
         name = given or self.raw_config.get(config_key) or default
         if name.startswith("hf://"):
             owner, repo, rest = name.removeprefix("hf://").split("/", 2)
-            return Checkpoint(f"{owner}/{repo}", {}, None)._find(rest)
+            return _from_hub(f"{owner}/{repo}", rest)
         name = name.removeprefix("file://")
         if given or Path(name).is_absolute():
             if not Path(name).is_file():
@@ -120,20 +101,25 @@ class Checkpoint:
             return Path(name)
         return self._find(name)
 
-    def locate(self, path: Path) -> str:
-        """A file of this checkpoint as moshi's `hf_get` reads it from anywhere: hf://... or file://..."""
-        if self._folder is None and not any(path == Path(f) for f in self._files.values() if f):
+    def locate(self, key: str, path: Path) -> str:
+        """A file of this checkpoint (named in its config under `key`) as moshi's `hf_get` finds it from anywhere:
+        hf://... or file://..."""
+        named = str(self.raw_config.get(key, ""))
+        replaced = any(path == Path(given) for given in self._files.values() if given)
+        if named.startswith("hf://") and not replaced:
+            return named
+        if self._folder is None and not replaced:
             return f"hf://{self.source}/{path.name}"
         return f"file://{path.resolve()}"
 
     def moshi_weights(self) -> Path:
-        return self._file("moshi_path", "moshi_name", loaders.MOSHI_NAME)
+        return self.file("moshi_path", "moshi_name", loaders.MOSHI_NAME)
 
     def mimi_weights(self) -> Path:
-        return self._file("mimi_path", "mimi_name", loaders.MIMI_NAME)
+        return self.file("mimi_path", "mimi_name", loaders.MIMI_NAME)
 
     def tokenizer_path(self) -> Path:
-        return self._file("tokenizer_path", "tokenizer_name", loaders.TEXT_TOKENIZER_NAME)
+        return self.file("tokenizer_path", "tokenizer_name", loaders.TEXT_TOKENIZER_NAME)
 
     def voices_archive(self) -> Path | None:
         """`voices.tgz`, the shipped voice prompts; None if the source has none, or it cannot be reached."""
@@ -147,7 +133,7 @@ class Checkpoint:
         name = self.raw_config.get("mimi_config_name")
         if name is None:
             return None
-        return json.loads(self._file("mimi_config", "mimi_config_name", name).read_text())
+        return json.loads(self.file("mimi_config", "mimi_config_name", name).read_text())
 
     def mimi(self, device: torch.device | str = "cpu") -> MimiModel:
         """Mimi with the 8 codebooks of one channel (`CheckpointInfo.get_mimi` would set 16 for PersonaPlex)."""
@@ -164,6 +150,31 @@ class Checkpoint:
             return sentencepiece.SentencePieceProcessor(str(path))
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path}: not a SentencePiece model ({error})") from None
+
+
+def _from_hub(repo: str, name: str, required: bool = True) -> Path | None:
+    """A file of a hub repository, from the local cache if it is there; None if the repository has none by that name
+    and it is not `required`."""
+    try:
+        return Path(hf_hub_download(repo, name))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise UserError(
+                f"{repo}: {name} is not in the local hub cache and the hub cannot be reached; "
+                "connect once, or give a local folder as moshi_paths.hf_repo_id"
+            ) from None
+        if not required:
+            return None
+        raise UserError(f"{repo}: the repository has no file {name}") from None
+    except GatedRepoError:
+        raise UserError(
+            f"{repo}: access is gated; accept its licence on huggingface.co and run "
+            "`huggingface-cli login` (or set HF_TOKEN)"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(f"{repo}: neither a local folder nor a repository of the hub") from None
+    except OSError as error:
+        raise UserError(f"{repo}: {name} could not be fetched ({error})") from None
 
 
 def open_checkpoint(
@@ -281,10 +292,11 @@ def inference_config(checkpoint: Checkpoint, kwargs: dict) -> dict:
     config = dict(kwargs) | {"model_type": checkpoint.raw_config.get("model_type", "moshi")}
     names = {"mimi_name": checkpoint.mimi_weights, "tokenizer_name": checkpoint.tokenizer_path}
     for key, path in names.items():
-        config[key] = checkpoint.locate(path())
+        config[key] = checkpoint.locate(key, path())
     if "mimi_config_name" in checkpoint.raw_config:
         name = checkpoint.raw_config["mimi_config_name"]
-        config["mimi_config_name"] = checkpoint.locate(checkpoint._file("mimi_config", "mimi_config_name", name))
+        path = checkpoint.file("mimi_config", "mimi_config_name", name)
+        config["mimi_config_name"] = checkpoint.locate("mimi_config_name", path)
     return config
 
 

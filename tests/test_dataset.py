@@ -115,11 +115,20 @@ def test_windows_of_a_manifest(tmp_path, suffix, opener):
         ({"path": "a.wav", "duration": -1}, "line 2"),
         ({"duration": 3}, "line 2"),
         ("[1]", "line 2"),
+        ({"path": "a.wav", "duration": 1e300}, "line 2"),
+        ("[" * 100_000, "line 2"),
     ],
 )
 def test_broken_lines_are_named_by_number(tmp_path, line, sentence):
     path = write_lines(tmp_path / "m.jsonl", [{"path": "a.wav", "duration": 1}, line])
     with pytest.raises(UserError, match=sentence):
+        ManifestIndex(path, 50)
+
+
+def test_a_torn_archive_is_named(tmp_path):
+    path = write_lines(tmp_path / "m.jsonl.gz", [{"path": "a.wav", "duration": 1}] * 5000, gzip.open)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="m.jsonl.gz: cannot be read beyond line"):
         ManifestIndex(path, 50)
 
 

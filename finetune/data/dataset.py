@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from finetune.fast import Plan, count_targets, make_plan
 from finetune.personaplex import CODEBOOKS, N_STREAMS, ZERO, build_prompt, phase
 from finetune.voices import load_same_speaker, same_speaker_file
 
+LONGEST_SEC = 1e7  # no recording lasts four months; what says so is broken
 PROMPT_FIELDS = ("text_prompt", "voice_prompt")  # of a manifest line or a .json
 
 # --- 1. Which windows there are, and in which order --------------------------------------------------------------
@@ -58,10 +59,9 @@ class ManifestIndex:
         self._lines: list[bytes] | None = [] if path.suffix == ".gz" else None  # gzip cannot be read from the middle
         total = 0
         numbers = array("q")
+        position = 0
         with open_text(path) as text:
-            position = 0
-            for number, raw in enumerate(text.buffer if self._lines is None else text, start=1):
-                raw = raw if isinstance(raw, bytes) else raw.encode()
+            for number, raw in _raw_lines(path, text.buffer):
                 here, position = position, position + len(raw)
                 if not raw.strip():
                     continue
@@ -109,13 +109,22 @@ class ManifestIndex:
         return file, index - (int(self._windows[file - 1]) if file else 0)
 
 
+def _raw_lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    try:
+        for number, raw in enumerate(stream, start=1):
+            yield number, raw
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read beyond line {number} ({error}); copy it again") from None
+
+
 def _duration(path: Path, number: int, raw: bytes) -> float:
     try:
         value = json.loads(raw)
         duration = float(value["duration"])
-        if not isinstance(value["path"], str) or not duration >= 0 or math.isinf(duration):
+        if not isinstance(value["path"], str) or not 0 <= duration <= LONGEST_SEC:
             raise ValueError
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         found = raw.strip()[:60].decode(errors="replace")
         raise UserError(f'{path}, line {number}: needs {{"path": ..., "duration": seconds}}, found {found}') from None
     return duration
@@ -305,7 +314,7 @@ class Tokenizer(abc.ABC):
             raw = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{file}: missing; run annotate.py to make it") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: not readable as JSON ({error})") from None
         if not isinstance(raw, dict) or "alignments" not in raw:
             raise UserError(f'{file}: has no "alignments"; run annotate.py to make them')
@@ -570,7 +579,7 @@ class Windows(NamedTuple):
                     try:
                         raw = json.loads(sidecar(line.path).read_text(encoding="utf-8"))
                         extra = {key: raw[key] for key in PROMPT_FIELDS if key in raw}
-                    except (OSError, ValueError, TypeError):
+                    except (OSError, ValueError, TypeError, RecursionError):
                         pass
                 yield line, extra
 

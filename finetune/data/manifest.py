@@ -40,9 +40,9 @@ def parse_line(manifest: Path, number: int, text: str) -> Line:
     """One line of a manifest. Raises UserError naming manifest and line."""
     try:
         fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{manifest}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("path"), str) or not fields["path"]:
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{manifest}, line {number}: not JSON ({error})") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("path"), str) or not Path(fields["path"]).name:
         raise UserError(f'{manifest}, line {number}: needs an object with a "path"')
     try:
         return Line(number, resolve(manifest, fields["path"]), fields, manifest)

@@ -1,0 +1,124 @@
+"""Does a model do what its prompt says? Trains the tiny PersonaPlex and listens to it, free-running.
+
+    python -m benchmarks.conditioning runs/conditioning
+
+In the tiny world the role prompt decides the agent's name, greeting and answers, the voice prompt its pitch and timbre.
+Some (role, voice) pairs are held out of training. For each pair the trained model is given the prompt and a user who
+asks a question, and replies with sampled tokens; its decoded sound is then judged by detectors that know the sounds of
+words and voices (finetune.toy; they are right on every clean utterance).
+
+    role      the reply holds the prompted role's name, and no other role's
+    greeting  the reply begins with the prompted role's greeting, word for word
+    answer    and answers the question as this role does
+    voice     the voice that is heard is the prompted one
+
+Chance is 1 / roles and 1 / voices. The training takes some 15 minutes on two cores; a folder that holds it is used again.
+"""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from finetune import toy
+from finetune.cli import Parser, run
+from finetune.data import codec
+from finetune.export import open_source
+from finetune.generate import Sampling, decode, generate, load_merged
+from finetune.personaplex import build_prompt
+from finetune.voices import load_voices
+
+SETTINGS = {
+    "full_finetuning": "true", "lora.enable": "false", "duration_sec": 14, "batch_size": 8, "optim.lr": "2e-3",
+    "optim.pct_start": 0.05, "eval_free_samples": 0, "eval_freq": 250, "ckpt_freq": 250, "num_ckpt_keep": 1,
+    "first_codebook_weight_multiplier": 5, "log_freq": 25,
+}  # fmt: skip
+
+
+def prepare(folder: Path, hours: float) -> None:
+    """World and codes, unless they are there."""
+    if not (folder / "model").is_dir():
+        toy.make_model(folder / "model")
+        toy.make_corpus(folder / "data", hours=hours, seed=0)
+    manifests = [str(folder / f"data/{split}.jsonl") for split in ("train", "eval")]
+    subprocess.run(
+        [sys.executable, "precompute_codes.py", *manifests, "--output-dir", str(folder / "codes"), "--hf-repo",
+         str(folder / "model"), "--device", "cpu", "--no-exact"],
+        check=True,
+    )  # fmt: skip
+
+
+def train(folder: Path, steps: int) -> None:
+    """Trains, or goes on with a training that was stopped."""
+    settings = SETTINGS | {
+        "run_dir": folder / "run", "max_steps": steps, "moshi_paths.hf_repo_id": folder / "model",
+        "prompt.voices_dir": folder / "data/voices", "data.train_data": folder / "codes/train_precomputed.jsonl",
+        "data.eval_data": folder / "codes/eval_precomputed.jsonl",
+    }  # fmt: skip
+    overrides = [f"{key}={value}" for key, value in settings.items()] + ["moshi_paths.moshi_path=null"]
+    subprocess.run([sys.executable, "train_personaplex.py", "example/tiny.yaml", *overrides], check=True)
+
+
+def listen(folder: Path, repeats: int, greedy: bool) -> dict:
+    """Shares of replies that do what they should, for held-out and for seen pairs."""
+    source = open_source(str(folder / "run"))
+    mimi, tokenizer = source.checkpoint.mimi(), source.checkpoint.tokenizer()
+    lm = load_merged(source, torch.device("cpu"), torch.float32)
+    files = {voice: folder / f"data/voices/{voice}.wav" for voice in toy.AGENT_VOICES}
+    voices = load_voices(list(files.values()), lambda: mimi, None, source.kwargs["delays"], False)
+    rng = random.Random(0)
+    cases, prompts, sounds = [], [], []
+    for (role, voice), _ in itertools.product(itertools.product(toy.ROLES, toy.AGENT_VOICES), range(repeats)):
+        question, asker = rng.choice(list(toy.QUESTIONS)), rng.choice(list(toy.USER_VOICES))
+        # As in the corpus: the agent greets first, then the user asks, then the agent has time to answer.
+        words = toy.QUESTIONS[question]
+        sounds.append(toy.synthesise(words, asker, lead_in=rng.randint(30, 38), tail=40))
+        cases.append((role, voice, question))
+        text = tokenizer.encode(toy.text_prompt(role), add_bos=False, add_eos=False)
+        prompts.append(build_prompt(voices[files[voice]], text))
+    users = codec.encode(mimi, sounds, exact=False)
+    results: dict[bool, list[dict[str, bool]]] = {True: [], False: []}
+    for i in range(0, len(cases), 25):
+        replies = generate(lm, prompts[i : i + 25], users[i : i + 25], Sampling(greedy=greedy), seed=i)
+        for (role, voice, question), sound in zip(cases[i:], decode(mimi, [r.codes for r in replies])):
+            heard = [word for word, _ in toy.detect_words(sound)]
+            greeting, answer = toy.greeting(role), toy.expected_reply(role, question)
+            names = {name for name in toy.ROLES if name in heard}
+            results[toy.held_out(role, voice)].append({
+                "role": names == {role},
+                "greeting": heard[: len(greeting)] == greeting,
+                "answer": heard[len(greeting) :] == answer,
+                "voice": toy.detect_voice(sound)[0] == voice,
+            })  # fmt: skip
+    return {
+        name: {"replies": len(rows)} | {key: sum(r[key] for r in rows) / len(rows) for key in rows[0]}
+        for name, rows in (("held-out pairs", results[True]), ("seen pairs", results[False]))
+    }
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="for the world, the run and results.json")
+    parser.add_argument("--hours", type=float, default=1.0, help="of dialogues")
+    parser.add_argument("--steps", type=int, default=600, help="of training")
+    parser.add_argument("--repeats", type=int, default=8, help="replies of each pair of role and voice")
+    parser.add_argument("--greedy", action="store_true", help="most likely tokens instead of drawn ones")
+    args = parser.parse_args()
+    prepare(args.folder, args.hours)
+    train(args.folder, args.steps)
+    results = listen(args.folder, args.repeats, args.greedy)
+    (args.folder / "results.json").write_text(json.dumps(results, indent=1))
+    columns = ["role", "greeting", "answer", "voice"]
+    print(f"\n| | replies | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    for name, row in results.items():
+        print(f"| {name} | {row['replies']} | {' | '.join(f'{row[c]:.1%}' for c in columns)} |")
+    print(f"| chance | | {1 / len(toy.ROLES):.0%} | | | {1 / len(toy.AGENT_VOICES):.0%} |")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
