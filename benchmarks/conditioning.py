@@ -3,16 +3,16 @@
     python -m benchmarks.conditioning runs/conditioning
 
 In the tiny world the role prompt decides the agent's name, greeting and answers, the voice prompt its pitch and timbre.
-Some (role, voice) pairs are held out of training. For each pair the trained model is given the prompt and a user who
-asks a question, and replies with sampled tokens; its decoded sound is then judged by detectors that know the sounds of
-words and voices (finetune.toy; they are right on every clean utterance).
+Some (role, voice) pairs are held out of training. For each pair the trained model gets the prompt and a user who asks a
+question, and replies with sampled tokens; its decoded sound is then judged by detectors that know how words and voices
+sound (finetune.toy; they are right on every clean utterance).
 
     role      the reply holds the prompted role's name, and no other role's
     greeting  the reply begins with the prompted role's greeting, word for word
     answer    and answers the question as this role does
     voice     the voice that is heard is the prompted one
 
-Chance is 1 / roles and 1 / voices. The training takes some 15 minutes on two cores; a folder that holds it is used again.
+Chance is 1 / roles and 1 / voices. The training takes some 15 minutes on two cores; a folder that holds it goes on.
 """
 
 import itertools

@@ -1,0 +1,76 @@
+"""Several processes, as nodes and under SLURM's variables, train as one does."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, rows, train_here, write_config
+
+from finetune.distributed import _environment
+from finetune.model import PERSONAPLEX
+
+SETTINGS = {"max_steps": 2, "do_eval": False, "batch_size": 1, "num_microbatches": 1}
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def numbers(run):
+    return torch.tensor([(r["loss"], r["grad_norm"]) for r in rows(run)])
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    config = write_config(folder, world, **SETTINGS | {"num_microbatches": 2})
+    assert train_here(config, PERSONAPLEX) == 0
+    return numbers(folder / "run")
+
+
+def run_all(commands, env=None, timeout=150):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | own,
+        )
+        for command, own in zip(commands, env or [{}] * len(commands))
+    ]  # fmt: skip
+    for process in processes:
+        output = process.communicate(timeout=timeout)[0]
+        assert process.returncode == 0, output
+
+
+def test_two_nodes_with_hybrid_sharding(world, tmp_path, alone):
+    """Two torchrun agents that meet on loopback, one process each: parameters whole on each node."""
+    config = write_config(tmp_path, world, **SETTINGS | {"sharding": "hybrid"})
+    agent = [
+        "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1", "train_personaplex.py", config,
+    ]  # fmt: skip
+    run_all([agent, agent])
+    torch.testing.assert_close(numbers(tmp_path / "run"), alone, rtol=2e-5, atol=1e-6)
+
+
+def test_srun_without_torchrun_and_no_sharding(world, tmp_path, alone):
+    """What srun sets for two tasks of one node."""
+    config = write_config(tmp_path, world, **SETTINGS | {"sharding": "none"})
+    common = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": str(free_port()),
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
+    env = [common | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    run_all([["train_personaplex.py", config]] * 2, env)
+    torch.testing.assert_close(numbers(tmp_path / "run"), alone, rtol=2e-5, atol=1e-6)
+
+
+def test_an_sbatch_shell_is_one_process(monkeypatch):
+    """A script started by sbatch itself sees the job's task count, but srun did not start so many."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert _environment() == (0, 1, 0, 1)
