@@ -31,11 +31,10 @@ from finetune.cli import UserError
 
 TEXT_PADDING_IDS = (0, 3)  # EPAD and PAD of Moshi's text tokenizer
 NO_TARGET = -1  # also moshi's zero token: it embeds to 0 and never carries loss
-# Depformer frames are independent of each other. The gated channels of so many of them exist at a time, for the same
-# reasons; and memory from malloc costs page faults from 32 MiB on, a third of a step with windows of 1,250 frames.
-GATED_PER_CHUNK = {"cpu": 2**23, "cuda": 2**29, "meta": 2**29}
-# Logits that exist at a time: on a CPU what its caches hold (16 MiB in fp32), elsewhere few launches (128 MiB).
-LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**25, "meta": 2**25}
+# What exists at a time: on a CPU what its caches hold, elsewhere enough for few launches. (On a CPU also because malloc
+# maps blocks from 32 MiB on afresh: their page faults were a quarter of a step with windows of 1,250 frames.)
+LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**25}  # elements, in fp32
+GATED_PER_CHUNK = {"cpu": 2**23, "cuda": 2**29}  # elements of the depformer's widest activation
 
 
 class Losses(NamedTuple):
@@ -102,6 +101,18 @@ def _at_least_one(rows: Tensor) -> Tensor:
     return rows if len(rows) else rows.new_zeros(1)
 
 
+def _chunks(x: Tensor, width: int, limits: dict[str, int]) -> tuple[Tensor, ...]:
+    """Cuts x [Q, N, ...] along N into equal pieces, so that `width` elements for each of N stay within the limit."""
+    pieces = -(-width * x.shape[1] // limits.get(x.device.type, limits["cuda"]))
+    return x.split(-(-x.shape[1] // pieces), 1)
+
+
+def _accumulate(totals: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Sums in float32, so that gradients do not depend on the number of chunks."""
+    add = lambda total, part: part if part is None else part.float() if total is None else total.add_(part)
+    return [add(total, part) for total, part in zip(totals, parts)]
+
+
 def _is_padding(targets: Tensor) -> Tensor:
     return (targets == TEXT_PADDING_IDS[0]) | (targets == TEXT_PADDING_IDS[1])
 
@@ -136,6 +147,10 @@ class _Linears(NamedTuple):
         """x: [Q, N, in] -> [Q, N, out]."""
         return _Product.apply(x, *self)
 
+    def unread(self, x: Tensor) -> Tensor:
+        """Stands for the product where it is only differentiated: nothing is computed."""
+        return _Product.apply(x, *self, True)
+
     def fan_out(self, x: Tensor) -> Tensor:
         """The same input for every step, x: [N, in] -> [Q, N, out]: one product, and one for the gradient of x."""
         steps = len(self.weight)
@@ -159,8 +174,13 @@ class _Product(torch.autograd.Function):
     copies of outputs and gradients, and would give the weights' gradients transposed, to be copied once more."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
-        y, low = _product(x, weight, a, b, scaling)
+    def forward(
+        ctx, x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float, unread: bool = False
+    ) -> Tensor:
+        if unread:
+            y, low = x.new_empty(1).expand(*x.shape[:2], weight.shape[1]), None if a is None else torch.bmm(x, a.mT)
+        else:
+            y, low = _product(x, weight, a, b, scaling)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scaling = scaling
         return y
@@ -168,7 +188,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_product_gradients(dy, *ctx.saved_tensors, ctx.scaling, ctx.needs_input_grad[:4]), None
+        return *_product_gradients(dy, *ctx.saved_tensors, ctx.scaling, ctx.needs_input_grad[:4]), None, None
 
 
 def _product(x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
@@ -213,9 +233,8 @@ class _HeadLoss(torch.autograd.Function):
         ce, hits = torch.zeros(2, len(x), device=x.device).unbind()
         wanted = [True, *ctx.needs_input_grad[2:5]]
         dx, totals = torch.empty_like(x) if train else None, [None, None, None]
-        rows = max(1, LOGITS_PER_CHUNK[x.device.type] // (len(x) * weight.shape[1]))
-        for start in range(0, x.shape[1], rows):
-            chunk, target = x[:, start : start + rows], targets[:, start : start + rows, None]
+        wide = (x, targets[..., None], dx if train else x)
+        for chunk, target, dchunk in zip(*(_chunks(t, len(x) * weight.shape[1], LOGITS_PER_CHUNK) for t in wide)):
             logits, low = _product(chunk, weight, a, b, scaling)
             probability = logits.float().softmax(-1)
             highest, best = probability.max(-1, keepdim=True)
@@ -227,11 +246,10 @@ class _HeadLoss(torch.autograd.Function):
             if train:
                 probability.scatter_add_(-1, index, torch.full_like(highest, -1)).mul_(valid)
                 dlogits = probability.to(x.dtype)
-                dx[:, start : start + rows], *parts = _product_gradients(
-                    dlogits, chunk, weight, a, b, low, scaling, wanted
-                )
-                totals = [part if total is None else total.add_(part) for total, part in zip(totals, parts)]
-        ctx.save_for_backward(dx, *totals)
+                found = _product_gradients(dlogits, chunk, weight, a, b, low, scaling, wanted)
+                dchunk.copy_(found[0])
+                totals = _accumulate(totals, found[1:])
+        ctx.save_for_backward(dx, *(total if total is None else total.to(x.dtype) for total in totals))
         ctx.mark_non_differentiable(hits)
         return ce, hits
 
@@ -327,6 +345,11 @@ class DepformerLayer(StreamingTransformerLayer):
 
     def run(self, x: Tensor, weights: list[Tensor]) -> Tensor:
         """x: [Q, N, dim] -> [Q, N, dim]."""
+        x, hidden, linear_out = self.until_last_product(x, weights)
+        return x + linear_out(hidden)
+
+    def until_last_product(self, x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, _Linears]:
+        """What the result is the sum of: a residual, and the product of the gated channels with the last weights."""
         steps, heads = len(x), self.self_attn.num_heads
         alpha1, alpha2, *rest = weights
         each, scaling = len(rest) // 4, getattr(self.self_attn.in_projs[0], "scaling", 0.0)
@@ -340,12 +363,12 @@ class DepformerLayer(StreamingTransformerLayer):
         scores = torch.add(future, torch.bmm(q, k.mT), alpha=q.shape[-1] ** -0.5)  # float32
         y = torch.bmm(scores.softmax(-1).to(x.dtype), v)
         x = x + out_proj(y.unflatten(0, (-1, heads)).permute(2, 0, 1, 3).flatten(2))
-        return x + linear_out(_gate(linear_in(_rms_norm(x, alpha2, self.norm2.eps))))
+        return x, _gate(linear_in(_rms_norm(x, alpha2, self.norm2.eps))), linear_out
 
-    def chunks(self, x: Tensor) -> tuple[Tensor, ...]:
-        gated = len(x) * 2 * self.gating[0].linear_out.in_features
-        number = -(-gated * x.shape[1] // GATED_PER_CHUNK[x.device.type])
-        return x.split(-(-x.shape[1] // number), 1)
+    @property
+    def width(self) -> int:
+        """Elements of the widest activation of a frame."""
+        return len(self.gating) * self.gating[0].linear_in.out_features
 
 
 class _InChunks(torch.autograd.Function):
@@ -357,7 +380,7 @@ class _InChunks(torch.autograd.Function):
         ctx.layer = layer
         ctx.save_for_backward(x)
         weights = layer.weights(x.dtype)
-        return torch.cat([layer.run(chunk, weights) for chunk in layer.chunks(x)], 1)
+        return torch.cat([layer.run(chunk, weights) for chunk in _chunks(x, layer.width, GATED_PER_CHUNK)], 1)
 
     @staticmethod
     @once_differentiable
@@ -366,21 +389,22 @@ class _InChunks(torch.autograd.Function):
         with torch.enable_grad():
             weights = layer.weights(x.dtype)
             leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
-            dx = []
-            for chunk, dchunk in zip(layer.chunks(x), layer.chunks(dy)):
+            trained = [leaf for leaf in leaves if leaf.requires_grad]
+            dx, totals = [], [None] * len(trained)
+            for chunk, dchunk in zip(*(_chunks(t, layer.width, GATED_PER_CHUNK) for t in (x, dy))):
                 chunk = chunk.detach().requires_grad_()
-                torch.autograd.backward(layer.run(chunk, leaves), dchunk)
-                dx.append(chunk.grad)
-        gradients = [None] * len(ctx.needs_input_grad)
-        gradients[1] = torch.cat(dx, 1)
-        trained = [i for i, wanted in enumerate(ctx.needs_input_grad) if i > 1 and wanted]
-        if trained:
-            parameters = list(layer.parameters())
-            outputs, doutputs = zip(*((w, leaf.grad) for w, leaf in zip(weights, leaves) if w.requires_grad))
-            found = torch.autograd.grad(outputs, [parameters[i - 2] for i in trained], doutputs)
-            for i, gradient in zip(trained, found):
-                gradients[i] = gradient
-        return tuple(gradients)
+                residual, hidden, linear_out = layer.until_last_product(chunk, leaves)
+                ends = [residual, linear_out.unread(hidden)]
+                dchunk, *parts = torch.autograd.grad(ends, [chunk, *trained], [dchunk, dchunk])
+                dx.append(dchunk)
+                totals = _accumulate(totals, parts)
+        parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        gradients = iter(())
+        if parameters:
+            stacked = [weight for weight in weights if weight.requires_grad]
+            dstacked = [total.to(weight.dtype) for total, weight in zip(totals, stacked)]
+            gradients = iter(torch.autograd.grad(stacked, parameters, dstacked))
+        return None, torch.cat(dx, 1), *(next(gradients) if p.requires_grad else None for p in layer.parameters())
 
 
 class TrainingLM(nn.Module):

@@ -12,6 +12,7 @@ from moshi.modules.lora import replace_all_linear_with_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.step import peak_memory
 from finetune import fast
 from finetune.cli import UserError
 from finetune.distributed import make_mesh, session, shard
@@ -137,15 +138,21 @@ def test_short_windows(batch, frames):
     assert_equal_to_stock(tiny_lm(16), codes, torch.ones(batch, frames, dtype=torch.bool), checkpointing=False)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_few_logits_at_a_time_give_the_same(lora, monkeypatch):
-    logits = 16 * 24 * 3  # three frames of audio
-    monkeypatch.setitem(fast.LOGITS_PER_CHUNK, "cpu", logits)
-    assert_equal_to_stock(tiny_lm(16, lora), *random_batch(), checkpointing=False)
+def test_a_few_frames_at_a_time_give_the_same(lora, checkpointing, monkeypatch):
+    monkeypatch.setitem(fast.LOGITS_PER_CHUNK, "cpu", 16 * 24 * 3)
+    monkeypatch.setitem(fast.GATED_PER_CHUNK, "cpu", 16 * 88 * 5)
+    assert_equal_to_stock(tiny_lm(16, lora), *random_batch(), checkpointing)
     with Operations() as operations:
-        TrainingLM(tiny_lm(16, lora), gradient_checkpointing=False)(*random_batch()).ce.sum().backward()
-    assert operations.largest["aten::_softmax", 24] == logits
-    assert operations.largest["aten::_softmax", 40] <= logits
+        TrainingLM(tiny_lm(16, lora), checkpointing)(*random_batch()).ce.sum().backward()
+    assert operations.largest["aten::_softmax", 24] <= 16 * 24 * 3
+    assert operations.largest["aten::_softmax", 40] <= 16 * 24 * 3
+    assert operations.largest["aten::silu", 44] <= 16 * 44 * (5 if checkpointing else B * T)
+
+
+def test_peak_memory_above_the_weights():
+    assert peak_memory(16, 1250, "ours") <= 0.6 * peak_memory(16, 1250, "stock")
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -1,0 +1,244 @@
+"""Training steps: moshi's forward, the same with contiguous depformer inputs, ours, and the machine's limit.
+
+Each line is the median of steps taken in turns in one process (LoRA rank 16, gradient checkpointing, bf16, the real
+vocabularies, a model of 6 temporal and 3 depformer layers). A step is forward, loss, backward and AdamW. The limit is
+the rate of one large bf16 matrix product. Peak memory is that of all tensors a step makes, counted on the meta device.
+"""
+
+import contextlib
+import os
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import moshi.modules.transformer as moshi_transformer
+import torch
+import torch.nn.functional as F
+from moshi.models.lm import LMModel
+from moshi.modules.lora import replace_all_linear_with_lora
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune.cli import Parser, run
+from finetune.fast import Plan, TrainingLM, make_plan
+
+BATCH = 2
+DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
+CONFIG = {
+    "delays": DELAYS, "n_q": 16, "card": 2048, "text_card": 32000, "existing_text_padding_id": 3,
+    "dim": 512, "num_heads": 8, "num_layers": 6, "hidden_scale": 4.125, "causal": True, "context": 3000,
+    "max_period": 10000, "gating": "silu", "norm": "rms_norm_f32", "positional_embedding": "rope",
+    "depformer_dim": 256, "depformer_dim_feedforward": 1056, "depformer_num_heads": 4, "depformer_num_layers": 3,
+    "depformer_multi_linear": True, "depformer_pos_emb": "none", "depformer_weights_per_step": True,
+}  # fmt: skip
+BUSY = 0.3  # load average above which timings are not to be trusted
+
+
+@dataclass
+class Timing:
+    """One path in one setting. `flops` are those of the products it makes in a step."""
+
+    path: str
+    dep_q: int
+    frames: int
+    seconds: float
+    flops: int
+
+
+def idle_note() -> str:
+    """Whether the machine had something else to do in the last minute."""
+    load = os.getloadavg()[0]
+    return f"load average {load:.2f}: " + ("idle" if load < BUSY else "NOT IDLE, timings are not to be trusted")
+
+
+def build(dep_q: int, device: str) -> LMModel:
+    torch.manual_seed(0)
+    lm = LMModel(dep_q=dep_q, device=device, dtype=torch.bfloat16, gradient_checkpointing=True, **CONFIG)
+    replace_all_linear_with_lora(lm, rank=16, scaling=2.0)
+    for name, parameter in lm.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return lm
+
+
+def batch(frames: int) -> tuple[Tensor, Tensor]:
+    """Codes in which one text token in three is a word, and a mask of ones."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2048, (BATCH, 17, frames), generator=generator)
+    codes[:, 0] = torch.where(torch.rand(BATCH, frames, generator=generator) < 2 / 3, 3, codes[:, 0] * 15 + 4)
+    return codes, torch.ones(BATCH, frames, dtype=torch.bool)
+
+
+def stock_loss(lm: LMModel, codes: Tensor) -> Tensor:
+    """As public fine-tuners compute it: float32 logits of all positions, masked afterwards."""
+    out = lm(codes)
+    loss = 0
+    for logits, mask, target in (
+        (out.logits, out.mask, codes[:, 1 : 1 + lm.dep_q]),
+        (out.text_logits, out.text_mask, codes[:, :1]),
+    ):
+        logits = torch.where(mask[..., None], logits, 0).float()
+        ce = F.cross_entropy(logits.flatten(0, -2), torch.where(mask, target, 0).flatten(), reduction="none")
+        loss = loss + (ce * mask.flatten()).sum()
+    return loss
+
+
+@contextlib.contextmanager
+def contiguous_inputs() -> Iterator[None]:
+    """moshi's depformer on copies of its strided slices: on a CPU, products with slices copy the weights each time."""
+    original = moshi_transformer.apply_weights_per_step
+
+    def contiguous(modules, schedule, x, offset):
+        if len(modules) == 1:
+            return modules[0](x)
+        return torch.cat([module(x[:, t : t + 1].contiguous()) for t, module in enumerate(modules)], 1)
+
+    moshi_transformer.apply_weights_per_step = contiguous
+    try:
+        yield
+    finally:
+        moshi_transformer.apply_weights_per_step = original
+
+
+def losses(dep_q: int, frames: int, device: str = "cpu") -> tuple[LMModel, dict[str, Callable[[], Tensor]]]:
+    """The three ways to the loss of one batch, on one model: called in moshi's way it runs moshi's code."""
+    lm = build(dep_q, device)
+    training = TrainingLM(lm, gradient_checkpointing=True)
+    codes, mask = batch(frames)
+    plan = make_plan(codes, mask, DELAYS, dep_q)
+    if device == "meta":
+        codes, plan = codes.to(device), Plan(*(tensor.to(device) for tensor in plan))
+
+    def contiguous() -> Tensor:
+        with contiguous_inputs():
+            loss = stock_loss(lm, codes)
+            loss.backward()  # inside, because checkpointing calls the layers again
+        return loss
+
+    def stock() -> Tensor:
+        loss = stock_loss(lm, codes)
+        loss.backward()
+        return loss
+
+    def ours() -> Tensor:
+        loss = training(codes, mask, plan=plan).ce.sum()
+        loss.backward()
+        return loss
+
+    return lm, {"stock": stock, "contiguous": contiguous, "ours": ours}
+
+
+def time_steps(dep_q: int, frames: int, paths: list[str], repeats: int) -> list[Timing]:
+    lm, ways = losses(dep_q, frames)
+    optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+
+    def step(way: Callable[[], Tensor]) -> float:
+        start = time.perf_counter()
+        way()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    flops, values = {}, {}
+    for path in paths:  # also warms up
+        with FlopCounterMode(display=False) as counter:
+            values[path] = ways[path]().item()
+        flops[path] = counter.get_total_flops()
+        optimizer.zero_grad()
+    spread = max(values.values()) / min(values.values()) - 1
+    print(f"dep_q {dep_q}, {frames} frames: losses agree to {spread:.1e} (bf16)", flush=True)
+    seconds: dict[str, list[float]] = {path: [] for path in paths}
+    for _ in range(repeats):
+        for path in paths:
+            seconds[path].append(step(ways[path]))
+    return [Timing(path, dep_q, frames, statistics.median(seconds[path]), flops[path]) for path in paths]
+
+
+def gemm_rate(repeats: int = 7, size: int = 2048) -> float:
+    """FLOP/s of a square bf16 product, the machine's limit."""
+    a, b = torch.randn(2, size, size).bfloat16()
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[1:])
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that the tensors made under this mode held at one time."""
+
+    def __enter__(self):
+        self.live = self.peak = 0
+        self._storages: dict[int, weakref.finalize] = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {id(t.untyped_storage()) for t in args if isinstance(t, Tensor)}
+        for tensor in out if isinstance(out, list | tuple) else [out]:
+            if isinstance(tensor, Tensor) and not func.is_view and id(tensor.untyped_storage()) not in given:
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) in self._storages:
+            return
+        key, size = id(storage), storage.nbytes()
+        self._storages[key] = weakref.finalize(storage, self._remove, key, size)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _remove(self, key: int, size: int) -> None:
+        del self._storages[key]
+        self.live -= size
+
+
+def peak_memory(dep_q: int, frames: int, path: str) -> int:
+    """Bytes above the weights at the fullest point of a forward and backward pass."""
+    _, ways = losses(dep_q, frames, "meta")
+    with PeakMemory() as memory:
+        ways[path]()
+    return memory.peak
+
+
+def table(timings: list[Timing], limit: float) -> str:
+    lines = ["| dep_q | frames | path | s/step | tokens/s | ratio to ours | GFLOP/s | of the limit |", "|--" * 8 + "|"]
+    ours = {(t.dep_q, t.frames): t.seconds for t in timings if t.path == "ours"}
+    for t in timings:
+        rate = t.flops / t.seconds
+        lines.append(
+            f"| {t.dep_q} | {BATCH} x {t.frames} | {t.path} | {t.seconds:.3f} | {BATCH * t.frames / t.seconds:.0f} "
+            f"| {t.seconds / ours[t.dep_q, t.frames]:.2f} | {rate / 1e9:.0f} | {rate / limit:.0%} |"
+        )
+    lines.append(f"\nLimit: {limit / 1e9:.0f} GFLOP/s (bf16, 2048 x 2048 x 2048).")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="steps per path, taken in turns")
+    parser.add_argument("--frames", type=int, nargs="+", default=[250, 1250], help="window lengths")
+    parser.add_argument("--no-stock", action="store_true", help="leave out moshi's own path, which takes minutes")
+    args = parser.parse_args()
+    torch._dynamo.config.disable = True
+    print(idle_note())
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()}")
+    timings = []
+    for frames in args.frames:
+        for dep_q in (8, 16):
+            # Stock time grows with the frames and is measured once, where its factor is claimed.
+            stock = ["stock"] if dep_q == 8 and frames == min(args.frames) and not args.no_stock else []
+            timings += time_steps(dep_q, frames, [*stock, "contiguous", "ours"], args.repeats)
+    print(table(timings, gemm_rate()))
+    for frames in args.frames:
+        theirs, ours = (peak_memory(16, frames, path) for path in ("stock", "ours"))
+        print(f"peak memory above weights, dep_q 16, {BATCH} x {frames}: stock {theirs / 2**20:.0f} MiB, "
+              f"ours {ours / 2**20:.0f} MiB ({ours / theirs:.2f})")  # fmt: skip
+    print(idle_note())
+
+
+if __name__ == "__main__":
+    run(main)
