@@ -46,10 +46,10 @@ LIE_SEC = 0.01  # a manifest that is off by more did not mean rounding
 
 
 class Item(NamedTuple):
-    """One audio file."""
+    """One audio file. Paths are texts, which of a million files take a third of the memory."""
 
-    path: Path
-    codes: Path
+    path: str
+    codes: str
     duration: float | None  # seconds, as the manifest says
 
 
@@ -102,7 +102,7 @@ def output_manifest(folder: Path, source: Path) -> Path:
     return folder / f"{stem}_precomputed.jsonl"
 
 
-def read_items(args: argparse.Namespace, problems: list[str]) -> dict[Path, Item]:
+def read_items(args: argparse.Namespace, problems: list[str]) -> dict[str, Item]:
     """The files of all manifests by their paths, each once. Lines that are no good become sentences in `problems`.
 
     Codes are named after the audio: its path from the manifest's folder, or all of its path if it lies elsewhere. The
@@ -112,24 +112,23 @@ def read_items(args: argparse.Namespace, problems: list[str]) -> dict[Path, Item
     for target, source in zip(new, args.manifests):
         if new.count(target) > 1:
             raise UserError(f"{source}: two manifests would both become {target.name}; give them different names")
-    items: dict[Path, Item] = {}
-    taken: set[Path] = set()
+    items: dict[str, Item] = {}
+    taken: set[str] = set()
     for source in args.manifests:
+        above = f"{source.parent}{os.sep}"
         try:
             for line in manifest.iterate(source, problems):
-                if line.path in items:
+                path = os.path.normpath(line.path)
+                if path in items:
                     continue
-                path = Path(os.path.normpath(line.path))
-                inside = path.is_relative_to(source.parent)
-                name = str(path.relative_to(source.parent if inside else path.anchor))
-                codes = args.output_dir / "codes" / f"{name}.pt"
+                name = path.removeprefix(above) if path.startswith(above) else path.removeprefix(Path(path).anchor)
+                codes = os.path.join(args.output_dir, "codes", f"{name}.pt")
                 if codes in taken:
-                    mark = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-                    codes = codes.with_name(f"{path.name}-{mark}.pt")
+                    codes = f"{codes.removesuffix('.pt')}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.pt"
                 taken.add(codes)
                 duration = line.fields.get("duration")
                 known = isinstance(duration, int | float) and not isinstance(duration, bool) and duration > 0
-                items[line.path] = Item(line.path, codes, float(duration) if known else None)
+                items[path] = Item(path, codes, float(duration) if known else None)
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise UserError(f"{source}: cannot be read to its end ({error})") from None
     if not items:
@@ -139,11 +138,11 @@ def read_items(args: argparse.Namespace, problems: list[str]) -> dict[Path, Item
 
 def finished(item: Item, mimi_fingerprint: str) -> float | None:
     """Seconds of a file whose codes are there and up to date; None if they have to be made."""
-    if not item.codes.exists():
+    if not os.path.exists(item.codes):
         return None
     try:
-        entry = codec.load_codes(item.codes)
-        codec.check(entry, item.codes, mimi_fingerprint, item.path)
+        entry = codec.load_codes(Path(item.codes))
+        codec.check(entry, None, mimi_fingerprint, Path(item.path))
         return entry["duration"]
     except UserError:
         return None
@@ -169,7 +168,7 @@ class Reader:
         self._next = pool.submit(next, self._pieces, None)
 
     def _read(self) -> Iterator[np.ndarray]:
-        self.fingerprint = codec.audio_fingerprint(self.item.path)
+        self.fingerprint = codec.audio_fingerprint(Path(self.item.path))
         channels = audio.probe(self.item.path).channels
         if channels != CHANNELS:
             raise UserError(f"{self.item.path}: has {channels} channel(s); training needs agent left, user right")
@@ -191,33 +190,41 @@ def read_ahead(readers: Iterator[Reader], count: int) -> Iterator[Reader]:
         begun.extend(islice(readers, 1))
 
 
+def longest_first(items: dict[str, Item]) -> list[Item]:
+    """So that lanes end together; files of unknown length come before all."""
+    return sorted(items.values(), key=lambda item: (-(item.duration or float("inf")), item.path))
+
+
 def encode_shard(args: argparse.Namespace, index: int, count: int) -> Outcome:
-    """Does every `count`-th file from `index` on: the whole work on one machine, or one job of a task array."""
-    device = device_of(args.device, index)
-    longest_first = sorted(
-        read_items(args, problems=[]).values(), key=lambda item: (-(item.duration or float("inf")), str(item.path))
-    )
-    items = shard(longest_first, index, count)
+    """Does every `count`-th file from `index` on: one job of several."""
+    items = shard(longest_first(read_items(args, problems=[])), index, count)
+    return encode_items(args, items, device_of(args.device, index))
+
+
+def encode_items(args: argparse.Namespace, items: list[Item], device: torch.device) -> Outcome:
+    """Does all files that are not done yet."""
     checkpoint = open_checkpoint(args.hf_repo, mimi_path=args.mimi_path)
     fingerprint = codec.fingerprint_file(checkpoint.mimi_weights())
     failures, durations, todo = Failures(), {}, []
     with ThreadPoolExecutor(args.num_load_threads) as pool:
-        for item, duration in zip(items, pool.map(partial(finished, mimi_fingerprint=fingerprint), items)):
-            if duration is None:
-                todo.append(item)
-            else:
-                durations[str(item.codes)] = duration
-                forget_error(item.codes)
+        for start in range(0, len(items), 1000):  # a million futures would be larger than a million files
+            some = items[start : start + 1000]
+            for item, duration in zip(some, pool.map(partial(finished, mimi_fingerprint=fingerprint), some)):
+                if duration is None:
+                    todo.append(item)
+                else:
+                    durations[item.codes] = duration
+                    forget_error(Path(item.codes))
         fresh = {item.codes for item in todo}
         voiceless = [
             item for item in items
-            if args.same_speaker and (item.codes in fresh or not same_speaker_file(item.codes).is_file())
+            if args.same_speaker and (item.codes in fresh or not same_speaker_file(Path(item.codes)).is_file())
         ]  # fmt: skip
         if not todo and not voiceless:
             return Outcome(durations, failures.sentences, 0.0, 0.0)
 
-        for folder in {item.codes.parent for item in todo}:
-            make_folder(folder)
+        for folder in {os.path.dirname(item.codes) for item in todo}:
+            make_folder(Path(folder))
         mimi = checkpoint.mimi(device)
         lanes = min(args.lanes or codec.default_lanes(device, args.exact), CHANNELS * max(1, len(todo)))
         started = time.monotonic()
@@ -235,19 +242,20 @@ def encode_shard(args: argparse.Namespace, index: int, count: int) -> Outcome:
                 for number, result in results:
                     reader = readers.pop(number)
                     item, seconds = reader.item, reader.samples / audio.SAMPLE_RATE
+                    codes = Path(item.codes)
                     try:
                         if isinstance(result, UserError):
                             raise result
-                        same_speaker_file(item.codes).unlink(missing_ok=True)  # of what the file was before
-                        codec.save_codes(item.codes, result, seconds, fingerprint, reader.fingerprint)
+                        same_speaker_file(codes).unlink(missing_ok=True)  # of what the file was before
+                        codec.save_codes(codes, result, seconds, fingerprint, reader.fingerprint)
                     except (UserError, OSError) as error:
-                        failures.add(item.codes, sentence(item, error))
+                        failures.add(codes, sentence(item, error))
                         bar.set_postfix_str(f"{len(failures)} failed")
                     else:
-                        forget_error(item.codes)
-                        durations[str(item.codes)] = seconds
+                        forget_error(codes)
+                        durations[item.codes] = seconds
                         encoded_sec += seconds
-        pairs = [(item.path, item.codes) for item in voiceless if str(item.codes) in durations]
+        pairs = [(Path(item.path), Path(item.codes)) for item in voiceless if item.codes in durations]
         for path, why in save_same_speaker(pairs, mimi, fingerprint, args.exact).items():
             print(f"{path}: no same_speaker voice: {why}", file=sys.stderr)
     return Outcome(durations, failures.sentences, encoded_sec, time.monotonic() - started)
@@ -263,7 +271,7 @@ def make_folder(folder: Path) -> None:
 def sentence(item: Item, error: Exception) -> str:
     """The error in words that name the file."""
     text = str(error)
-    return text if text.startswith(str(item.path)) else f"{item.path}: {text}"
+    return text if text.startswith(item.path) else f"{item.path}: {text}"
 
 
 def device_of(name: str | None, rank: int) -> torch.device:
@@ -287,30 +295,29 @@ def device_of(name: str | None, rank: int) -> torch.device:
 # --- 3. The new manifests ------------------------------------------------------------------------------------
 
 
-def write_manifest(source: Path, target: Path, items: dict[Path, Item], durations: dict[str, float]) -> tuple[int, int]:
+def write_manifest(source: Path, target: Path, items: dict[str, Item], durations: dict[str, float]) -> tuple[int, int]:
     """Writes the lines whose files have codes. Returns how many, and how many had a duration that was wrong."""
     lines = lies = 0
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as out:
         for line in manifest.iterate(source, problems=[]):
-            item = items[line.path]
-            duration = durations.get(str(item.codes))
+            item = items[os.path.normpath(line.path)]
+            duration = durations.get(item.codes)
             if duration is None:
                 continue
             said = line.fields.get("duration")
             if not isinstance(said, int | float) or abs(said - duration) > LIE_SEC:
                 lies += said is not None
                 line.fields["duration"] = round(duration, 6)
-            line.fields["path"] = path_from(target.parent, line.path)
+            line.fields["path"] = path_from(target.parent, item.path)
             line.fields["codes_path"] = path_from(target.parent, item.codes)
             out.write(json.dumps(line.fields, ensure_ascii=False) + "\n")
             lines += 1
     return lines, lies
 
 
-def path_from(folder: Path, path: Path) -> str:
+def path_from(folder: Path, path: str) -> str:
     """`path` as a manifest in `folder` names it: relative if it is below, else absolute."""
-    path = Path(os.path.normpath(path))
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+    return path.removeprefix(f"{folder}{os.sep}")
 
 
 # --- 4. Main -------------------------------------------------------------------------------------------------
@@ -328,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     dead: list[str] = []
     if args.shards == 1 and not args.partition:
-        outcomes = [encode_shard(args, 0, 1)]
+        outcomes = [encode_items(args, longest_first(items), device_of(args.device, 0))]
     else:
         results, dead = run_shards(
             partial(encode_shard, args),
@@ -343,8 +350,8 @@ def main(argv: list[str] | None = None) -> int:
     durations = {codes: seconds for outcome in outcomes for codes, seconds in outcome.durations.items()}
     failed = {codes: why for outcome in outcomes for codes, why in outcome.failed.items()}
     for item in items.values():
-        if dead and str(item.codes) not in durations:  # a shard that died has not told
-            failed.setdefault(str(item.codes), f"{item.path}: was not done")
+        if dead and item.codes not in durations:  # a shard that died has not told
+            failed.setdefault(item.codes, f"{item.path}: was not done")
 
     lines = lies = 0
     for source in args.manifests:

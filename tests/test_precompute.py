@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, script
+from safetensors.torch import load_file, save_file
 from test_audio import write_wav
 
 import precompute_codes
-from finetune import toy
 from finetune.cli import UserError
 from finetune.data import audio, codec, manifest
 from finetune.model import open_checkpoint
@@ -168,11 +168,12 @@ def test_a_second_run_does_only_what_is_missing_or_stale(world, data, tmp_path, 
 
 
 def test_another_mimi_makes_all_codes_stale(world, data, tmp_path):
-    out, other = tmp_path / "encoded", tmp_path / "model"
+    out, weights = tmp_path / "encoded", tmp_path / "other.safetensors"
     encode(world, data / "egs.jsonl", "--output-dir", out)
     before = codec.load_codes(out / "codes/calls/a.wav.pt")["mimi"]
-    toy.make_model(other, seed=1)
-    weights = other / json.loads((other / "config.json").read_text())["mimi_name"]
+    state = load_file(open_checkpoint(str(world / "model")).mimi_weights())
+    state["quantizer.rvq_first.vq.layers.0._codebook.embedding_sum"][0] += 1
+    save_file(state, weights)
     assert encode(world, data / "egs.jsonl", "--output-dir", out, "--mimi-path", weights) == 0
     after = {codec.load_codes(path)["mimi"] for path in out.rglob("*.pt")}
     assert after == {codec.fingerprint_file(weights)} != {before}
