@@ -5,7 +5,8 @@
   python annotate.py data/egs.jsonl.gz --shards 64 --partition gpu
 
 The manifest is JSON lines, {"path": "calls/1.wav", "duration": 63.2}, paths relative to its folder; a line may carry
-its own "text_prompt" and "voice_prompt". The audio is stereo: left the agent, right the user.
+its own "text_prompt" and "voice_prompt", which win over the flags, as these do over what a .json has held before.
+The audio is stereo: left the agent, right the user.
 
 A second run does only what is missing. A file that cannot be done gets one sentence in `<file>.json.err` and costs
 the others nothing. At the end, and in annotate_report.json beside the manifest: what was done, what was repaired,
@@ -81,7 +82,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text-prompt", help="role of the agent, for lines without one; <system> tags are added")
     parser.add_argument("--voice-prompt", help="voice file (.pt or .wav) of the agent, for lines without one")
     parser.add_argument("--rerun-errors", action="store_true", help="try files that have a .json.err again")
-    parser.add_argument("--keep-silence-in-segments", action="store_true", help=SILENCE_HELP)
+    parser.add_argument(
+        "--keep-silence-in-segments", action="store_true", help="leave 1.5 s, not 0.5 s, of silence around speech"
+    )
     parser.add_argument("--device", help="cpu, cuda (all GPUs in turn) or cuda:1; default: cuda if there is one")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model of the text stream, to count tokens with")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if any file failed; else only if all did")
@@ -96,9 +99,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.tokenizer is not None and not args.tokenizer.is_file():
         raise UserError(f"--tokenizer {args.tokenizer}: no such file")
     return args
-
-
-SILENCE_HELP = "leave 1.5 s instead of 0.5 s of silence around speech: for recordings where edges of words get lost"
 
 
 def whisper_file(name: str) -> str:
@@ -201,7 +201,7 @@ def start_worker(args: argparse.Namespace, workers: int, rank: int) -> Callable:
         warnings.simplefilter("ignore")
         logging.getLogger("whisper_timestamped").setLevel(logging.ERROR)
     transcriber = Transcriber(args.whisper_model, device, args.lang, args.keep_silence_in_segments)
-    return partial(transcribe, transcriber, Path(args.whisper_model).stem)
+    return partial(transcribe, transcriber, Path(args.whisper_model).name.removesuffix(".pt"))
 
 
 def transcribe(transcriber, model: str, task: tuple[Item, dict[str, int]]) -> dict[str, dict]:
@@ -388,10 +388,16 @@ def report(items: list[Item], failed: dict[str, str], problems: list[str], args:
     count_tokens, how = token_counter(args.tokenizer)
     rows = []
     for item in items:
-        content = {} if str(item.output) in failed else load_output(item.output)
+        if str(item.output) in failed:
+            continue
+        try:
+            content = load_output(item.output)
+        except UserError as error:
+            failed[str(item.output)] = sentence(item, error)
+            continue
         if "alignments" in content:
             rows.append(examine(item, content, count_tokens))
-        elif str(item.output) not in failed:  # a shard that died has not told
+        else:  # a shard that died has not told
             err = error_file(item.output)
             failed[str(item.output)] = err.read_text().strip() if err.exists() else f"{item.path}: was not done"
     words = sum(row["words"] for row in rows)
