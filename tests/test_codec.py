@@ -93,6 +93,12 @@ def test_the_plain_batch_gives_a_stream_the_same_codes_whatever_is_beside_it(mim
         assert torch.equal(codes, together[i])
 
 
+def test_lanes_may_wait_for_each_other(mimi, wavs, alone, monkeypatch):
+    monkeypatch.setitem(codec._REFILL_FRAMES, "cpu", 8)  # as on a GPU
+    ended = dict(codec.encode_streams(mimi, ([wav] for wav in wavs), lanes=3))
+    assert all(torch.equal(ended[i][0].long(), codes) for i, codes in enumerate(alone))
+
+
 def test_the_cut_into_pieces_does_not_matter(mimi, wavs, alone):
     rng = np.random.default_rng(0)
     cut = lambda wav: np.split(wav, np.sort(rng.integers(0, len(wav) + 1, 6)))

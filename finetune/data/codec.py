@@ -38,7 +38,8 @@ EXACT_LANES = 8  # on a CPU, where more gain nothing
 LANES = {"cpu": 32, "cuda": 64}  # of the plain batch
 _LANE_BYTES = 40 * 2**20  # of GPU memory, with the real Mimi: 16 MB are keys and values, the rest activations
 _COLLECT_FRAMES = 32  # codes stay on the device for so long: fetching them makes the host wait for it
-_CUDA_REFILL_FRAMES = 8  # a reset is some 250 launches, as long as half a frame; lanes wait a little and share it
+# How often free lanes are filled. On a GPU a reset is some 250 launches, as long as half a frame: lanes share one.
+_REFILL_FRAMES = {"cpu": 1, "cuda": 8}
 
 
 def default_lanes(device: torch.device | str, exact: bool | None = None) -> int:
@@ -94,7 +95,7 @@ def encode_streams(
     """
     on_cuda = _device(mimi).type == "cuda"
     exact = not on_cuda if exact is None else exact
-    refill_frames = _CUDA_REFILL_FRAMES if on_cuda else 1
+    refill_frames = _REFILL_FRAMES["cuda" if on_cuda else "cpu"]
     recordings = (_Recording(index, source) for index, source in enumerate(sources))
     waiting = next(recordings, None)
     active: list[_Recording] = []
@@ -262,13 +263,14 @@ class _LaneByLane(TorchFunctionMode):
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """No TF32, in convolutions (where torch uses it unless told otherwise) nor in matrix products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.set_float32_matmul_precision(before)
 
 
 # --- 2. Fingerprints -------------------------------------------------------------------------------------------
