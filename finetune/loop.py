@@ -88,8 +88,9 @@ def train(
             folder, progress.step, model.lm, optimizer, vars(progress) | {"seed": args.seed}, world, artefact,
             args.num_ckpt_keep,
         )  # fmt: skip
-        saved_at, saved_step = time.monotonic(), progress.step
+        saved_at = time.monotonic()
         if path is not None:
+            saved_step = progress.step
             metrics.write("train", progress.step, {"event": "saved", "seconds": time.perf_counter() - began})
             if world.is_main:
                 logger.info("saved %s in %.1f s", path, time.perf_counter() - began)

@@ -128,7 +128,7 @@ def test_broken_lines_are_named_by_number(tmp_path, line, sentence):
 def test_a_torn_archive_is_named(tmp_path):
     path = write_lines(tmp_path / "m.jsonl.gz", [{"path": "a.wav", "duration": 1}] * 5000, gzip.open)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match="m.jsonl.gz: cannot be read beyond line"):
+    with pytest.raises(UserError, match=r"m\.jsonl\.gz: cannot be read beyond line"):
         ManifestIndex(path, 50)
 
 

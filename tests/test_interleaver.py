@@ -74,10 +74,10 @@ def test_every_token_is_placed_or_counted(seed, keep):
 
 def test_default_loses_nothing_where_moshi_finetune_does():
     words = words_at((8, 0.0, 0.5), (7, 0.16, 0.6))  # the second is due when two of eight tokens are out
-    ids, stats = Interleaver(Pieces())(words, 0.0, 20)
+    _, stats = Interleaver(Pieces())(words, 0.0, 20)
     assert stats.placed == 15 and stats.dropped == 0
     assert (stats.late, stats.late_frames) == (1, 6)
-    ids, stats = Interleaver(Pieces(), keep_and_shift=False)(words, 0.0, 20)
+    _ids, stats = Interleaver(Pieces(), keep_and_shift=False)(words, 0.0, 20)
     assert stats.placed == 9 and stats.dropped == 6
 
 

@@ -5,6 +5,7 @@ one provided frame a step, the transformer reading the column before the one it 
 """
 
 import io
+import itertools
 import random
 import tarfile
 
@@ -160,7 +161,7 @@ def test_teacher_forced_equals_streaming(with_embeddings, tmp_path):
     columns = torch.tensor(Runtime().run([*engine_frames(voice, text, dialogue), [0] * 17]).inputs)
     streamed = []
     with torch.no_grad(), lm.streaming(1):
-        for now, following in zip(columns[:-1], columns[1:]):
+        for now, following in itertools.pairwise(columns):
             out, text_logits = lm.forward_text(now.view(1, 17, 1))
             losses = [F.cross_entropy(text_logits[0, 0], following[:1])]
             with lm.depformer.streaming(1):
@@ -336,10 +337,9 @@ def test_expansion_keeps_text_and_agent_logits(layout):
 def test_expansion_aliases_nothing(layout):
     lm = tiny_lm(8)
     state = fused(lm) if layout == "fused" else dict(lm.state_dict())
-    spans = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in expand_moshiko_to_personaplex(state).values()]
-    spans += [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in state.values()]
-    spans.sort()
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:]))
+    tensors = [*expand_moshiko_to_personaplex(state).values(), *state.values()]
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import sentencepiece
 import torch
 from conftest import ROOT, rows, script, train_here, write_config
 from safetensors.torch import load_file, save_file
@@ -200,15 +201,15 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(world, tmp_
     """One token's embedding is NaN, so only windows that hold it are; both ranks stop, and the samples are listed."""
     shutil.copytree(world / "model", tmp_path / "model")
     state = load_file(tmp_path / "model/model.safetensors")
-    import sentencepiece
-
     pieces = sentencepiece.SentencePieceProcessor(str(world / "model/tokenizer.model"))
     lines = [json.loads(line) for line in (world / "codes/train_precomputed.jsonl").read_text().splitlines()]
-    texts = [[w[0] for w in json.loads(p.with_suffix(".json").read_text())["alignments"] if w[2] == "SPEAKER_MAIN"]
-             for p in (world / "codes" / line["path"] for line in lines)]  # fmt: skip
-    words = {w for t in texts for w in t}
-    rare = min(words, key=lambda w: (sum(w in t for t in texts), w))
-    state["text_emb.weight"][pieces.encode(rare)[0]] = float("nan")
+    sidecars = [json.loads((world / "codes" / line["path"]).with_suffix(".json").read_text()) for line in lines]
+    spoken = [
+        {token for word, _, who in own["alignments"] if who == "SPEAKER_MAIN" for token in pieces.encode(word)}
+        for own in sidecars
+    ]
+    rare = min(set().union(*spoken), key=lambda token: (sum(token in own for own in spoken), token))
+    state["text_emb.weight"][rare] = float("nan")
     save_file(state, tmp_path / "model/model.safetensors")
     config = write_config(tmp_path, world, **{
         "moshi_paths.hf_repo_id": str(tmp_path / "model"), "batch_size": 1, "max_steps": 50, "duration_sec": 30,
@@ -222,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(world, tmp_
     ranks = json.loads((tmp_path / f"run/not_finite_step_{step:06d}.json").read_text())["ranks"]
     assert not ranks[rank]["loss_is_finite"]
     named = ranks[rank]["samples"][0].split(" at ")[0]
-    holders = [line["path"] for line, text in zip(lines, texts) if rare in text]
+    holders = [line["path"] for line, own in zip(lines, spoken) if rare in own]
     assert any(named.endswith(os.path.basename(h)) for h in holders)
     assert len(rows(tmp_path / "run")) == step - 1
 
