@@ -21,4 +21,29 @@ python train.py example/tiny_moshi.yaml
 say "4. PersonaPlex: expanded to 16 codebooks, role and voice prompts, LoRA"
 torchrun --standalone train_personaplex.py example/tiny.yaml
 
-say "Done. Curves: $run/moshi/curves.png and $run/personaplex/curves.png; metrics beside them."
+say "5. Hear it: a held-out user is answered, freely"
+python -m finetune.generate "$run/personaplex" --user-wav "$run/world/data/eval/00000.wav" --voice basalt \
+  --voices-dir "$run/world/data/voices" --text-prompt "You are Ada from the harbour." --dtype fp32 \
+  --out "$run/reply.wav" --text "$run/reply.json"
+
+say "6. Ship it: whole weights in NVIDIA's layout"
+python -m finetune.export "$run/personaplex" "$run/exported" --format personaplex --dtype fp32
+
+say "7. A page about the run"
+python -m finetune.report "$run/personaplex"
+
+say "8. What was learnt"
+for stage in moshi personaplex; do
+  python - "$run/$stage" <<'EOF'
+import sys
+from pathlib import Path
+
+from finetune.metrics import read_rows
+
+rows = read_rows(Path(sys.argv[1]) / "metrics.eval.jsonl")
+first, last = rows[0]["loss"], rows[-1]["loss"]
+print(f"{sys.argv[1]}: held-out loss {first:.3f} -> {last:.3f} ({last / first - 1:+.0%}) after {rows[-1]['step']} steps")
+EOF
+done
+cp "$run/personaplex/curves.png" "$run/curves.png"
+say "Done: $run/curves.png, $run/personaplex/report.html, $run/reply.wav (left the agent, right the user)"

@@ -1,5 +1,10 @@
-"""Held-out data: losses on it, and free-running replies to its users; the same windows each time, on any number of
-ranks. Teacher-forced loss is no verdict: models have scored 98.8 % of the text and said nothing when left alone."""
+"""Judges a checkpoint on held-out data: losses, and free-running replies to its users.
+
+    python -m finetune.evaluate runs/personaplex
+
+The same windows each time, on any number of processes. Teacher-forced loss is no verdict: models have scored 98.8 % of
+the text and said nothing when left alone.
+"""
 
 import json
 from collections.abc import Iterable
@@ -12,17 +17,21 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from finetune import dialogue, loss
+from finetune.args import load_args
+from finetune.cli import Parser, UserError, run
 from finetune.data.audio import FRAME_RATE
 from finetune.data.dataset import Batch, Sample
-from finetune.distributed import World
+from finetune.data.setup import Data
+from finetune.distributed import World, session
+from finetune.export import open_source
 from finetune.fast import TrainingLM
-from finetune.generate import Reply, decode, generate, write_conversation
+from finetune.generate import Reply, decode, generate, load_merged, write_conversation
 from finetune.jobs import replacing
-from finetune.personaplex import CODEBOOKS, Prompt
+from finetune.personaplex import CODEBOOKS, DEP_Q, Prompt
 
 
 @torch.no_grad()
-def evaluate(model: TrainingLM, batches: Iterable[Batch], weights: Tensor, world: World) -> dict[str, float]:
+def evaluate(lm: TrainingLM, batches: Iterable[Batch], weights: Tensor, world: World) -> dict[str, float]:
     """Teacher-forced losses and accuracies (see finetune.loss.report) over all batches of all ranks, divided by all of
     their tokens; `samples` and `skipped` count windows."""
     groups = len(weights)
@@ -31,7 +40,7 @@ def evaluate(model: TrainingLM, batches: Iterable[Batch], weights: Tensor, world
     windows = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         on_device = batch.to(world.device)
-        out = model(
+        out = lm(
             on_device.codes, on_device.loss_mask, on_device.embeddings, on_device.lengths, plan=on_device.plan
         )
         totals[0] += out.ce
@@ -43,7 +52,7 @@ def evaluate(model: TrainingLM, batches: Iterable[Batch], weights: Tensor, world
     return loss.report(ce, correct, counts, weights) | {"samples": int(samples), "skipped": int(skipped)}
 
 
-def free_run(model: TrainingLM, samples: list[Sample], max_sec: float, seed: int) -> list[tuple[Tensor, Reply]]:
+def free_run(lm: TrainingLM, samples: list[Sample], max_sec: float, seed: int) -> list[tuple[Tensor, Reply]]:
     """(user codes [8, T], reply) of held-out samples, each after its own prompt, of at most `max_sec` seconds.
 
     With a sharded model all ranks have to call this with the same samples, and each gets all replies. The model is
@@ -60,18 +69,18 @@ def free_run(model: TrainingLM, samples: list[Sample], max_sec: float, seed: int
     for i, prompt in enumerate(prompts):
         groups.setdefault(0 if prompt.embeddings is None else len(prompt.embeddings), []).append(i)
     replies: dict[int, Reply] = {}
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sharded = [module for module in lm.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
         for group in groups.values():
-            said = generate(model.lm, [prompts[i] for i in group], [users[i] for i in group], seed=seed)
+            said = generate(lm.lm, [prompts[i] for i in group], [users[i] for i in group], seed=seed)
             replies |= dict(zip(group, said))
     finally:
         for module in sharded:
             module.reshard()
-            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.set_reshard_after_forward(module is not lm, recurse=False)
     return [(users[i], replies[i]) for i in range(len(samples))]
 
 
@@ -95,3 +104,39 @@ def judge(
             temporary.write_text(json.dumps(about, ensure_ascii=False))
     summary = dialogue.summarise(measures)
     return {f"free_{key}": value for key, value in summary.items()}, dialogue.verdict(summary)
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("run", type=Path, help="run folder; its newest checkpoint is judged")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the run's")
+    given = parser.parse_args()
+    if not (given.run / "args.yaml").is_file():
+        raise UserError(f"{given.run}: not a run folder (it has no args.yaml)")
+    args = load_args(given.run / "args.yaml", ["do_eval=true", *given.overrides])
+    source = open_source(str(given.run))
+    with session(args.device) as world:
+        data = Data(args, source.kwargs["dep_q"] == DEP_Q, source.checkpoint, source.kwargs, source.read, world)
+        whole = load_merged(source, world.device, getattr(torch, args.param_dtype), source.kwargs["dep_q"])
+        lm = TrainingLM(whole, gradient_checkpointing=False)
+        row = evaluate(lm, data.eval_batches(), loss.group_weights(args, whole.dep_q), world)
+        step = source.training.step if source.training else 0
+        samples = data.eval_samples(args.eval_free_samples) if args.eval_free_samples else []
+        trouble = None
+        if samples:
+            said = free_run(lm, samples, args.eval_free_sec, args.seed)
+            kept = given.run / "samples" / f"evaluation_{step:06d}"
+            names = [sample.name for sample in samples]
+            free, trouble = judge(said, names, data.decoder(), data.text_tokenizer, kept)
+            row |= free
+    with replacing(given.run / f"evaluation_{step:06d}.json") as temporary:
+        temporary.write_text(json.dumps({"step": step} | row, indent=1))
+    for key, value in row.items():
+        print(f"{key:<28} {value:.4f}" if isinstance(value, float) else f"{key:<28} {value}")
+    if trouble:
+        print(f"the replies: {trouble}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -183,9 +183,9 @@ def write_conversation(path: Path, agent: np.ndarray, user: np.ndarray) -> None:
         file.writeframes((both.clip(-1, 1) * 32767).astype("<i2").tobytes())
 
 
-def load_merged(source: Source, device: torch.device, dtype: torch.dtype) -> LMModel:
-    """A model for inference with 8 depformer steps, adapters merged into its weights, read tensor by tensor."""
-    lm = model.build_lm(source.kwargs | {"dep_q": CODEBOOKS}, dtype)
+def load_merged(source: Source, device: torch.device, dtype: torch.dtype, dep_q: int = CODEBOOKS) -> LMModel:
+    """A model for inference with `dep_q` depformer steps, adapters merged into its weights, read tensor by tensor."""
+    lm = model.build_lm(source.kwargs | {"dep_q": dep_q}, dtype)
     lm.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in lm.named_parameters():

@@ -1,6 +1,7 @@
 """Whole runs of both scripts on the tiny world, with the real moshi models, in one process and in two."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from moshi.models.loaders import CheckpointInfo
 from moshi.modules.lora import LoRALinear
 from safetensors.torch import load_file, save_file
 
-from finetune import checkpointing, lora, loss, model, optim
+from finetune import checkpointing, evaluate, lora, loss, model, optim
 from finetune.args import DataArgs, OptimArgs, TrainArgs, load_args
 from finetune.cli import UserError
 from finetune.fast import TrainingLM
@@ -37,7 +38,8 @@ def moshi_run(world, tmp_path_factory):
     """A full fine-tuning of the tiny Moshi."""
     folder = tmp_path_factory.mktemp("moshi")
     config = write_config(
-        folder, world, **{"lora.enable": False, "full_finetuning": True, "batch_size": 2, "eval_freq": 1},
+        folder, world, **{"lora.enable": False, "full_finetuning": True, "batch_size": 2, "eval_freq": 1,
+                            "eval_free_samples": 2, "eval_free_sec": 1.0},
     )  # fmt: skip
     assert train_here(config, MOSHI) == 0
     return folder / "run"
@@ -47,7 +49,9 @@ def moshi_run(world, tmp_path_factory):
 def personaplex_run(world, tmp_path_factory):
     """LoRA on PersonaPlex, from Moshi weights, through the script itself, by torchrun with two processes."""
     folder = tmp_path_factory.mktemp("personaplex")
-    config = write_config(folder, world, **{"batch_size": 1, "ckpt_freq": 1, "tensorboard": True} | live(world))
+    config = write_config(folder, world, **{
+        "batch_size": 1, "ckpt_freq": 1, "tensorboard": True, "eval_free_samples": 1, "eval_free_sec": 1.0,
+    } | live(world))  # fmt: skip
     done = script("train_personaplex.py", config, processes=2)
     return folder / "run", done.stdout + done.stderr
 
@@ -66,6 +70,27 @@ def test_metrics_and_artefacts_of_moshi(moshi_run):
     assert (moshi_run / "curves.png").stat().st_size > 10_000
     assert load_args(moshi_run / "args.yaml").full_finetuning
     assert not list(moshi_run.rglob("*.tmp*"))
+
+
+@pytest.mark.parametrize("which", ["moshi_run", "personaplex_run"])
+def test_evaluations_reply_to_held_out_users(which, request):
+    """With one rank and all parameters trained, and with two ranks and adapters."""
+    run = request.getfixturevalue(which)
+    run = run if which == "moshi_run" else run[0]
+    for row in rows(run, "eval"):
+        assert 0 <= row["free_silence"] <= 1 and "free_words_per_minute" in row
+        folder = run / f"samples/step_{row['step']:06d}"
+        about = json.loads((folder / "00.json").read_text())
+        assert about["of"].endswith("at 0.00 s") and (folder / "00.wav").stat().st_size > 24_000 * 2 * 2 * 0.9
+
+
+def test_evaluate_judges_a_run_as_the_run_did(personaplex_run, monkeypatch, capsys):
+    run, _ = personaplex_run
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(run), "eval_free_samples=0"])
+    assert evaluate.main() == 0
+    found = json.loads((run / "evaluation_000002.json").read_text())
+    assert found["loss"] == pytest.approx(rows(run, "eval")[-1]["loss"], rel=1e-4)
+    assert "text_perplexity" in capsys.readouterr().out
 
 
 def test_full_finetuning_loads_in_stock_moshi(world, moshi_run):
