@@ -335,7 +335,10 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     dead: list[str] = []
     if args.shards == 1 and not args.partition:
-        outcomes = [encode_items(args, longest_first(items), device_of(args.device, 0))]
+        try:
+            outcomes = [encode_items(args, longest_first(items), device_of(args.device, 0))]
+        except torch.OutOfMemoryError:
+            raise UserError("the GPU's memory is full; use fewer --lanes (what is encoded is kept)") from None
     else:
         results, dead = run_shards(
             partial(encode_shard, args),
