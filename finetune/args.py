@@ -4,6 +4,7 @@ Every problem of a file is reported at once, before a model is loaded or a folde
 """
 
 import difflib
+import importlib.util
 import json
 import math
 import re
@@ -298,7 +299,8 @@ def _sentence(error: dict) -> str:
     if error["type"] == "missing":
         return f"{where} is missing"
     message = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{where} is {error['input']!r}; it must be {message}"
+    found = "of the wrong type" if where == "wandb.key" else repr(error["input"])  # never show a key
+    return f"{where} is {found}; it must be {message}"
 
 
 def _combinations(args: TrainArgs) -> list[str]:
@@ -328,6 +330,8 @@ def _combinations(args: TrainArgs) -> list[str]:
         problems.append(f"moshi_paths.hf_repo_id: {repo} is neither a folder nor of the form owner/name")
     if args.prompt.voices_dir and not Path(args.prompt.voices_dir).is_dir():
         problems.append(f"prompt.voices_dir: no folder {args.prompt.voices_dir}")
+    if args.wandb.project and importlib.util.find_spec("wandb") is None:
+        problems.append("wandb.project is set but wandb is not installed; pip install '.[wandb]', or remove it")
     if args.duration_sec * 12.5 < 2:
         problems.append(f"duration_sec is {args.duration_sec}; a window needs at least 2 frames (0.16 s)")
     if not math.isfinite(args.first_codebook_weight_multiplier):

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -37,12 +38,16 @@ class Progress:
 
 
 class Stop:
-    """Turns signals into a request that the loop answers at the end of a step; a second one ends the process."""
+    """Turns signals into a request that the loop answers at the end of a step; a second one ends the process.
+
+    One within a second of the first is the same one: Ctrl-C reaches a process from the terminal and from torchrun.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the last two: SLURM's warnings
 
     def __enter__(self) -> "Stop":
         self.signal: int | None = None
+        self._since = 0.0
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
@@ -51,9 +56,11 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
-        self.signal = number
-        for again in self.SIGNALS:
-            signal.signal(again, signal.SIG_DFL)
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > 1.0:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def train(

@@ -194,6 +194,23 @@ def test_a_dead_rank_ends_the_others(world, tmp_path):
     assert process.returncode != 0
 
 
+def test_a_second_signal_ends_the_run_at_once(world, tmp_path):
+    config = write_config(tmp_path, world, **SETTINGS | {"max_steps": 1000, "batch_size": 8, "num_microbatches": 40})
+    process = start("train_personaplex.py", config)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run/args.yaml").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)  # in the first, long step
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)  # an echo of the same
+    time.sleep(1.5)
+    assert process.poll() is None, process.communicate()[0]
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM
+
+
 # --- before the update --------------------------------------------------------------------------------------------
 
 

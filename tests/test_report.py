@@ -1,0 +1,369 @@
+"""report.html of a real run, of runs with parts missing or broken, and of a long one."""
+
+import base64
+import io
+import json
+import math
+import re
+import wave
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sphn
+import torch
+from conftest import script, train_here, write_config
+
+from finetune import loss, report
+from finetune.cli import UserError
+from finetune.data import audio
+from finetune.metrics import read_rows
+from finetune.model import PERSONAPLEX
+
+VOID = {"meta", "br", "img", "input", "link", "hr"}
+SHAPES = {"path", "rect", "circle"}  # may close themselves in SVG
+
+
+class Page(HTMLParser):
+    """A page taken apart; fails on tags that do not match."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.stack: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert not self.stack, self.stack
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in SHAPES, tag
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.stack and self.stack.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data):
+        if self.stack and self.stack[-1] not in ("script", "style"):
+            self.text += " " + data
+
+    def all(self, tag, **attributes):
+        return [found for name, found in self.tags
+                if name == tag and all(found.get(k) == v for k, v in attributes.items())]  # fmt: skip
+
+    @property
+    def sections(self):
+        return [section["id"] for section in self.all("section")]
+
+    def charts(self):
+        """{title: curves} as the page tells them to its script."""
+        return {
+            re.search("<b>(.*?)</b>", part)[1]: json.loads(self.unescape(re.match('"(.*?)"', part)[1]))["curves"]
+            for part in self.source.split(" data-chart=")[1:]
+        }
+
+    def unescape(self, text):
+        import html
+
+        return html.unescape(text)
+
+    def sounds(self):
+        """(samples [channels, n], rate) of each player, newest first as on the page."""
+        out = []
+        for player in self.all("audio"):
+            head, data = player["src"].split(",", 1)
+            data = base64.b64decode(data, validate=True)
+            if head == "data:audio/ogg;base64":
+                out.append(sphn.read_opus_bytes(data))
+            else:
+                assert head == "data:audio/wav;base64"
+                with wave.open(io.BytesIO(data)) as file:
+                    pcm = np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, file.getnchannels())
+                    out.append((pcm.T / 32768, file.getframerate()))
+        return out
+
+
+def check_nothing_is_fetched(page):
+    """No attribute and no style names anything outside of the page."""
+    for tag, attributes in page.tags:
+        for key, value in attributes.items():
+            if key in ("src", "href", "srcset", "poster", "data", "action", "xlink:href"):
+                assert value.startswith(("data:", "#")), (tag, key, value[:80])
+            if key.startswith("on"):
+                raise AssertionError((tag, key))
+    assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    for style in re.findall(r"<style>(.*?)</style>", page.source, re.DOTALL):
+        assert "url(" not in style and "@import" not in style
+    policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
+    assert "default-src 'none'" in policy
+
+
+@pytest.fixture(scope="module")
+def real(world, tmp_path_factory):
+    """The folder of a PersonaPlex run of two steps, with replies, and its page."""
+    folder = tmp_path_factory.mktemp("report")
+    config = write_config(
+        folder, world, **{"eval_freq": 1, "ckpt_freq": 1, "eval_free_samples": 2, "eval_free_sec": 2.0, "batch_size": 2}
+    )
+    assert train_here(config, PERSONAPLEX) == 0
+    return folder / "run", Page(report.write_report(folder / "run"))
+
+
+# --- A real run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_real_run_is_one_page_that_fetches_nothing(real):
+    run, page = real
+    check_nothing_is_fetched(page)
+    assert page.sections == ["free-running-replies", "listen", "curves", "codebooks", "evaluations", "arithmetic",
+                             "data", "settings", "checkpoints"]  # fmt: skip
+    assert [a["href"] for a in page.all("a")] == ["#" + name for name in page.sections]
+    assert "http" not in page.source.replace("http-equiv", "")
+    assert "prefers-color-scheme: dark" in page.source and page.all("meta", name="viewport")
+    assert "PersonaPlex, 16 codebooks predicted · LoRA of rank 4 · float32 · 2 steps, complete" in page.text
+    assert not [path for path in run.iterdir() if "tmp" in path.name]
+
+
+def test_curves_are_the_metrics(real):
+    run, page = real
+    train = read_rows(run / "metrics.train.jsonl")
+    held_out = read_rows(run / "metrics.eval.jsonl")
+    charts = page.charts()
+    for title, key in (("Objective", "loss"), ("Text: words", "text_word_loss"), ("User’s audio", "user_loss")):
+        (style, trained), (other, held) = charts[title]
+        assert (style, other) == ("train", "held")
+        assert trained == [[row["step"], report.number(row[key])] for row in train if key in row]
+        assert held == [[row["step"], report.number(row[key])] for row in held_out]
+        assert f"base {report.number(held_out[0][key])}" in page.text
+    # 8 small charts a side (the script knows the last one of each number, which is the user's).
+    assert {str(k) for k in range(8)} < set(charts) and page.source.count('class="chart small"') == 16
+    assert charts["7"][1][1] == [[row["step"], report.number(row["codebook_15_loss"])] for row in held_out]
+
+
+def test_samples_play_and_are_what_was_saved(real):
+    run, page = real
+    saved = [path for step in (2, 1, 0) for path in sorted((run / f"samples/step_{step:06d}").glob("*.wav"))]
+    assert len(saved) == 6
+    expected = [path for name in ("00", "01") for path in saved if path.stem == name]  # one card a reply, newest first
+    sounds = page.sounds()
+    assert len(sounds) == 6
+    for path, (pcm, rate) in zip(expected, sounds):
+        original = audio.read(path, sample_rate=24_000)
+        seconds = original.shape[1] / 24_000
+        assert pcm.shape[0] == 2 and pcm.shape[1] / rate == pytest.approx(seconds, abs=0.08)
+        loud = lambda x, rate: [np.sqrt((channel**2).mean()) for channel in x]
+        assert loud(pcm, rate) == pytest.approx(loud(original, 24_000), rel=0.2, abs=2e-3)
+    words = [entry for path in expected for entry in json.loads(path.with_suffix(".json").read_text())["text"]]
+    shown = page.all("text", **{"class": "word"})
+    assert [(float(t["data-start"]), float(t["data-end"])) for t in shown] == [
+        (round(start, 2), round(end, 2)) for _, start, end in words
+    ]
+
+
+def test_arithmetic_and_data_are_those_of_the_run(real, world):
+    run, page = real
+    lines = [json.loads(line) for line in (world / "data/train.jsonl").read_text().splitlines()]
+    hours = sum(line["duration"] for line in lines) / 3600
+    windows = sum(math.ceil(round(line["duration"] / 3, 6)) for line in lines)
+    text = " ".join(page.text.split())
+    assert "2 × 1 × 1 = 2 windows (batch × microbatches × processes)" in text
+    assert f"4 windows up to the checkpoint of step 2 = {4 / windows:.2f} epochs of {windows:,}" in text
+    assert f"{len(lines):,} {hours:.2f} {windows:,}" in text
+    frames = sum(
+        row["frames_per_sec"] * row["step_sec"] for row in read_rows(run / "metrics.train.jsonl") if "lr" in row
+    )
+    assert f"{report.number(frames / 12.5 / 3600)} h of frames that carry loss" in text
+    assert "lora.safetensors" in text and "optim.lr 0.001 0.0001 Peak learning rate." in text
+
+
+def test_the_command_writes_the_page_and_says_where(real):
+    run, _ = real
+    before = (run / "report.html").read_text()
+    (run / "report.html").unlink()
+    assert script("-m", "finetune.report", run).stdout.strip() == str(run / "report.html")
+    assert (run / "report.html").read_text() == before
+    done = script("-m", "finetune.report", run / "nothing", check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no such folder" in done.stderr
+
+
+# --- Parts missing, broken, hostile --------------------------------------------------------------------------------
+
+
+def row(step, value=2.0, **more):
+    """A row of metrics with every loss of a PersonaPlex model near `value`."""
+    counts = torch.full((18,), 50.0)
+    return {"step": step} | loss.report(counts * value, counts * 0.5, counts, torch.ones(18)) | more
+
+
+def write_rows(folder, kind, rows):
+    (folder / f"metrics.{kind}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def write_sample(folder, step, name, about, seconds=2.0):
+    path = folder / f"samples/step_{step:06d}/{name}.wav"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pcm = np.random.default_rng(step).normal(0, 0.1, (2, round(seconds * 24_000)))
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(24_000)
+        file.writeframes((pcm.T.clip(-1, 1) * 32767).astype("<i2").tobytes())
+    path.with_suffix(".json").write_text(json.dumps(about))
+    return path
+
+
+def make_part(folder, part):
+    if part == "args":
+        (folder / "args.yaml").write_text("max_steps: 7\noptim:\n  lr: 2.0e-6\ndata:\n  train_data: gone.jsonl\n")
+    elif part == "train":
+        write_rows(folder, "train", [row(1, lr=1e-3), row(2), {"step": 2, "event": "saved", "seconds": 1.5}])
+    elif part == "eval":
+        write_rows(folder, "eval", [row(0, 3.0), row(2)])
+    elif part == "free":
+        write_rows(folder, "eval", [{"step": 4, "free_silence": 0.4, "free_words_per_minute": None}])
+    elif part == "samples":
+        write_sample(folder, 3, "only", {})
+    elif part == "checkpoints":
+        (folder / "checkpoints/checkpoint_000002").mkdir(parents=True)
+        (folder / "checkpoints/checkpoint_000002/train_state.json").write_text('{"step": 2}')
+
+
+@pytest.mark.parametrize(
+    ("part", "sections"),
+    [
+        ("args", ["arithmetic", "data", "settings"]),
+        ("train", ["curves", "codebooks", "arithmetic"]),
+        ("eval", ["curves", "codebooks", "evaluations"]),
+        ("free", ["free-running-replies", "evaluations"]),
+        ("samples", ["listen"]),
+        ("checkpoints", ["checkpoints"]),
+    ],
+)
+def test_any_part_alone_makes_a_page(part, sections, tmp_path):
+    make_part(tmp_path, part)
+    page = Page(report.write_report(tmp_path))
+    check_nothing_is_fetched(page)
+    assert [name for name in page.sections if name != "arithmetic"] == [n for n in sections if n != "arithmetic"]
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        report.write_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no run"):
+        report.write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_files_are_named_and_cost_nothing_else(tmp_path):
+    (tmp_path / "args.yaml").write_text("a: [1\n")
+    (tmp_path / "metrics.train.jsonl").write_text(json.dumps(row(1) | {"grad_norm": None}) + '\n{"step": 2, "lo')
+    write_rows(tmp_path, "eval", [row(0) | {"loss": None}, row(1)])
+    (tmp_path / "checkpoints/checkpoint_000001").mkdir(parents=True)
+    broken = write_sample(tmp_path, 1, "broken", {})
+    broken.write_bytes(b"RIFF of nothing")
+    write_sample(tmp_path, 1, "empty", {}, seconds=0.0)
+    odd = write_sample(tmp_path, 1, "odd", {"text": [["no times"]], "measures": "none"})
+    odd.with_suffix(".json").write_text("[")
+    page = Page(report.write_report(tmp_path))
+    for what in ("args.yaml cannot be read", "checkpoint_000001 has no readable train_state.json", "broken.wav: not",
+                 "empty.wav"):  # fmt: skip
+        assert what in page.text, what
+    assert len(page.sounds()) == 1 and "curves" in page.sections
+
+
+def test_text_from_outside_stays_text(tmp_path):
+    hostile = '</script><script>alert(1)</script><img src="http://example.com/x.png" onerror="alert(2)"> & "quotes"'
+    (tmp_path / "args.yaml").write_text(json.dumps({"prompt": {"text": hostile}, "data": {"train_data": "x.jsonl"}}))
+    (tmp_path / "x").mkdir()
+    write_sample(tmp_path, 0, "a", {"text": [[hostile, 0.5, 0.9]], "of": hostile, "prompt": hostile, "voice": hostile})
+    page = Page(report.write_report(tmp_path))
+    check_nothing_is_fetched(page)
+    assert len(page.all("script")) == 1 and not page.all("img")
+    assert page.text.count(hostile) == 5  # word, text, prompt, voice, setting
+
+
+def test_a_run_that_went_mute_says_so(tmp_path):
+    said = {"free_silence": 0.61, "free_words_per_minute": 80.0, "free_looping": 0.0, "free_replies": 4}
+    write_rows(tmp_path, "eval", [row(0, **said), row(100, **said | {"free_silence": 0.99})])
+    page = Page(report.write_report(tmp_path))
+    assert "Step 100: mute: silent 99% of the time." in page.text
+    assert page.all("div", **{"class": "tile bad"})
+    write_rows(tmp_path, "eval", [row(0, **said | {"free_silence": 0.99}), row(100, **said)])
+    page = Page(report.write_report(tmp_path))
+    assert "mute:" not in page.text and not page.all("div", **{"class": "tile bad"})
+
+
+def test_sound_beyond_the_budget_is_named(tmp_path, monkeypatch):
+    for step in (0, 10, 20, 30):
+        write_sample(tmp_path, step, "a", {"text": [[f"word{step}", 0.1, 0.4]]})
+    one = len(report.encode_audio(audio.read(tmp_path / "samples/step_000030/a.wav"))[1])
+    monkeypatch.setattr(report, "AUDIO_BUDGET", round(2.5 * one))
+    page = Page(report.write_report(tmp_path))
+    assert len(page.sounds()) == 2
+    assert "word30" in page.text and "word0" in page.text  # the newest and the base
+    assert "samples/step_000010/a.wav" in page.text and "samples/step_000020/a.wav" in page.text
+
+
+def test_a_long_run_stays_a_small_page_with_true_means(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [row(step, 2 + rng.random(), lr=1e-5, tokens_per_sec=1e4, step_sec=2.0) for step in range(1, 4001)]
+    write_rows(tmp_path, "train", rows)
+    path = report.write_report(tmp_path)
+    assert path.stat().st_size < 1.5e6
+    ((style, points),) = Page(path).charts()["Objective"]
+    assert style == "train" and len(points) == report.MOST_POINTS
+    mean = np.mean([float(value) for _, value in points])
+    assert mean == pytest.approx(np.mean([r["loss"] for r in rows]), rel=1e-3)
+
+
+# --- Pieces --------------------------------------------------------------------------------------------------------
+
+
+def test_points_are_drawn_where_the_axis_says():
+    values = {0: 4.0, 50: 3.0, 100: 1.5}
+    rows = [{"step": step, "loss": value} for step, value in values.items()]
+    drawn = report.chart("Objective", [report.curve("held", rows, "loss")], 100, base=4.0)
+    labels = re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', drawn)
+    slope, offset = np.polyfit([float(y) - 3.5 for y, _ in labels], [float(label) for _, label in labels], 1)
+    circles = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)
+    assert [slope * float(y) + offset for _, y in circles] == pytest.approx(list(values.values()), abs=0.01)
+    xs = [float(x) for x, _ in circles]
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1])
+    base = float(re.search(r'class="base" d="M[\d.]+,([\d.]+)H', drawn)[1])
+    assert base == pytest.approx(float(circles[0][1]))
+    assert report.chart("Objective", [report.curve("held", [], "loss")], 100) == ""
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.97, 0.972), (3e-6, 4e-5), (-2, 1e4), (0, 1e-9)])
+def test_ticks_are_round_few_and_inside(low, high):
+    for most in (2, 3, 5):
+        found = report.ticks(low, high, most)
+        assert 1 <= len(found) <= most + 1
+        assert all(low - 1e-9 * abs(high) <= tick <= high * (1 + 1e-9) for tick in found)
+
+
+def test_numbers_for_people():
+    assert [report.number(v) for v in (0, 2.12345, 13.897, 428.32, 1234567, 1.5e-6)] == [
+        "0", "2.123", "13.90", "428.3", "1,234,567", "1.50e-06"
+    ]  # fmt: skip
+    assert [report.duration(v) for v in (7, 300, 7200)] == ["7 s", "5 min", "2.0 h"]
+
+
+def test_words_of_one_row_do_not_overlap():
+    words = [("extraordinarily", 0.1 * i, 0.1 * i + 0.1) for i in range(3)] + [("yes", 1.9, 2.0)]
+    drawn = report.picture(np.zeros((2, 48_000), np.float32), words)
+    rows: dict[str, list[tuple[float, int]]] = {}
+    for x, y, word in re.findall(r'class="word" x="([\d.]+)" y="([\d.]+)"[^>]*>(\w+)<', drawn):
+        rows.setdefault(y, []).append((float(x), len(word)))
+    assert sum(map(len, rows.values())) == 4
+    for own in rows.values():
+        for (x, letters), (after, _) in zip(own, own[1:]):
+            assert after >= x + 6 * letters
+    assert int(re.search(r'width="(\d+)"', drawn)[1]) >= max(x + 6 * n for own in rows.values() for x, n in own)
