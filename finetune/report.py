@@ -127,8 +127,18 @@ def read_run(folder: Path) -> Run:
     return Run(folder, settings, keep("train"), keep("eval"), saves, states, samples, problems)
 
 
-# --- 2. Numbers as text ------------------------------------------------------------------------------------------
+def value_of(row: dict, key: str) -> float | None:
+    """A number of a row; None if it is missing or was not finite."""
+    value = row.get(key)
+    return value if isinstance(value, int | float) else None
 
+
+def values_of(rows: Iterable[dict], key: str) -> list[float]:
+    """The numbers of `key`, of the rows that have one."""
+    return [value for row in rows if (value := value_of(row, key)) is not None]
+
+
+# --- 2. Numbers as text --------------------------------------------------------------------------------------------
 
 Format = Callable[[float], str]
 
@@ -178,7 +188,7 @@ class Curve(NamedTuple):
 
 def curve(style: str, rows: Sequence[dict], key: str) -> Curve:
     """The values of `key` over steps."""
-    points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+    points = [(row["step"], value) for row in rows if (value := value_of(row, key)) is not None]
     if len(points) <= MOST_POINTS:
         return Curve(style, points)
     parts = np.array_split(np.array(points, dtype=float), MOST_POINTS)
@@ -335,17 +345,14 @@ def fold(title: str, inner: str) -> str:
 
 def over_steps(rows: Sequence[dict], columns: Sequence[tuple[str, str, Format]], best: dict[str, Callable]) -> str:
     """A table of evaluations: one row a step, the best value of a column in bold."""
-    columns = [column for column in columns if any(isinstance(row.get(column[0]), int | float) for row in rows)]
+    columns = [column for column in columns if values_of(rows, column[0])]
     if not columns:
         return ""
-    winners = {
-        key: choose(row[key] for row in rows if isinstance(row.get(key), int | float))
-        for key, choose in best.items() if any(isinstance(row.get(key), int | float) for row in rows)
-    }  # fmt: skip
+    winners = {key: choose(values_of(rows, key), default=None) for key, choose in best.items()}
 
     def cell(row: dict, key: str, form: Format) -> str:
-        value = row.get(key)
-        if not isinstance(value, int | float):
+        value = value_of(row, key)
+        if value is None:
             return '<span class="muted">–</span>'
         return f"<b>{form(value)}</b>" if len(rows) > 1 and value == winners.get(key) else form(value)
 
@@ -375,10 +382,10 @@ def headline(run: Run) -> str:
         else "all parameters" if run.setting("full_finetuning") else None
     )  # fmt: skip
     wanted = run.setting("max_steps")
-    if isinstance(wanted, int) and wanted > run.step:
-        state = f"step {run.step:,} of {wanted:,}"
+    if isinstance(wanted, int):
+        state = f"step {run.step:,} of {wanted:,}" if wanted > run.step else f"{run.step:,} steps, complete"
     else:
-        state = f"{run.step:,} steps, complete" if run.step else "not trained yet"
+        state = f"step {run.step:,}"
     what = [kind if run.train or run.held_out else None, trained, run.setting("param_dtype"), state]
     tiles = []
 
@@ -392,24 +399,21 @@ def headline(run: Run) -> str:
         ("text_word_accuracy", "Words predicted", percent),
         ("text_perplexity", "Text perplexity", number),
     ):
-        if isinstance(last.get(key), int | float):
-            if isinstance(base.get(key), int | float) and last["step"]:
-                below = f"base {form(base[key])}"
-            else:
-                below = f"at step {last['step']:,}"
-            if key == "loss":
-                best = min((row for row in run.held_out if row.get("loss") is not None), key=lambda row: row["loss"])
-                if best["step"] != last["step"]:
-                    below += f", best {form(best['loss'])} at step {best['step']:,}"
-            tile(title, form(last[key]), below)
+        value, reference = value_of(last, key), value_of(base, key)
+        if value is None:
+            continue
+        below = f"at step {last['step']:,}" if reference is None or last is base else f"base {form(reference)}"
+        if key == "loss":
+            best = min((row for row in run.held_out if value_of(row, key) is not None), key=lambda row: row["loss"])
+            if best is not last:
+                below += f", best {form(best['loss'])} at step {best['step']:,}"
+        tile(title, form(value), below)
     free = free_rows(run)
     if free:
         trouble = dialogue.verdict(free[-1])
         silence, pace = free[-1].get("silence"), free[-1].get("words_per_minute")
-        below = trouble or "neither mute nor looping"
-        value = "–" if silence is None else f"{1 - silence:.0%} speech"
-        if pace is not None:
-            below += f"; {pace:.0f} words a minute" if trouble is None else ""
+        fine = "neither mute nor looping" + (f"; {pace:.0f} words a minute" if pace is not None else "")
+        value, below = "–" if silence is None else f"{1 - silence:.0%} speech", trouble or fine
         tile(f"Replies at step {free[-1]['step']:,}", value, escape(below), bad=trouble is not None)
     spent = clock(run)
     if spent["training"]:
@@ -423,15 +427,14 @@ def headline(run: Run) -> str:
 
 def clock(run: Run) -> dict[str, float]:
     """Seconds that were spent, by what for; `step_sec` of a row is that of all steps since the row before."""
-    numbers = lambda rows, key: sum(row[key] for row in rows if isinstance(row.get(key), int | float))
     waiting = sum((row.get("step_sec") or 0) * (row.get("data_wait") or 0) for row in run.train)
-    training = numbers(run.train, "step_sec")
+    training = sum(values_of(run.train, "step_sec"))
     return {
         "training": training,
         "computing": training - waiting,
         "waiting for data": waiting,
-        "evaluating": numbers(run.held_out, "seconds"),
-        "saving": numbers(run.saves, "seconds"),
+        "evaluating": sum(values_of(run.held_out, "seconds")),
+        "saving": sum(values_of(run.saves, "seconds")),
     }
 
 
@@ -446,10 +449,10 @@ def replies(run: Run) -> tuple[str, str]:
         return "Free-running replies", ""
     trouble = [(row["step"], dialogue.verdict(row)) for row in rows]
     out = "".join(f'<p class="bad">Step {step:,}: {escape(what)}.</p>' for step, what in trouble[-1:] if what)
-    replied = rows[-1].get("replies")
+    replied = value_of(rows[-1], "replies")
     out += (
         '<p class="muted">What the model does when it runs freely and hears held-out users'
-        + (f" ({count(replied)} of them)" if isinstance(replied, int | float) else "")
+        + (f" ({count(replied)} of them)" if replied is not None else "")
         + ". Terms and definitions of turns, pauses and take-over are Full-Duplex-Bench’s, on these recordings instead "
         "of its test clips: compare steps with each other, not with published numbers.</p>"
     )
@@ -458,21 +461,18 @@ def replies(run: Run) -> tuple[str, str]:
     for key, title, hint, form in FREE:
         own = curve("held", rows, key)
         limits = (0.0, 1.06 * max([value for _, value in own.points], default=0.0) or 1.0)
-        panels += chart(title, [own], run.step, _value(base, key), form, hint, limits=limits)
+        panels += chart(title, [own], run.step, value_of(base, key), form, hint, limits=limits)
     out += f'<div class="charts four">{panels}</div>'
     columns = [(key, title.lower(), form) for key, title, _, form in FREE + FREE_MORE]
     out += fold("The numbers", over_steps(rows, columns, {}))
     return "Free-running replies", out
 
 
-def _value(row: dict, key: str) -> float | None:
-    value = row.get(key)
-    return value if isinstance(value, int | float) else None
-
-
 def curves(run: Run) -> tuple[str, str]:
     both = lambda key: [curve("train", run.train, key), curve("held", run.held_out, key)]
-    panels = [chart(title, both(key), run.step, _value(run.base, key), form, hint) for key, title, hint, form in LOSSES]
+    panels = [
+        chart(title, both(key), run.step, value_of(run.base, key), form, hint) for key, title, hint, form in LOSSES
+    ]
     rates = [
         chart(title, [curve("train", run.train, key)], run.step, None, scientific)
         for key, title in (("lr", "Learning rate"), ("depformer_lr", "Learning rate of the depformer"))
@@ -499,7 +499,7 @@ def codebooks(run: Run) -> tuple[str, str]:
         out += f'<h3>{side}</h3><div class="charts eight">'
         for k, (key, pair) in enumerate(zip(keys, pairs)):
             hint = "" if k else "semantic"
-            base = _value(run.base, key)
+            base = value_of(run.base, key)
             out += chart(str(k), pair, run.step, base, number, hint, small=True, limits=extent(values))
         out += "</div>"
     note = '<p class="muted">Nats per token; the codebooks of a channel are on one scale.</p>'
@@ -537,8 +537,8 @@ def arithmetic(run: Run) -> tuple[str, str]:
         processes = consumed / step / (batch * micro) if isinstance(consumed, int) and step else None
         if processes is not None and processes == round(processes):
             windows = batch * micro * round(processes)
-            sum_ = f"{batch} × {micro} × {processes:.0f} = {windows:,} windows"
-            facts.append(("a step", f"{sum_} (batch × microbatches × processes)"))
+            product = f"{batch} × {micro} × {processes:.0f} = {windows:,} windows"
+            facts.append(("a step", f"{product} (batch × microbatches × processes)"))
         else:
             facts.append(("a step", f"{batch} × {micro} = {batch * micro:,} windows on each process"))
     if isinstance(consumed, int):
@@ -549,12 +549,12 @@ def arithmetic(run: Run) -> tuple[str, str]:
     if tokens:
         facts.append(("tokens", f"{tokens:,.0f} (17 a frame, prompts included)"))
         facts.append(("dialogue", f"{number(dialogue_hours(run))} h of frames that carry loss"))
-        shares = [row["loss_frames_share"] for row in run.train if row.get("loss_frames_share") is not None]
+        shares = values_of(run.train, "loss_frames_share")
         if shares:
             facts.append(("frames", f"{statistics.fmean(shares):.0%} carry loss; the rest are prompts and padding"))
-        speeds = [row["tokens_per_sec"] for row in run.train if row.get("tokens_per_sec")]
-        facts.append(("speed", f"{statistics.median(speeds):,.0f} tokens/s (median), all processes together"))
-    memory = [row["peak_memory_gb"] for row in run.train if row.get("peak_memory_gb")]
+        speed = statistics.median(values_of(run.train, "tokens_per_sec"))
+        facts.append(("speed", f"{speed:,.0f} tokens/s (median), all processes together"))
+    memory = values_of(run.train, "peak_memory_gb")
     if memory:
         facts.append(("memory", f"{max(memory):.2f} GB at its peak, on the first process"))
     spent = clock(run)
@@ -569,10 +569,9 @@ def arithmetic(run: Run) -> tuple[str, str]:
             f'<span><i class="part{i}"></i>{name} {duration(value)}, {value / whole:.0%}</span>'
             for i, (name, value) in enumerate(parts)
         ) + "</p>"  # fmt: skip
-    if any("text_tokens_dropped" in row for row in run.train):
-        dropped, late = (sum(row.get(key) or 0 for row in run.train) for key in ("text_tokens_dropped", "words_late"))
-        facts.append(("text", f"{dropped:,} tokens found no frame, {late:,} words came late"))
-    skipped = [row["skipped"] for row in run.train if isinstance(row.get("skipped"), int)]
+    dropped, late, skipped = (values_of(run.train, key) for key in ("text_tokens_dropped", "words_late", "skipped"))
+    if dropped or late:
+        facts.append(("text", f"{sum(dropped):,} tokens found no frame, {sum(late):,} words came late"))
     if skipped:
         facts.append(("skipped", f"{skipped[-1]:,} windows could not be read"))
     listed = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts)
@@ -608,9 +607,9 @@ def read_sources(value: object, window: object) -> list[Source]:
         lines, durations, problems = [], [], []
         try:
             for line in iterate(path, problems):
-                seconds = line.fields.get("duration")
-                if isinstance(seconds, int | float) and 0 <= seconds < math.inf:
-                    durations.append(float(seconds))
+                length = value_of(line.fields, "duration")
+                if length is not None and 0 <= length < math.inf:
+                    durations.append(float(length))
                     lines.append(line)
         except (UserError, OSError, UnicodeDecodeError) as error:
             problems.append(str(error))
@@ -776,7 +775,7 @@ def picture(pcm: np.ndarray, text: list[tuple[str, float, float]]) -> str:
     length = pcm.shape[1] / SAMPLE_RATE
     scale = int(np.clip(PICTURE / length, *PIXELS_PER_SEC))
     width = math.ceil(length * scale)
-    x = lambda second: second * scale
+    x = lambda second: min(max(second, 0.0), length) * scale
     step = 2 * SAMPLE_RATE / scale  # samples of two pixels
     loudest = max(0.05, float(np.abs(pcm).max(initial=0)))
     parts = []
@@ -804,6 +803,7 @@ def picture(pcm: np.ndarray, text: list[tuple[str, float, float]]) -> str:
         parts.append(f'<text class="word" x="{x(start):.1f}" y="{axis + 32 + 15 * row}" data-start="{start:.2f}" '
                      f'data-end="{end:.2f}">{escape(word)}</text>')  # fmt: skip
     height = axis + 20 + 15 * sum(end > 0 for end in ends)
+    width = max(width, math.ceil(max(ends)))  # the last word, written out
     parts.append(f'<path class="playhead" d="M0,0V{height}"/>')
     return (
         f'<div class="scroll"><svg class="picture" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
@@ -841,7 +841,7 @@ def player(sample: Sample, room: int) -> tuple[str, int]:
     measures = measures if isinstance(measures, dict) else {}
     chips = ""
     for key, title, _, form in FREE + FREE_MORE:
-        if key not in OUT_OF.values() and isinstance(measures.get(key), int | float):
+        if key not in OUT_OF.values() and value_of(measures, key) is not None:
             of = measures.get(OUT_OF.get(key))
             of = f" of {of}" if isinstance(of, int) else ""
             chips += f"<span>{escape(title.lower())} <b>{form(measures[key])}{of}</b></span>"

@@ -1,10 +1,13 @@
 """report.html of a real run, of runs with parts missing or broken, and of a long one."""
 
 import base64
+import html
 import io
+import itertools
 import json
 import math
 import re
+import sys
 import wave
 from html.parser import HTMLParser
 from pathlib import Path
@@ -65,14 +68,9 @@ class Page(HTMLParser):
     def charts(self):
         """{title: curves} as the page tells them to its script."""
         return {
-            re.search("<b>(.*?)</b>", part)[1]: json.loads(self.unescape(re.match('"(.*?)"', part)[1]))["curves"]
+            re.search("<b>(.*?)</b>", part)[1]: json.loads(html.unescape(re.match('"(.*?)"', part)[1]))["curves"]
             for part in self.source.split(" data-chart=")[1:]
         }
-
-    def unescape(self, text):
-        import html
-
-        return html.unescape(text)
 
     def sounds(self):
         """(samples [channels, n], rate) of each player, newest first as on the page."""
@@ -109,9 +107,8 @@ def check_nothing_is_fetched(page):
 def real(world, tmp_path_factory):
     """The folder of a PersonaPlex run of two steps, with replies, and its page."""
     folder = tmp_path_factory.mktemp("report")
-    config = write_config(
-        folder, world, **{"eval_freq": 1, "ckpt_freq": 1, "eval_free_samples": 2, "eval_free_sec": 2.0, "batch_size": 2}
-    )
+    settings = {"ckpt_freq": 1, "eval_free_samples": 2, "eval_free_sec": 2.0, "batch_size": 2, "eval_max_samples": 1}
+    config = write_config(folder, world, **settings)
     assert train_here(config, PERSONAPLEX) == 0
     return folder / "run", Page(report.write_report(folder / "run"))
 
@@ -149,11 +146,11 @@ def test_curves_are_the_metrics(real):
 
 def test_samples_play_and_are_what_was_saved(real):
     run, page = real
-    saved = [path for step in (2, 1, 0) for path in sorted((run / f"samples/step_{step:06d}").glob("*.wav"))]
-    assert len(saved) == 6
+    saved = [path for step in (2, 0) for path in sorted((run / f"samples/step_{step:06d}").glob("*.wav"))]
+    assert len(saved) == 4
     expected = [path for name in ("00", "01") for path in saved if path.stem == name]  # one card a reply, newest first
     sounds = page.sounds()
-    assert len(sounds) == 6
+    assert len(sounds) == 4
     for path, (pcm, rate) in zip(expected, sounds):
         original = audio.read(path, sample_rate=24_000)
         seconds = original.shape[1] / 24_000
@@ -183,12 +180,13 @@ def test_arithmetic_and_data_are_those_of_the_run(real, world):
     assert "lora.safetensors" in text and "optim.lr 0.001 0.0001 Peak learning rate." in text
 
 
-def test_the_command_writes_the_page_and_says_where(real):
-    run, _ = real
-    before = (run / "report.html").read_text()
+def test_the_command_writes_the_page_and_says_where(real, monkeypatch, capsys):
+    run, page = real
     (run / "report.html").unlink()
-    assert script("-m", "finetune.report", run).stdout.strip() == str(run / "report.html")
-    assert (run / "report.html").read_text() == before
+    monkeypatch.setattr(sys, "argv", ["report", str(run)])
+    report.main()
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert (run / "report.html").read_text() == page.source
     done = script("-m", "finetune.report", run / "nothing", check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no such folder" in done.stderr
 
@@ -313,7 +311,8 @@ def test_sound_beyond_the_budget_is_named(tmp_path, monkeypatch):
 
 def test_a_long_run_stays_a_small_page_with_true_means(tmp_path):
     rng = np.random.default_rng(0)
-    rows = [row(step, 2 + rng.random(), lr=1e-5, tokens_per_sec=1e4, step_sec=2.0) for step in range(1, 4001)]
+    first = row(1, lr=1e-5, tokens_per_sec=1e4, step_sec=2.0)
+    rows = [{k: v * rng.uniform(0.5, 1.5) for k, v in first.items()} | {"step": step} for step in range(1, 4001)]
     write_rows(tmp_path, "train", rows)
     path = report.write_report(tmp_path)
     assert path.stat().st_size < 1.5e6
@@ -364,6 +363,6 @@ def test_words_of_one_row_do_not_overlap():
         rows.setdefault(y, []).append((float(x), len(word)))
     assert sum(map(len, rows.values())) == 4
     for own in rows.values():
-        for (x, letters), (after, _) in zip(own, own[1:]):
+        for (x, letters), (after, _) in itertools.pairwise(own):
             assert after >= x + 6 * letters
     assert int(re.search(r'width="(\d+)"', drawn)[1]) >= max(x + 6 * n for own in rows.values() for x, n in own)
