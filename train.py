@@ -42,7 +42,6 @@ def main(spec: model.Spec = model.MOSHI, doc: str = __doc__) -> int:
 
 def run_training(args: TrainArgs, spec: model.Spec, world: World) -> int:
     """Assembles a run and trains. What is cheap to check comes first; the run's folder is touched last."""
-    torch._dynamo.config.disable = not args.compile
     torch.manual_seed(args.seed)
 
     # 1. The files of the model.
@@ -68,6 +67,9 @@ def run_training(args: TrainArgs, spec: model.Spec, world: World) -> int:
         lora.add_adapters(lm, args.lora.rank, args.lora.scaling)
     model.set_trainable(lm, args.full_finetuning, args.lora.ft_embed)
     training_lm = TrainingLM(lm, args.gradient_checkpointing)
+    if args.compile:
+        for layer in (*lm.transformer.layers, *lm.depformer.layers):
+            layer.compile(dynamic=True)
     shard(training_lm, [*lm.transformer.layers, *lm.depformer.layers], make_mesh(world, args.sharding), dtype)
     training_lm.to_empty(device=world.device)
     model.fill(lm, weights, args.seed)

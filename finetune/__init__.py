@@ -2,6 +2,6 @@
 
 import os
 
-# moshi compiles its norms and gatings on first use: 40 s on a CPU, and stride assertions on some GPUs
-# under FSDP. Read by moshi when it is imported, so it has to be set before. `compile: true` undoes it.
+# moshi compiles its norms and gatings on first use: 40 s on a CPU, and stride assertions on some GPUs under FSDP. It
+# reads this when it is imported. The setting `compile` is about our own training forward, and apart from it.
 os.environ.setdefault("NO_TORCH_COMPILE", "1")

@@ -136,7 +136,7 @@ class TrainArgs(Settings):
     sharding: Literal["full", "hybrid", "none"] = Field(
         "full", description="Parameters cut over ranks, over a node, or not."
     )
-    compile: bool = Field(False, description="torch.compile inside moshi; off because it stalls and breaks (NOTES.md).")
+    compile: bool = Field(False, description="torch.compile on each layer of the training forward.")
     overwrite_run_dir: bool = Field(False, description="Start anew where run_dir holds a run.")
 
     @property
