@@ -105,9 +105,9 @@ def check_nothing_is_fetched(page):
 
 @pytest.fixture(scope="module")
 def real(world, tmp_path_factory):
-    """The folder of a PersonaPlex run of two steps, with replies, and its page."""
+    """The folder of a PersonaPlex run of two steps, with a reply before and after, and its page."""
     folder = tmp_path_factory.mktemp("report")
-    settings = {"ckpt_freq": 1, "eval_free_samples": 2, "eval_free_sec": 2.0, "batch_size": 2, "eval_max_samples": 1}
+    settings = {"ckpt_freq": 1, "eval_free_samples": 1, "eval_free_sec": 1.5, "batch_size": 2, "eval_max_samples": 1}
     config = write_config(folder, world, **settings)
     assert train_here(config, PERSONAPLEX) == 0
     return folder / "run", Page(report.write_report(folder / "run"))
@@ -147,17 +147,16 @@ def test_curves_are_the_metrics(real):
 def test_samples_play_and_are_what_was_saved(real):
     run, page = real
     saved = [path for step in (2, 0) for path in sorted((run / f"samples/step_{step:06d}").glob("*.wav"))]
-    assert len(saved) == 4
-    expected = [path for name in ("00", "01") for path in saved if path.stem == name]  # one card a reply, newest first
+    assert len(saved) == 2
     sounds = page.sounds()
-    assert len(sounds) == 4
-    for path, (pcm, rate) in zip(expected, sounds):
+    assert len(sounds) == 2
+    for path, (pcm, rate) in zip(saved, sounds):
         original = audio.read(path, sample_rate=24_000)
         seconds = original.shape[1] / 24_000
         assert pcm.shape[0] == 2 and pcm.shape[1] / rate == pytest.approx(seconds, abs=0.08)
         loud = lambda x, rate: [np.sqrt((channel**2).mean()) for channel in x]
         assert loud(pcm, rate) == pytest.approx(loud(original, 24_000), rel=0.2, abs=2e-3)
-    words = [entry for path in expected for entry in json.loads(path.with_suffix(".json").read_text())["text"]]
+    words = [entry for path in saved for entry in json.loads(path.with_suffix(".json").read_text())["text"]]
     shown = page.all("text", **{"class": "word"})
     assert [(float(t["data-start"]), float(t["data-end"])) for t in shown] == [
         (round(start, 2), round(end, 2)) for _, start, end in words
@@ -296,6 +295,17 @@ def test_a_run_that_went_mute_says_so(tmp_path):
     write_rows(tmp_path, "eval", [row(0, **said | {"free_silence": 0.99}), row(100, **said)])
     page = Page(report.write_report(tmp_path))
     assert "mute:" not in page.text and not page.all("div", **{"class": "tile bad"})
+
+
+def test_a_card_holds_one_conversation_over_steps(tmp_path):
+    for step in (0, 20, 100):
+        for name in ("00", "01"):
+            write_sample(tmp_path, step, name, {"of": f"calls/{name}.wav", "text": [[f"w{step}of{name}", 0.1, 0.4]]})
+    page = Page(report.write_report(tmp_path))
+    assert len(page.all("article")) == 2 and len(page.all("audio")) == 6
+    order = [f"w{step}of{name}" for name in ("00", "01") for step in (100, 20, 0)]
+    assert re.findall(r'data-end="0.40">(\w+)<', page.source) == order
+    assert page.text.count("(base model)") == 2 and page.text.count("2 earlier steps") == 2
 
 
 def test_sound_beyond_the_budget_is_named(tmp_path, monkeypatch):
