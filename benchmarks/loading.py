@@ -1,0 +1,99 @@
+"""A sample of 100 s: read from pre-computed codes, against encoded in training; and how long a step waits for data.
+
+    python -m benchmarks.loading
+
+Live encoding uses the real-size Mimi with random weights; pre-computed samples come from files of 10 minutes, each of
+another file than the one before, text included. The share of waiting is `train.py`'s on the tiny model (data_wait).
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import wave
+from pathlib import Path
+
+import numpy as np
+import torch
+from moshi.models import loaders
+
+from finetune import toy
+from finetune.cli import Parser, run
+from finetune.data import codec, manifest
+from finetune.data.dataset import InterleavedTokenizer, PrecomputedTokenizer
+from finetune.data.interleaver import Interleaver
+from finetune.metrics import read_rows
+from finetune.model import open_checkpoint
+
+WINDOW = 1250  # frames: 100 s
+FILES = 8
+
+
+def corpus(folder: Path) -> list[manifest.Line]:
+    """Stereo files of 100 s (live) that count as 10 minutes of codes (stored), with a word every 0.4 s."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(FILES):
+        path = folder / f"{i}.wav"
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(2)
+            file.setsampwidth(2)
+            file.setframerate(24_000)
+            file.writeframes((rng.normal(size=(2_400_000, 2)) * 2000).astype("<i2").tobytes())
+        words = [["hello", [0.4 * k, 0.4 * k + 0.3], "SPEAKER_MAIN"] for k in range(1500)]
+        path.with_suffix(".json").write_text(json.dumps({"alignments": words}))
+        codes = torch.from_numpy(rng.integers(0, 2048, (2, 8, 6 * WINDOW), dtype=np.int16))
+        codec.save_codes(folder / f"{i}.pt", codes, 600.0, "none", codec.audio_fingerprint(path))
+        fields = {"path": path.name, "duration": 600.0, "codes_path": f"{i}.pt"}
+        lines.append(manifest.Line(i + 1, path, fields, folder / "m.jsonl"))
+    return lines
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--live", type=int, default=1, help="samples to encode live; each takes tens of seconds")
+    parser.add_argument("--steps", type=int, default=30, help="of training on the tiny model")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    mimi = loaders.get_mimi(None, num_codebooks=8)
+    for name, buffer in mimi.named_buffers():
+        if name.endswith("embedding_sum"):
+            buffer.normal_()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        toy.make_model(folder / "model")
+        interleaver = Interleaver(open_checkpoint(str(folder / "model")).tokenizer())
+        lines = corpus(folder)
+        stored, live = PrecomputedTokenizer(interleaver, WINDOW), InterleavedTokenizer(interleaver, WINDOW, mimi=mimi)
+
+        def seconds(tokenizer, line, index):
+            began = time.perf_counter()
+            tokenizer.encode([tokenizer.read(line, index)])
+            return time.perf_counter() - began
+
+        first = statistics.median(seconds(stored, line, 0) for line in lines)
+        again = statistics.median(seconds(stored, line, i) for i in range(1, 6) for line in lines)
+        encoded = statistics.median(seconds(live, line, 0) for line in lines[: args.live])
+
+        toy.make_corpus(folder / "data", hours=0.1)
+        split = {s: folder / f"data/{s}.jsonl" for s in ("train", "eval")}
+        python = lambda *command: subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+        python("precompute_codes.py", *split.values(), "--output-dir", folder / "codes", "--hf-repo", folder / "model",
+               "--device", "cpu", "--no-exact")  # fmt: skip
+        python("train.py", "example/tiny_moshi.yaml", f"run_dir={folder / 'run'}", f"max_steps={args.steps}",
+               f"data.train_data={folder / 'codes/train_precomputed.jsonl'}", "do_eval=false", "do_ckpt=false",
+               f"moshi_paths.hf_repo_id={folder / 'model'}", "log_freq=1")  # fmt: skip
+        waits = [row["data_wait"] for row in read_rows(folder / "run/metrics.train.jsonl")[5:]]
+
+    print("| sample of 100 s | ms | of live |\n|---|---|---|")
+    print(f"| encoded in training ({torch.get_num_threads()} threads) | {1e3 * encoded:,.0f} | 1 |")
+    print(f"| pre-computed, a file's first window | {1e3 * first:.2f} | 1/{encoded / first:,.0f} |")
+    print(f"| pre-computed, a later window | {1e3 * again:.2f} | 1/{encoded / again:,.0f} |")
+    print(f"\nshare of a step spent waiting for data, tiny model: median {statistics.median(waits):.2%}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,64 @@
+"""Runs the benchmarks that fit into some minutes and writes benchmarks/results.md.
+
+    make bench
+
+Those that take longer are run by hand: benchmarks.conditioning, benchmarks.export, benchmarks.precompute --scale 1.
+"""
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from finetune.cli import Parser, run
+
+COMMANDS = {
+    "Training step": ["benchmarks.step", "--no-stock"],
+    "Training step against moshi's own": ["benchmarks.step", "--frames", "250", "--repeats", "3"],
+    "Loading": ["benchmarks.loading"],
+    "Encoding": ["benchmarks.precompute", "--scale", "0.1", "--only", "speed", "equality"],
+    "Word times": ["benchmarks.annotate", "--repeats", "1"],
+}
+BUSY = 0.3  # load average
+
+
+def wait_until_idle(limit_sec: float = 120.0) -> str:
+    """Waits for the load of what ran before to fade; says what it found."""
+    began = time.monotonic()
+    while os.getloadavg()[0] > BUSY and time.monotonic() - began < limit_sec:
+        time.sleep(5)
+    load = os.getloadavg()[0]
+    return f"load average before: {load:.2f}" + ("" if load <= BUSY else " - NOT IDLE, timings are not to be trusted")
+
+
+def processor() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].split(":", 1)[1].strip() if names else platform.processor()
+
+
+def main() -> int:
+    Parser(__doc__).parse_args()
+    out = Path(__file__).with_name("results.md")
+    parts = [
+        "# Results",
+        f"`make bench` on {datetime.date.today()}, {os.cpu_count()} cores of {processor()}, "
+        f"Python {platform.python_version()}. Ratios within a row are from one process, paths taken in turns.",
+    ]
+    failed = 0
+    for title, command in COMMANDS.items():
+        idle = wait_until_idle()
+        print(f"{title}: python -m {' '.join(command)} ({idle})", flush=True)
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+        failed += done.returncode != 0
+        text = done.stdout.strip() if done.returncode == 0 else f"failed: {done.stderr.strip().splitlines()[-1:]}"
+        parts.append(f"## {title}\n\n`python -m {' '.join(command)}` ({idle})\n\n{text}")
+        out.write_text("\n\n".join(parts) + "\n")
+    print(f"wrote {out}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    run(main)
