@@ -240,9 +240,9 @@ def test_mistakes_of_the_command_line(world, data, tmp_path):
 def test_a_killed_run_loses_only_what_it_had_in_hand(world, tmp_path):
     data, out = tmp_path / "data", tmp_path / "encoded"
     data.mkdir()
-    for i in range(12):
+    for i in range(8):
         write_wav(data / f"{i}.wav", sound(2, seed=i), 24_000)
-    write(data / "egs.jsonl", [{"path": f"{i}.wav", "duration": 2} for i in range(12)])
+    write(data / "egs.jsonl", [{"path": f"{i}.wav", "duration": 2} for i in range(8)])
     command = [
         "precompute_codes.py", data / "egs.jsonl", "--output-dir", out, "--hf-repo", world / "model",
         "--device", "cpu", "--lanes", 2,
@@ -255,11 +255,11 @@ def test_a_killed_run_loses_only_what_it_had_in_hand(world, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
-    assert 2 <= len(done) < 12 and not (out / "egs_precomputed.jsonl").exists()
+    assert 2 <= len(done) < 8 and not (out / "egs_precomputed.jsonl").exists()
     for path in done:
         codec.load_codes(path)
-    finished = script(*command[:-1], 8)
-    assert len(lines_of(out / "egs_precomputed.jsonl")) == 12 and "12 with codes, 0 failed" in finished.stdout
+    finished = script(*command[:-1], 16)
+    assert len(lines_of(out / "egs_precomputed.jsonl")) == 8 and "8 with codes, 0 failed" in finished.stdout
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
 
 
