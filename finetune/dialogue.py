@@ -2,7 +2,7 @@
 
 Turn-taking is in the terms of Full-Duplex-Bench (Lin et al. 2025, arXiv 2503.04721, sections III and III-C, and the
 scripts eval_pause_handling.py, eval_smooth_turn_taking.py and eval_backchannel.py), carried over from its clips of one
-turn to whole conversations. All of it follows from who is heard in which frame, and from the agent's text:
+turn to whole conversations. All of it follows from who is heard in which frame (80 ms), and from the agent's text:
 
 - A *turn* of the user is speech of theirs without a silence of more than 1 s. Less than 1 s of it that begins while the
   agent is speaking is a remark, no turn. A *pause* is a silence of 0.4 to 1 s within a turn.

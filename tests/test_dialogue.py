@@ -70,10 +70,14 @@ def test_articulation_is_part_of_speech_and_clicks_are_not():
 
 
 def test_speech_that_fades_is_followed_down():
-    fading = sum(sound(8, [(1.6 + i * 0.8, 2.4 + i * 0.8)], level) for i, level in enumerate((-31, -33, -39, -43)))
-    assert heard(fading + sound(8, [], noise_db=-60)) == [(1.6, 4.8)]
-    alone = sound(8, [(1.6, 2.4)], -39) + sound(8, [], noise_db=-50)  # beneath the beginning of speech
+    fading = sum(sound(8, [(1.6 + i * 0.8, 2.4 + i * 0.8)], level) for i, level in enumerate((-31, -40, -51)))
+    assert heard(fading + sound(8, [], noise_db=-60)) == [(1.6, 4.0)]
+    alone = sound(8, [(1.6, 2.4)], -51) + sound(8, [], noise_db=-60)  # beneath the beginning of speech
     assert heard(alone) == []
+
+
+def test_faint_sounds_of_a_silent_decoder_are_not_speech():
+    assert heard(sound(8, [(2, 3), (4, 5)], -60, noise_db=-85)) == []
 
 
 def test_any_length_will_do():
@@ -179,6 +183,15 @@ def test_take_over_latency_and_backchannels(agent, tor_turn, latency, tor_pause,
         assert found["latency"] == (None if latency is None else pytest.approx(latency))
 
 
+def test_words_may_be_written_a_little_before_they_sound(tokenizer):
+    agent = sound(16, [(6, 6.8)])
+    token = next(ids[0] for ids in map(tokenizer.encode, toy.WORDS) if len(ids) == 1)
+    for first, taken in ((73, 1), (72, 0)):  # 0.16 s before the sound, and 0.24 s
+        text = [3] * 200
+        text[first : first + 2] = [token] * 2
+        assert dialogue.measure(agent, sound(16, [(1, 5)]), text, tokenizer)["tor_turn"] == taken
+
+
 def test_pauses_are_longer_than_hesitations_and_shorter_than_ends(tokenizer):
     def counts(*user):
         found = scene(20, user, [], tokenizer)
@@ -211,6 +224,7 @@ def test_shares_and_paces(tokenizer):
     assert shorter["seconds"] == 20 and shorter["silence"] == pytest.approx(1 - 5.04 / 20)
     nothing = dialogue.measure(np.zeros(0), np.zeros(0), [], tokenizer)
     assert nothing["silence"] is None and nothing["words_per_minute"] is None
+    assert scene(20, [(0, 4)], [(6, 6.8, 3)], tokenizer)["words_per_minute_speaking"] is None  # of less than a second
     json.dumps([found, unread, nothing], allow_nan=False)
 
 
@@ -239,7 +253,7 @@ def test_the_dialogues_of_the_tiny_world_are_measured_as_they_were_made(world, t
 def test_a_summary_is_what_one_long_conversation_would_measure(tokenizer):
     parts = [
         (16, [(0.96, 3.04), (3.6, 5.2)], [(3.2, 3.52, 1), (5.6, 8, 8)]),
-        (24, [(1.04, 2.96), (10, 12)], [(3.2, 4.8, 5), (13.04, 14.8, 7)]),
+        (24, [(1.04, 2.96), (10, 12)], [(2.4, 4.8, 5), (13.04, 14.8, 7)]),
         (12, [(1.04, 3.04), (3.6, 5.04)], []),
     ]
     joined, shift = ([], []), 0
