@@ -7,7 +7,8 @@ the depformer whether it carries loss or not, and all logits of a window live at
 - the temporal layers attend with `is_causal` instead of a boolean mask, which lets flash attention run;
 - only frames that carry loss reach the text head and the depformer;
 - the depformer works on [step, frame, channel], where each projection is one batched product over the steps;
-- logits exist for a chunk of frames at a time: the heads turn each chunk into losses and gradients at once.
+- logits exist for a chunk of frames at a time: the heads turn each chunk into losses and gradients at once;
+- layers are computed again in the backward pass, also in chunks, up to their last product.
 
 Losses and gradients equal those of `LMModel.forward` (tests/test_fast.py). Modules called in moshi's own way, as
 `LMGen` and `LMModel.forward` do, still run moshi's code.
@@ -15,6 +16,7 @@ Losses and gradients equal those of `LMModel.forward` (tests/test_fast.py). Modu
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,7 +27,6 @@ from moshi.modules.lora import LoRALinear
 from moshi.modules.transformer import RMSNorm, StreamingTransformerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from finetune.cli import UserError
 
@@ -34,7 +35,7 @@ NO_TARGET = -1  # also moshi's zero token: it embeds to 0 and never carries loss
 # What exists at a time: on a CPU what its caches hold, elsewhere enough for few launches. (On a CPU also because malloc
 # maps blocks from 32 MiB on afresh: their page faults were a quarter of a step with windows of 1,250 frames.)
 LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**25}  # elements, in fp32
-GATED_PER_CHUNK = {"cpu": 2**23, "cuda": 2**29}  # elements of the depformer's widest activation
+GATED_PER_CHUNK = {"cpu": 2**23, "cuda": 2**29}  # elements of a layer's widest activation
 
 
 class Losses(NamedTuple):
@@ -101,15 +102,15 @@ def _at_least_one(rows: Tensor) -> Tensor:
     return rows if len(rows) else rows.new_zeros(1)
 
 
-def _chunks(x: Tensor, width: int, limits: dict[str, int]) -> tuple[Tensor, ...]:
-    """Cuts x [Q, N, ...] along N into equal pieces, so that `width` elements for each of N stay within the limit."""
+def _chunks(x: Tensor, width: int, limits: dict[str, int], unit: int = 1) -> tuple[Tensor, ...]:
+    """Cuts x [Q, N, ...] along N into equal pieces of whole units, each within the limit at `width` elements a row."""
     pieces = -(-width * x.shape[1] // limits.get(x.device.type, limits["cuda"]))
-    return x.split(-(-x.shape[1] // pieces), 1)
+    return x.split(-(-x.shape[1] // unit // pieces) * unit, 1)
 
 
 def _accumulate(totals: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Sums in float32, so that gradients do not depend on the number of chunks."""
-    add = lambda total, part: part if part is None else part.float() if total is None else total.add_(part)
+    add = lambda total, part: part if total is None else total.float().add_(part)
     return [add(total, part) for total, part in zip(totals, parts)]
 
 
@@ -119,11 +120,6 @@ def _is_padding(targets: Tensor) -> Tensor:
 
 def _rms_norm(x: Tensor, alpha: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], alpha.flatten().to(x.dtype), eps)  # computes in fp32, as moshi does
-
-
-def _gate(x: Tensor) -> Tensor:
-    activated, linear = x.chunk(2, -1)
-    return F.silu(activated) * linear
 
 
 class _Linears(NamedTuple):
@@ -262,14 +258,15 @@ class _HeadLoss(torch.autograd.Function):
         return dx, None, dweight, da, db, None, None
 
 
-class Attention(NamedTuple):
-    """What the temporal layers share: rotary angles and, for windows longer than the context, the mask."""
+@dataclass
+class TemporalAttention:
+    """Of B windows of T frames. Every layer uses the same."""
 
     rotation: Tensor  # [T, 1, 1, head_dim / 2] complex64
     mask: Tensor | None  # [T, T] bool; None: fully causal
 
     @classmethod
-    def of(cls, lm: LMModel, frames: int, device: torch.device) -> "Attention":
+    def of(cls, lm: LMModel, frames: int, device: torch.device) -> "TemporalAttention":
         attention = lm.transformer.layers[0].self_attn
         half = attention.embed_dim // attention.num_heads // 2
         channel = torch.arange(half, device=device, dtype=torch.float32)
@@ -282,119 +279,115 @@ class Attention(NamedTuple):
             mask = (distance >= 0) & (distance < attention.context)
         return cls(torch.polar(torch.ones_like(angle), angle)[:, None, None], mask)
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """x: [B, T, ..., H, head_dim], real and imaginary parts interleaved; computed in fp32 as moshi does."""
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * self.rotation).flatten(-2).to(x.dtype)
+    @property
+    def rows(self) -> int:
+        return len(self.rotation)
+
+    def __call__(self, qkv: Tensor, heads: int) -> Tensor:
+        """qkv: [1, B * T, 3 * dim] -> [1, B * T, dim]."""
+        x = qkv.view(-1, self.rows, 3, heads, qkv.shape[-1] // (3 * heads))
+        # Rotated in fp32, as moshi does. On a CPU flash attention is faster in it as well.
+        dtype = torch.float32 if x.device.type == "cpu" else x.dtype
+        pairs = torch.view_as_complex(x[:, :, :2].float().unflatten(-1, (-1, 2))) * self.rotation
+        q, k = torch.view_as_real(pairs).flatten(-2).to(dtype).transpose(1, 3).unbind(2)  # [B, H, T, head_dim]
+        v = x[:, :, 2].transpose(1, 2).to(dtype)
+        y = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.mask is None)
+        return y.transpose(1, 2).to(x.dtype).reshape(1, qkv.shape[1], -1)
 
 
-class TemporalLayer(StreamingTransformerLayer):
-    """A layer of the temporal transformer. Without `attention` it is moshi's own."""
+class DepformerAttention:
+    """Of N frames, over their Q steps."""
+
+    rows = 1
+
+    def __call__(self, qkv: Tensor, heads: int) -> Tensor:
+        """qkv: [Q, N, 3 * dim] -> [Q, N, dim]."""
+        steps = len(qkv)
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 1, 3, 0, 4).flatten(1, 2)  # [N * H, Q, head_dim] each
+        # By hand: on sequences of 16 steps the backward pass of CPU's flash attention takes 12 times as long.
+        future = torch.full((steps, steps), -math.inf, device=qkv.device).triu(1)
+        scores = torch.add(future, torch.bmm(q, k.mT), alpha=q.shape[-1] ** -0.5)  # float32
+        y = torch.bmm(scores.softmax(-1).to(qkv.dtype), v)
+        return y.unflatten(0, (-1, heads)).permute(2, 0, 1, 3).flatten(2)
+
+
+class TrainingLayer(StreamingTransformerLayer):
+    """A layer of the temporal transformer or of the depformer, on x [Q, N, dim]: Q steps with weights of their own (one
+    in the temporal transformer) and N rows: B windows of T frames, or N frames. Without `attend` it is moshi's own."""
 
     def forward(
         self,
-        x: Tensor,  # [B, T, dim]
+        x: Tensor,
         cross_attention_src: Tensor | None = None,
-        attention: Attention | None = None,
+        attend: TemporalAttention | DepformerAttention | None = None,
         checkpointing: bool = False,
     ) -> Tensor:
-        if attention is None:
-            return super().forward(x, cross_attention_src)
-        if checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.run, x, attention, use_reentrant=False, preserve_rng_state=False)
-        return self.run(x, attention)
-
-    def run(self, x: Tensor, attention: Attention) -> Tensor:
-        project = lambda module, x: _Linears.of([module], x.dtype)(x.flatten(0, 1)[None]).view(*x.shape[:2], -1)
-        qkv = project(self.self_attn.in_projs[0], _rms_norm(x, self.norm1.alpha, self.norm1.eps))
-        qkv = qkv.unflatten(-1, (3, self.self_attn.num_heads, -1))  # [B, T, 3, H, head_dim]
-        q, k = attention.rotate(qkv[:, :, :2]).transpose(1, 3).unbind(2)  # [B, H, T, head_dim]
-        v = qkv[:, :, 2].transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, attention.mask, is_causal=attention.mask is None)
-        x = x + project(self.self_attn.out_projs[0], y.transpose(1, 2).flatten(2))
-        hidden = _gate(project(self.gating.linear_in, _rms_norm(x, self.norm2.alpha, self.norm2.eps)))
-        return x + project(self.gating.linear_out, hidden)
-
-
-class DepformerLayer(StreamingTransformerLayer):
-    """A layer of the depformer. Without `steps_first` it is moshi's own."""
-
-    def forward(
-        self,
-        x: Tensor,  # [Q, N, dim] with steps_first
-        cross_attention_src: Tensor | None = None,
-        steps_first: bool = False,
-        checkpointing: bool = False,
-    ) -> Tensor:
-        if not steps_first:
+        if attend is None:
             return super().forward(x, cross_attention_src)
         if checkpointing or not torch.is_grad_enabled():
-            return _InChunks.apply(self, x, *self.parameters())
-        return self.run(x, self.weights(x.dtype))
+            return _InChunks.apply(self, attend, x, *self.parameters())
+        return self.run(x, self.weights(x.dtype), attend)
+
+    @property
+    def gatings(self) -> Sequence[nn.Module]:
+        return self.gating if isinstance(self.gating, nn.ModuleList) else [self.gating]
 
     def weights(self, dtype: torch.dtype) -> list[Tensor]:
-        """The parameters as `run` takes them, steps stacked."""
+        """The parameters as `run` takes them: both norms', then those of four `_Linears`."""
         tensors = [self.norm1.alpha.flatten(), self.norm2.alpha.flatten()]
-        for modules in self._projections():
+        for modules in (
+            self.self_attn.in_projs,
+            self.self_attn.out_projs,
+            [gate.linear_in for gate in self.gatings],
+            [gate.linear_out for gate in self.gatings],
+        ):
             tensors += [part for part in _Linears.of(modules, dtype)[:3] if part is not None]
         return tensors
 
-    def _projections(self) -> list[list[nn.Module]]:
-        gating = [[gate.linear_in for gate in self.gating], [gate.linear_out for gate in self.gating]]
-        return [[*self.self_attn.in_projs], [*self.self_attn.out_projs], *gating]
+    def run(self, x: Tensor, weights: list[Tensor], attend) -> Tensor:
+        x, gated, linear_out = self.until_last_product(x, weights, attend)
+        return x + linear_out(gated)
 
-    def run(self, x: Tensor, weights: list[Tensor]) -> Tensor:
-        """x: [Q, N, dim] -> [Q, N, dim]."""
-        x, hidden, linear_out = self.until_last_product(x, weights)
-        return x + linear_out(hidden)
-
-    def until_last_product(self, x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, _Linears]:
+    def until_last_product(self, x: Tensor, weights: list[Tensor], attend) -> tuple[Tensor, Tensor, _Linears]:
         """What the result is the sum of: a residual, and the product of the gated channels with the last weights."""
-        steps, heads = len(x), self.self_attn.num_heads
         alpha1, alpha2, *rest = weights
-        each, scaling = len(rest) // 4, getattr(self.self_attn.in_projs[0], "scaling", 0.0)
-        linears = [_Linears(*rest[i : i + each]) for i in range(0, len(rest), each)]
-        in_proj, out_proj, linear_in, linear_out = (linear._replace(scaling=scaling) for linear in linears)
+        parts, scaling = len(rest) // 4, getattr(self.self_attn.in_projs[0], "scaling", 0.0)
+        linears = [_Linears(*rest[i : i + parts])._replace(scaling=scaling) for i in range(0, len(rest), parts)]
+        in_proj, out_proj, linear_in, linear_out = linears
+        qkv = in_proj(_rms_norm(x, alpha1, self.norm1.eps))
+        x = x + out_proj(attend(qkv, self.self_attn.num_heads))
+        activated, linear = linear_in(_rms_norm(x, alpha2, self.norm2.eps)).chunk(2, -1)
+        return x, F.silu(activated) * linear, linear_out
 
-        qkv = in_proj(_rms_norm(x, alpha1, self.norm1.eps)).unflatten(-1, (3, heads, -1))  # [Q, N, 3, H, head_dim]
-        q, k, v = qkv.permute(2, 1, 3, 0, 4).flatten(1, 2)  # [N * H, Q, head_dim] each
-        # By hand: on sequences of 16 steps the backward pass of CPU's flash attention takes 12 times as long.
-        future = torch.full((steps, steps), -math.inf, device=x.device).triu(1)
-        scores = torch.add(future, torch.bmm(q, k.mT), alpha=q.shape[-1] ** -0.5)  # float32
-        y = torch.bmm(scores.softmax(-1).to(x.dtype), v)
-        x = x + out_proj(y.unflatten(0, (-1, heads)).permute(2, 0, 1, 3).flatten(2))
-        return x, _gate(linear_in(_rms_norm(x, alpha2, self.norm2.eps))), linear_out
-
-    @property
-    def width(self) -> int:
-        """Elements of the widest activation of a frame."""
-        return len(self.gating) * self.gating[0].linear_in.out_features
+    def chunks(self, x: Tensor, attend) -> tuple[Tensor, ...]:
+        """Cuts x [Q, N, dim] into chunks of rows that do not attend to each other."""
+        return _chunks(x, len(x) * self.gatings[0].linear_in.out_features, GATED_PER_CHUNK, attend.rows)
 
 
 class _InChunks(torch.autograd.Function):
-    """A depformer layer, one chunk of frames after the other. The backward pass computes each chunk again, so that
-    between the passes only x is kept and the steps' weights are stacked for one layer at a time."""
+    """A layer, one chunk of rows after the other. The backward pass computes each chunk again, so that between the
+    passes only x is kept, and the depformer's weights are stacked for one layer at a time."""
 
     @staticmethod
-    def forward(ctx, layer: DepformerLayer, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.layer = layer
+    def forward(ctx, layer: TrainingLayer, attend, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.layer, ctx.attend = layer, attend
         ctx.save_for_backward(x)
         weights = layer.weights(x.dtype)
-        return torch.cat([layer.run(chunk, weights) for chunk in _chunks(x, layer.width, GATED_PER_CHUNK)], 1)
+        return torch.cat([layer.run(chunk, weights, attend) for chunk in layer.chunks(x, attend)], 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        layer, (x,) = ctx.layer, ctx.saved_tensors
+        layer, attend, (x,) = ctx.layer, ctx.attend, ctx.saved_tensors
         with torch.enable_grad():
             weights = layer.weights(x.dtype)
             leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
             trained = [leaf for leaf in leaves if leaf.requires_grad]
             dx, totals = [], [None] * len(trained)
-            for chunk, dchunk in zip(*(_chunks(t, layer.width, GATED_PER_CHUNK) for t in (x, dy))):
+            for chunk, dchunk in zip(layer.chunks(x, attend), layer.chunks(dy, attend)):
                 chunk = chunk.detach().requires_grad_()
-                residual, hidden, linear_out = layer.until_last_product(chunk, leaves)
-                ends = [residual, linear_out.unread(hidden)]
+                residual, gated, linear_out = layer.until_last_product(chunk, leaves, attend)
+                ends = [residual, linear_out.unread(gated)]
                 dchunk, *parts = torch.autograd.grad(ends, [chunk, *trained], [dchunk, dchunk])
                 dx.append(dchunk)
                 totals = _accumulate(totals, parts)
@@ -404,7 +397,7 @@ class _InChunks(torch.autograd.Function):
             stacked = [weight for weight in weights if weight.requires_grad]
             dstacked = [total.to(weight.dtype) for total, weight in zip(totals, stacked)]
             gradients = iter(torch.autograd.grad(stacked, parameters, dstacked))
-        return None, torch.cat(dx, 1), *(next(gradients) if p.requires_grad else None for p in layer.parameters())
+        return None, None, torch.cat(dx, 1), *(next(gradients) if p.requires_grad else None for p in layer.parameters())
 
 
 class TrainingLM(nn.Module):
@@ -422,10 +415,8 @@ class TrainingLM(nn.Module):
         _check_architecture(lm)
         self.lm = lm
         self.gradient_checkpointing = gradient_checkpointing
-        for layer in lm.transformer.layers:
-            layer.__class__ = TemporalLayer
-        for layer in lm.depformer.layers:
-            layer.__class__ = DepformerLayer
+        for layer in [*lm.transformer.layers, *lm.depformer.layers]:
+            layer.__class__ = TrainingLayer
 
     def forward(
         self,
@@ -461,10 +452,11 @@ class TrainingLM(nn.Module):
             replaced = torch.arange(positions, device=device) < prompt_lengths.to(device)[:, None]
             prompt = torch.where(replaced[..., None], prompt_embeddings.to(x), x[:, :positions])
             x = torch.cat([prompt, x[:, positions:]], 1)
-        attention = Attention.of(lm, x.shape[1], device)
+        attend = TemporalAttention.of(lm, x.shape[1], device)
+        x = x.view(1, -1, lm.dim)
         for layer in lm.transformer.layers:
-            x = layer(x, attention=attention, checkpointing=self.gradient_checkpointing)
-        x = _rms_norm(x, lm.out_norm.alpha, lm.out_norm.eps).flatten(0, 1)  # [B * T, dim]
+            x = layer(x, attend=attend, checkpointing=self.gradient_checkpointing)
+        x = _rms_norm(x[0], lm.out_norm.alpha, lm.out_norm.eps)  # [B * T, dim]
 
         text_head = _Linears.of([lm.text_linear], x.dtype)
         words = text_head.loss(x.index_select(0, plan.word_rows)[None], plan.word_targets)
@@ -490,7 +482,7 @@ class TrainingLM(nn.Module):
         embedded = torch.stack([embedding(token) for embedding, token in zip(embeddings, tokens)])
         y = embedded + _Linears.of(lm.depformer_in, x.dtype).fan_out(x)
         for layer in lm.depformer.layers:
-            y = layer(y, steps_first=True, checkpointing=self.gradient_checkpointing)
+            y = layer(y, attend=DepformerAttention(), checkpointing=self.gradient_checkpointing)
         return y
 
 

@@ -103,11 +103,13 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor, name: str = "", tolera
     assert difference <= tolerance * max(theirs.abs().max().item(), 1e-6), f"{name}: {difference}"
 
 
-def assert_equal_to_stock(lm: LMModel, codes, mask, checkpointing: bool, **forward):
+def assert_equal_to_stock(lm: LMModel, codes, mask, checkpointing: bool) -> dict[str, torch.Tensor]:
     stock = copy.deepcopy(lm)
     expected, hits = stock_losses(stock, codes, mask)
     expected_gradients = gradients(stock, expected)
-    losses = TrainingLM(lm, gradient_checkpointing=checkpointing)(codes, mask, **forward)
+    losses = TrainingLM(lm, gradient_checkpointing=checkpointing)(codes, mask)
+    with torch.no_grad():
+        assert torch.allclose(TrainingLM(lm, checkpointing)(codes, mask).ce, losses.ce)
     assert losses.ce.dtype == losses.correct.dtype == torch.float32
     assert_same(losses.ce, expected, "losses")
     assert torch.equal(losses.correct, hits.float())
@@ -189,6 +191,17 @@ def test_target_counts_are_those_of_the_stock_masks(dep_q):
     text = out.text_mask[:, 0] & mask
     expected = [(text & ~padding).sum(), (text & padding).sum(), *(out.mask & mask[:, None]).sum((0, 2))]
     assert count_targets(codes, mask, DELAYS, dep_q).tolist() == [int(n) for n in expected]
+
+
+def test_padding_behind_a_shorter_window_changes_nothing():
+    codes, _ = random_batch()
+    mask = torch.ones(B, T, dtype=torch.bool)
+    codes[1, :, 15:], mask[1, 15:] = -1, False
+    training = TrainingLM(tiny_lm(16), gradient_checkpointing=False)
+    apart = [(codes[:1], mask[:1]), (codes[1:, :, :15], mask[1:, :15])]
+    assert_same(training(codes, mask).ce, sum(training(*window).ce for window in apart))
+    counts = sum(count_targets(*window, DELAYS, 16) for window in apart)
+    assert torch.equal(count_targets(codes, mask, DELAYS, 16), counts)
 
 
 def test_a_plan_made_beforehand_gives_the_same():
