@@ -1010,6 +1010,7 @@ th { color: var(--muted); font-weight: 500; font-size: 12.5px; white-space: nowr
 .numbers td:first-child, .numbers th:first-child, .second td:nth-child(2), .second th:nth-child(2) {
   text-align: left; }
 .numbers td:first-child, .numbers th:first-child { position: sticky; left: 0; background: var(--card); }
+.settings td:first-child, .settings td:nth-child(3) code { white-space: nowrap; }
 .settings td:last-child { color: var(--muted); min-width: 200px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; margin: 8px 0; padding: 12px 16px; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
