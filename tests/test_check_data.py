@@ -366,7 +366,7 @@ MISTAKES = [
     (swapped, "swapped"), (bleeding, "bleeding"), (clipped, "clipping"), (silent_user, "silent user"),
     (silent_agent, "silent agent"), (overstated, "duration"), (understated, "duration"), (not_quite, "off"),
     (truncated, "duration"), (no_json, "no words file"), (json_garbage, "bad words file"),
-    (json_binary, "bad words file"), (json_list, "bad words file"), (json_nested, "failed"),
+    (json_binary, "bad words file"), (json_list, "bad words file"), (json_nested, "bad words file"),
     (no_alignments, "bad words file"), (malformed, "bad words file"), (nan_times, "bad words file"),
     (no_words, "no words"), (other_speakers, "no words"), (unsorted, "unsorted"), (past_the_end, "past the end"),
     (odd_times, "odd times"), (crowded, "crowded"), (late, "late"), (cut_short, "cut"), (script_unknown, "script"),
@@ -376,7 +376,7 @@ MISTAKES = [
     (voice_stale, "voice"), (own_voice, "own voice"), (no_stretch, "no stretch"), (not_json, "line"),
     (no_duration, "line"), (negative_duration, "line"), (endless_duration, "line"), (text_duration, "line"),
     (leaves_the_folder, "line"), (no_codes, "codes"), (null_byte, "missing"), (odd_names, "missing"),
-    (endless_name, "missing"), (root, "unreadable"), (twice, "duplicate"), (copied, "duplicate"),
+    (endless_name, "missing"), (root, "line"), (twice, "duplicate"), (copied, "duplicate"),
 ]  # fmt: skip
 # What a mistake brings along, and says no less.
 ALSO = {

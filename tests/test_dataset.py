@@ -420,7 +420,7 @@ def test_bad_files_are_left_out_and_named(world, parts, tmp_path, workers):
 
 def test_a_batch_of_bad_files_only_has_no_targets_and_still_a_shape():
     batch = collate([], ["bad"], DELAYS, 16)
-    assert batch.codes.shape == (1, 17, 2) and int(batch.counts.sum()) == 0 and len(batch.plan.text_rows) == 1
+    assert batch.codes.shape == (1, 17, 2) and int(batch.counts.sum()) == 0 and len(batch.plan.word_rows) == 1
 
 
 def test_padding_is_no_target():
