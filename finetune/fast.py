@@ -32,10 +32,11 @@ from finetune.cli import UserError
 
 TEXT_PADDING_IDS = (0, 3)  # EPAD and PAD of Moshi's text tokenizer
 NO_TARGET = -1  # also moshi's zero token: it embeds to 0 and never carries loss
-# What exists at a time: on a CPU what its caches hold, elsewhere enough for few launches. (On a CPU also because malloc
-# maps blocks from 32 MiB on afresh: their page faults were a quarter of a step with windows of 1,250 frames.)
+# What exists at a time. On a CPU what its caches hold (also because malloc maps blocks from 32 MiB on afresh: page
+# faults were a quarter of a step at windows of 1,250 frames), elsewhere a quarter of a large batch, for few launches.
 LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**25}  # elements, in fp32
-GATED_PER_CHUNK = {"cpu": 2**23, "cuda": 2**29}  # elements of a layer's widest activation
+GATED_PER_CHUNK = {"cpu": 2**23, "cuda": 2**26}  # elements of the widest activation of a depformer layer
+MOST_CHUNKS = {"cpu": 2**20, "cuda": 4}
 
 
 class Losses(NamedTuple):
@@ -102,10 +103,15 @@ def _at_least_one(rows: Tensor) -> Tensor:
     return rows if len(rows) else rows.new_zeros(1)
 
 
-def _chunks(x: Tensor, width: int, limits: dict[str, int], unit: int = 1) -> tuple[Tensor, ...]:
-    """Cuts x [Q, N, ...] along N into equal pieces of whole units, each within the limit at `width` elements a row."""
-    pieces = -(-width * x.shape[1] // limits.get(x.device.type, limits["cuda"]))
-    return x.split(-(-x.shape[1] // unit // pieces) * unit, 1)
+def _chunks(x: Tensor, width: int, limits: dict[str, int]) -> tuple[Tensor, ...]:
+    """Cuts x [Q, N, ...] along N into equal pieces, each within the limit at `width` elements a row."""
+    device = "cpu" if x.device.type == "cpu" else "cuda"
+    pieces = min(MOST_CHUNKS[device], -(-width * x.shape[1] // limits[device]))
+    return x.split(-(-x.shape[1] // pieces), 1)
+
+
+def _joined(chunks: list[Tensor]) -> Tensor:
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1)
 
 
 def _accumulate(totals: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -217,6 +223,28 @@ def _product_gradients(
     return gradients
 
 
+class _Gate(torch.autograd.Function):
+    """silu of the first half of the channels times the second. The widest activations of a layer are here, and autograd
+    would keep one and make two more of them than this does."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        activated, linear = x.chunk(2, -1)
+        return F.silu(activated).mul_(linear)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        activated, linear = x.chunk(2, -1)
+        dx = torch.empty_like(x)
+        dactivated, dlinear = dx.chunk(2, -1)
+        torch.mul(dy, F.silu(activated), out=dlinear)
+        torch.ops.aten.silu_backward.grad_input(dy * linear, activated, grad_input=dactivated)
+        return dx
+
+
 class _HeadLoss(torch.autograd.Function):
     """Cross-entropy of linear heads. The gradient of a sum is known but for one factor as soon as its logits are, so it
     is computed then, for one chunk of rows after the other: logits are neither kept nor computed twice. Rows without
@@ -279,13 +307,9 @@ class TemporalAttention:
             mask = (distance >= 0) & (distance < attention.context)
         return cls(torch.polar(torch.ones_like(angle), angle)[:, None, None], mask)
 
-    @property
-    def rows(self) -> int:
-        return len(self.rotation)
-
     def __call__(self, qkv: Tensor, heads: int) -> Tensor:
         """qkv: [1, B * T, 3 * dim] -> [1, B * T, dim]."""
-        x = qkv.view(-1, self.rows, 3, heads, qkv.shape[-1] // (3 * heads))
+        x = qkv.view(-1, len(self.rotation), 3, heads, qkv.shape[-1] // (3 * heads))
         # Rotated in fp32, as moshi does. On a CPU flash attention is faster in it as well.
         dtype = torch.float32 if x.device.type == "cpu" else x.dtype
         pairs = torch.view_as_complex(x[:, :, :2].float().unflatten(-1, (-1, 2))) * self.rotation
@@ -297,8 +321,6 @@ class TemporalAttention:
 
 class DepformerAttention:
     """Of N frames, over their Q steps."""
-
-    rows = 1
 
     def __call__(self, qkv: Tensor, heads: int) -> Tensor:
         """qkv: [Q, N, 3 * dim] -> [Q, N, dim]."""
@@ -356,12 +378,12 @@ class TrainingLayer(StreamingTransformerLayer):
         in_proj, out_proj, linear_in, linear_out = linears
         qkv = in_proj(_rms_norm(x, alpha1, self.norm1.eps))
         x = x + out_proj(attend(qkv, self.self_attn.num_heads))
-        activated, linear = linear_in(_rms_norm(x, alpha2, self.norm2.eps)).chunk(2, -1)
-        return x, F.silu(activated) * linear, linear_out
+        return x, _Gate.apply(linear_in(_rms_norm(x, alpha2, self.norm2.eps))), linear_out
 
-    def chunks(self, x: Tensor, attend) -> tuple[Tensor, ...]:
-        """Cuts x [Q, N, dim] into chunks of rows that do not attend to each other."""
-        return _chunks(x, len(x) * self.gatings[0].linear_in.out_features, GATED_PER_CHUNK, attend.rows)
+    def chunks(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The depformer's frames are independent. Temporal layers, with fewer activations, stay whole."""
+        width = len(x) * self.gatings[0].linear_in.out_features
+        return (x,) if len(x) == 1 else _chunks(x, width, GATED_PER_CHUNK)
 
 
 class _InChunks(torch.autograd.Function):
@@ -373,7 +395,7 @@ class _InChunks(torch.autograd.Function):
         ctx.layer, ctx.attend = layer, attend
         ctx.save_for_backward(x)
         weights = layer.weights(x.dtype)
-        return torch.cat([layer.run(chunk, weights, attend) for chunk in layer.chunks(x, attend)], 1)
+        return _joined([layer.run(chunk, weights, attend) for chunk in layer.chunks(x)])
 
     @staticmethod
     @once_differentiable
@@ -384,7 +406,7 @@ class _InChunks(torch.autograd.Function):
             leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
             trained = [leaf for leaf in leaves if leaf.requires_grad]
             dx, totals = [], [None] * len(trained)
-            for chunk, dchunk in zip(layer.chunks(x, attend), layer.chunks(dy, attend)):
+            for chunk, dchunk in zip(layer.chunks(x), layer.chunks(dy)):
                 chunk = chunk.detach().requires_grad_()
                 residual, gated, linear_out = layer.until_last_product(chunk, leaves, attend)
                 ends = [residual, linear_out.unread(gated)]
@@ -397,7 +419,7 @@ class _InChunks(torch.autograd.Function):
             stacked = [weight for weight in weights if weight.requires_grad]
             dstacked = [total.to(weight.dtype) for total, weight in zip(totals, stacked)]
             gradients = iter(torch.autograd.grad(stacked, parameters, dstacked))
-        return None, None, torch.cat(dx, 1), *(next(gradients) if p.requires_grad else None for p in layer.parameters())
+        return None, None, _joined(dx), *(next(gradients) if p.requires_grad else None for p in layer.parameters())
 
 
 class TrainingLM(nn.Module):
