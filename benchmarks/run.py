@@ -17,7 +17,7 @@ from finetune.cli import Parser, run
 
 COMMANDS = {
     "Training step": ["benchmarks.step", "--no-stock"],
-    "Training step against moshi's own": ["benchmarks.step", "--frames", "250", "--repeats", "3"],
+    "Training step against moshi's own": ["benchmarks.step", "--frames", "250", "--repeats", "5"],
     "Loading": ["benchmarks.loading"],
     "Encoding": ["benchmarks.precompute", "--scale", "0.1", "--only", "speed", "equality"],
     "Word times": ["benchmarks.annotate", "--repeats", "1"],
