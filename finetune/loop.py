@@ -238,7 +238,7 @@ class Interval:
             "frames_per_sec": frames * world.size / seconds,
             "loss_frames_share": frames / max(slots, 1),
             "data_wait": waited / seconds,
-            "step_sec": self.seconds,
+            "interval_sec": self.seconds,
             "text_tokens_dropped": int(dropped),
             "words_late": int(late),
         }

@@ -426,9 +426,9 @@ def headline(run: Run) -> str:
 
 
 def clock(run: Run) -> dict[str, float]:
-    """Seconds that were spent, by what for; `step_sec` of a row is that of all steps since the row before."""
-    waiting = sum((row.get("step_sec") or 0) * (row.get("data_wait") or 0) for row in run.train)
-    training = sum(values_of(run.train, "step_sec"))
+    """Seconds that were spent, by what for; `interval_sec` of a row is that of all steps since the row before."""
+    waiting = sum((row.get("interval_sec") or 0) * (row.get("data_wait") or 0) for row in run.train)
+    training = sum(values_of(run.train, "interval_sec"))
     return {
         "training": training,
         "computing": training - waiting,
@@ -439,7 +439,7 @@ def clock(run: Run) -> dict[str, float]:
 
 
 def dialogue_hours(run: Run) -> float:
-    frames = sum((row.get("frames_per_sec") or 0) * (row.get("step_sec") or 0) for row in run.train)
+    frames = sum((row.get("frames_per_sec") or 0) * (row.get("interval_sec") or 0) for row in run.train)
     return frames / FRAME_RATE / 3600
 
 
@@ -545,7 +545,7 @@ def arithmetic(run: Run) -> tuple[str, str]:
         text = f"{consumed:,} windows up to the checkpoint of step {step:,}"
         epoch = sum(source.windows for source in run.sources("data.train_data"))
         facts.append(("read", text + (f" = {consumed / epoch:.2f} epochs of {epoch:,}" if epoch else "")))
-    tokens = sum((row.get("tokens_per_sec") or 0) * (row.get("step_sec") or 0) for row in run.train)
+    tokens = sum((row.get("tokens_per_sec") or 0) * (row.get("interval_sec") or 0) for row in run.train)
     if tokens:
         facts.append(("tokens", f"{tokens:,.0f} (17 a frame, prompts included)"))
         facts.append(("dialogue", f"{number(dialogue_hours(run))} h of frames that carry loss"))

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,7 +18,11 @@ README = (ROOT / "README.md").read_text()
 
 def test_a_wheel_holds_every_module(tmp_path):
     """What a non-editable install gets: the scripts and all subpackages."""
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+    copy = tmp_path / "copy"  # a build leaves files behind
+    shutil.copytree(ROOT / "finetune", copy / "finetune")
+    for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md"):
+        shutil.copy(path, copy)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy]
     subprocess.run(list(map(str, build)), check=True, capture_output=True)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "finetune").rglob("*.py")}

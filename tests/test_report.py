@@ -173,7 +173,7 @@ def test_arithmetic_and_data_are_those_of_the_run(real, world):
     assert f"4 windows up to the checkpoint of step 2 = {4 / windows:.2f} epochs of {windows:,}" in text
     assert f"{len(lines):,} {hours:.2f} {windows:,}" in text
     frames = sum(
-        row["frames_per_sec"] * row["step_sec"] for row in read_rows(run / "metrics.train.jsonl") if "lr" in row
+        row["frames_per_sec"] * row["interval_sec"] for row in read_rows(run / "metrics.train.jsonl") if "lr" in row
     )
     assert f"{report.number(frames / 12.5 / 3600)} h of frames that carry loss" in text
     assert "lora.safetensors" in text and "optim.lr 0.001 0.0001 Peak learning rate." in text
@@ -321,7 +321,7 @@ def test_sound_beyond_the_budget_is_named(tmp_path, monkeypatch):
 
 def test_a_long_run_stays_a_small_page_with_true_means(tmp_path):
     rng = np.random.default_rng(0)
-    first = row(1, lr=1e-5, tokens_per_sec=1e4, step_sec=2.0)
+    first = row(1, lr=1e-5, tokens_per_sec=1e4, interval_sec=2.0)
     rows = [{k: v * rng.uniform(0.5, 1.5) for k, v in first.items()} | {"step": step} for step in range(1, 4001)]
     write_rows(tmp_path, "train", rows)
     path = report.write_report(tmp_path)
