@@ -404,7 +404,7 @@ def test_each_mistake_is_found_with_its_line_and_a_remedy(corpus, break_it, kind
 
 
 def test_every_kind_of_mistake_has_a_test():
-    elsewhere = {"leak", "mixed", "shared json", "no agent", "unheard"}
+    elsewhere = {"leak", "mixed", "shared json", "no agent", "unheard", "failed"}  # the last: nothing known causes it
     assert {kind for _, kind in MISTAKES} | elsewhere == set(KINDS)
     assert all(kind.remedy and kind.level in (ERROR, WARNING, NOTE) for kind in KINDS.values())
 
