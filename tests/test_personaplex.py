@@ -161,8 +161,8 @@ def test_teacher_forced_equals_streaming(with_embeddings, tmp_path):
     columns = torch.tensor(Runtime().run([*engine_frames(voice, text, dialogue), [0] * 17]).inputs)
     streamed = []
     with torch.no_grad(), lm.streaming(1):
-        for now, following in itertools.pairwise(columns):
-            out, text_logits = lm.forward_text(now.view(1, 17, 1))
+        for column, following in itertools.pairwise(columns):
+            out, text_logits = lm.forward_text(column.view(1, 17, 1))
             losses = [F.cross_entropy(text_logits[0, 0], following[:1])]
             with lm.depformer.streaming(1):
                 for k in range(DEP_Q):
