@@ -7,6 +7,8 @@ import contextlib
 import datetime
 import os
 import subprocess
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -101,6 +103,31 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def fresh_store(rank: int, size: int) -> dist.Store:
+    """The store that the environment names (MASTER_ADDR, MASTER_PORT), under a prefix that only this start has.
+
+    torchrun keeps its store over restarts (torch 2.9, `_create_c10d_store`), where gloo and nccl would find the
+    addresses of processes that are dead. Nothing in the environment numbers the starts of all nodes alike: of several
+    torchruns only those whose worker failed count a restart. So rank 0 invents the prefix, tells it to the process
+    that each rank is now, and waits until all have answered; a name left by a dead one is never answered.
+    """
+    store = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))[0]
+    store.set_timeout(TIMEOUT)
+    own = uuid.uuid4().hex
+    store.set(f"finetune/process/{rank}", own)
+    if rank:
+        start = store.get(f"finetune/start/{own}").decode()
+        store.set(f"finetune/{start}/{rank}", "")
+    else:
+        start, waiting = own, set(range(1, size))
+        while waiting:
+            for peer in waiting:
+                store.set(f"finetune/start/{store.get(f'finetune/process/{peer}').decode()}", start)
+            time.sleep(0.02)
+            waiting = {peer for peer in waiting if not store.check([f"finetune/{start}/{peer}"])}
+    return dist.PrefixStore(start, store)
+
+
 @contextlib.contextmanager
 def session(device: str = "auto") -> Iterator[World]:
     """The process group for the length of a run. A rank that raises leaves without waiting for the others."""
@@ -109,7 +136,7 @@ def session(device: str = "auto") -> Iterator[World]:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-    store = dist.HashStore() if size == 1 else None
+    store = dist.HashStore() if size == 1 else fresh_store(rank, size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield World(rank, size, local_rank, local_size, where)

@@ -41,9 +41,11 @@ def run_all(commands, env=None, timeout=150):
         )
         for command, own in zip(commands, env or [{}] * len(commands))
     ]  # fmt: skip
+    outputs = []
     for process in processes:
-        output = process.communicate(timeout=timeout)[0]
-        assert process.returncode == 0, output
+        outputs.append(process.communicate(timeout=timeout)[0])
+        assert process.returncode == 0, outputs[-1]
+    return "".join(outputs)
 
 
 def test_two_nodes_with_hybrid_sharding(world, tmp_path, alone):
@@ -55,6 +57,34 @@ def test_two_nodes_with_hybrid_sharding(world, tmp_path, alone):
     ]  # fmt: skip
     run_all([agent, agent])
     torch.testing.assert_close(numbers(tmp_path / "run"), alone, rtol=2e-5, atol=1e-6)
+
+
+DIES_ONCE = """
+import os, signal, sys, torch
+from pathlib import Path
+from finetune.distributed import session
+died = Path(sys.argv[1])
+with session("cpu") as world:
+    total = world.sum(torch.ones(1))
+    if world.rank == 1 and not died.exists():
+        died.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("rank", world.rank, "counts", int(world.sum(total)), "after restart", os.environ["TORCHELASTIC_RESTART_COUNT"])
+"""
+
+
+def test_a_restart_does_not_meet_the_dead(tmp_path):
+    """torchrun's store still names the addresses of the processes before."""
+    script = tmp_path / "script.py"
+    script.write_text(DIES_ONCE)
+    agent = [
+        "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d",
+        "--rdzv-id=test", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1", script,
+        tmp_path / "died",
+    ]  # fmt: skip
+    output = run_all([agent, agent], [{"PYTHONPATH": str(ROOT)}] * 2, timeout=90)
+    ends = sorted(line for line in output.splitlines() if line.startswith("rank"))
+    assert [end.rpartition(" after")[0] for end in ends] == ["rank 0 counts 4", "rank 1 counts 4"], output
 
 
 def test_srun_without_torchrun_and_no_sharding(world, tmp_path, alone):

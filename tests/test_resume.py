@@ -174,7 +174,6 @@ def test_a_signal_saves_and_the_same_command_goes_on(straight, world, tmp_path, 
     assert_same_end(tmp_path / "run", straight)
 
 
-@pytest.mark.restart
 def test_a_killed_rank_is_restarted_and_the_end_is_the_same(straight, world, tmp_path):
     config = write_config(tmp_path, world, **SETTINGS | {"batch_size": 1, "ckpt_freq": 1})
     process = start("train_personaplex.py", config, processes=2, restarts=2)
