@@ -142,7 +142,7 @@ def finished(item: Item, mimi_fingerprint: str) -> float | None:
         return None
     try:
         entry = codec.load_codes(Path(item.codes))
-        codec.check(entry, None, mimi_fingerprint, Path(item.path))
+        codec.check(entry, None, mimi_fingerprint, Path(item.path), thorough=True)
         return entry["duration"]
     except UserError:
         return None
@@ -156,19 +156,20 @@ class Reader:
 
     Attributes:
         samples: how many have been given out, at 24 kHz, per channel.
-        fingerprint: of the file, taken before it was read.
+        fingerprint, stamp: of the file, taken before it was read.
     """
 
     def __init__(self, item: Item, pool: ThreadPoolExecutor, bar: Progress):
         self.item = item
         self.samples = 0
-        self.fingerprint = ""
+        self.fingerprint, self.stamp = "", {}
         self._pool, self._bar = pool, bar
         self._pieces = self._read()
         self._next = pool.submit(next, self._pieces, None)
 
     def _read(self) -> Iterator[np.ndarray]:
-        self.fingerprint = codec.audio_fingerprint(Path(self.item.path))
+        path = Path(self.item.path)
+        self.fingerprint, self.stamp = codec.audio_fingerprint(path), codec.audio_stamp(path)
         channels = audio.probe(self.item.path).channels
         if channels != CHANNELS:
             raise UserError(f"{self.item.path}: has {channels} channel(s); training needs agent left, user right")
@@ -247,7 +248,7 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
                         if isinstance(result, UserError):
                             raise result
                         same_speaker_file(codes).unlink(missing_ok=True)  # of what the file was before
-                        codec.save_codes(codes, result, seconds, fingerprint, reader.fingerprint)
+                        codec.save_codes(codes, result, seconds, fingerprint, reader.fingerprint, reader.stamp)
                     except (UserError, OSError) as error:
                         failures.add(codes, sentence(item, error))
                         bar.set_postfix_str(f"{len(failures)} failed")

@@ -98,7 +98,9 @@ def main() -> int:
         lost += max(0, steps[-1] - (after[-1][0] if after else 0))
         newest = after[-1][0] if after else "none"
         print(f"kill {kill + 1}: at step {steps[-1]}, newest checkpoint {newest}", flush=True)
-    subprocess.run(command(folder, folder / "killed", args.steps), check=True, capture_output=True, env=env)
+    last = subprocess.run(command(folder, folder / "killed", args.steps), capture_output=True, text=True, env=env)
+    if last.returncode:
+        raise UserError(f"after {kill + 1} kills the run folder is unusable: {last.stderr[-2000:]}")
     same = losses(folder / "killed") == losses(folder / "straight")
     ours, theirs = adapters(folder / "killed"), adapters(folder / "straight")
     same_end = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
@@ -49,7 +50,7 @@ PERSONAPLEX = Spec("personaplex", "nvidia/personaplex-7b-v1", dep_q=DEP_Q, promp
 class Checkpoint:
     """The files of a pretrained model: a hub repository (from the local cache without a network) or a folder.
 
-    Nothing but config.json is fetched before it is asked for, so that Mimi alone does not cost 16 GB.
+    Nothing is fetched before it is asked for, so that Mimi alone does not cost 16 GB.
 
     Attributes:
         source: repository id or folder.
@@ -61,21 +62,27 @@ class Checkpoint:
         self.source = source
         self._files = files
         self._folder = Path(source) if Path(source).is_dir() else None
-        config = Path(config_path) if config_path else self._find("config.json", required=False)
-        self.raw_config: dict = {}
-        if config is not None:
-            try:
-                self.raw_config = json.loads(config.read_text())
-            except (OSError, ValueError) as error:
-                raise UserError(f"{config}: not readable as JSON ({error})") from None
+        self._config_path = config_path
+
+    @cached_property
+    def raw_config(self) -> dict:
+        config = Path(self._config_path) if self._config_path else self._find("config.json", required=False)
+        if config is None:
+            return {}
+        try:
+            return json.loads(config.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{config}: not readable as JSON ({error})") from None
+
+    @cached_property
+    def lm_config(self) -> dict:
         lm_config = {k: v for k, v in self.raw_config.items() if k not in _NOT_LM}
         # The hub's PersonaPlex config names the type only; Moshiko's first release had no config at all.
         if "dim" not in lm_config:
             lm_config = dict(loaders._lm_kwargs) | lm_config
             if self.raw_config.get("model_type") == "personaplex":
                 lm_config["dep_q"] = DEP_Q
-        lm_config.pop("depformer_causal", None)
-        self.lm_config = lm_config
+        return lm_config
 
     def _find(self, name: str, required: bool = True) -> Path | None:
         if self._folder is not None:
@@ -129,8 +136,14 @@ class Checkpoint:
             return None
 
     def mimi_config(self) -> dict | None:
-        """Arguments of a Mimi that is not the standard one; None for that."""
-        name = self.raw_config.get("mimi_config_name")
+        """Arguments of a Mimi that is not the standard one; None for that, also where Mimi's file is given and the rest
+        cannot be reached: with --mimi-path nothing else is needed."""
+        try:
+            name = self.raw_config.get("mimi_config_name")
+        except UserError:
+            if not self._files.get("mimi_path"):
+                raise
+            name = None
         if name is None:
             return None
         return json.loads(self.file("mimi_config", "mimi_config_name", name).read_text())

@@ -69,7 +69,7 @@ with session("cpu") as world:
     if world.rank == 1 and not died.exists():
         died.write_text("")
         os.kill(os.getpid(), signal.SIGKILL)
-    print("rank", world.rank, "counts", int(world.sum(total)), "after restart", os.environ["TORCHELASTIC_RESTART_COUNT"])
+    print("rank", world.rank, "counts", int(world.sum(total)))
 """
 
 
@@ -84,7 +84,7 @@ def test_a_restart_does_not_meet_the_dead(tmp_path):
     ]  # fmt: skip
     output = run_all([agent, agent], [{"PYTHONPATH": str(ROOT)}] * 2, timeout=90)
     ends = sorted(line for line in output.splitlines() if line.startswith("rank"))
-    assert [end.rpartition(" after")[0] for end in ends] == ["rank 0 counts 4", "rank 1 counts 4"], output
+    assert ends == ["rank 0 counts 4", "rank 1 counts 4"], output
 
 
 def test_srun_without_torchrun_and_no_sharding(world, tmp_path, alone):

@@ -157,7 +157,17 @@ def test_folders_say_what_they_lack(tmp_path):
     with pytest.raises(UserError, match=r"holds no model.safetensors \(it holds notes.txt\)"):
         open_checkpoint(str(tmp_path)).moshi_weights()
     with pytest.raises(UserError, match="neither a local folder nor a repository"):
-        open_checkpoint("not a repo at all")
+        open_checkpoint("not a repo at all").lm_config
+
+
+def test_mimi_alone_needs_no_hub(tmp_path):
+    """With a file given, an unreachable repository (tests run offline) means the standard Mimi."""
+    weights = tmp_path / "mimi.safetensors"
+    weights.write_bytes(b"")
+    checkpoint = open_checkpoint("kyutai/not-in-the-cache", mimi_path=str(weights))
+    assert checkpoint.mimi_weights() == weights and checkpoint.mimi_config() is None
+    with pytest.raises(UserError, match="cannot be reached"):
+        open_checkpoint("kyutai/not-in-the-cache").mimi_config()
 
 
 def test_loading_holds_one_copy_and_a_tensor(tmp_path):

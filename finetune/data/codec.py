@@ -14,9 +14,11 @@ float32, because TF32 changes far more codes than batching does.
 
 import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -37,7 +39,7 @@ CODEBOOKS = 8  # of Mimi's 32: what Moshi hears and says per channel (moshi/mode
 EXACT_LANES = 8  # on a CPU, where more gain nothing
 LANES = {"cpu": 32, "cuda": 64}  # of the plain batch
 _LANE_BYTES = 40 * 2**20  # of GPU memory, with the real Mimi: 16 MB are keys and values, the rest activations
-_COLLECT_FRAMES = 32  # codes stay on the device for so long: fetching them makes the host wait for it
+_COLLECT_FRAMES = {"cpu": 1, "cuda": 32}  # codes stay on the device for so long: fetching them makes the host wait
 # How often free lanes are filled. On a GPU a reset is some 250 launches, as long as half a frame: lanes share one.
 _REFILL_FRAMES = {"cpu": 1, "cuda": 8}
 
@@ -95,7 +97,7 @@ def encode_streams(
     """
     on_cuda = _device(mimi).type == "cuda"
     exact = not on_cuda if exact is None else exact
-    refill_frames = _REFILL_FRAMES["cuda" if on_cuda else "cpu"]
+    refill_frames, collect_frames = (each["cuda" if on_cuda else "cpu"] for each in (_REFILL_FRAMES, _COLLECT_FRAMES))
     recordings = (_Recording(index, source) for index, source in enumerate(sources))
     waiting = next(recordings, None)
     active: list[_Recording] = []
@@ -128,7 +130,7 @@ def encode_streams(
                     active.append(waiting)
                 waiting = next(recordings, None)
 
-            if len(made) == _COLLECT_FRAMES or (made and not active):
+            if len(made) == collect_frames or (made and not active):
                 _collect(made, ended + active)
             if not made:
                 yield from ((recording.index, recording.result()) for recording in ended)
@@ -343,19 +345,37 @@ def audio_fingerprint(path: Path) -> str:
 
     It costs the same for every length, so that training can check each file that it opens. A copy, a move or a new
     date do not change it; a file recorded, cut, resampled or made louder anew does. An edit that keeps the size and
-    falls between the blocks is not seen. Raises UserError if the file cannot be read.
+    falls between the blocks is not seen here, but by `check(thorough=True)`. Raises UserError if the file cannot be read.
     """
+    with _reading(path) as file:
+        size = file.seek(0, 2)
+        starts = range(0, size, _BLOCK)
+        if size > _BLOCKS * _BLOCK:
+            starts = [(size - _BLOCK) * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
+        digest = hashlib.sha256(str(size).encode())
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(_BLOCK))
+        return digest.hexdigest()[:16]
+
+
+def audio_stamp(path: Path) -> dict[str, str | int]:
+    """What a file of codes says of its source beside the fingerprint: a digest of all of it, and its date in ns.
+
+    Raises UserError if the file cannot be read.
+    """
+    with _reading(path) as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+        return {"audio_mtime_ns": os.fstat(file.fileno()).st_mtime_ns, "audio_sha256": digest.hexdigest()}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            starts = range(0, size, _BLOCK)
-            if size > _BLOCKS * _BLOCK:
-                starts = [(size - _BLOCK) * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
-            digest = hashlib.sha256(str(size).encode())
-            for start in starts:
-                file.seek(start)
-                digest.update(file.read(_BLOCK))
-            return digest.hexdigest()[:16]
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -368,12 +388,15 @@ FORMAT = 1
 _FIELDS = {"codes": Tensor, "frame_rate": float, "sample_rate": int, "duration": float, "mimi": str, "audio": str}
 
 
-def save_codes(path: Path, codes: Tensor, duration_sec: float, mimi_fingerprint: str, audio_fingerprint: str) -> None:
+def save_codes(
+    path: Path, codes: Tensor, duration_sec: float, mimi_fingerprint: str, audio_fingerprint: str,
+    stamp: dict[str, str | int] | None = None,
+) -> None:
     """Writes codes [channels, 8, frames] to a file in an existing folder, atomically.
 
     The file is `torch.save` of a dictionary: the codes as int16, "frame_rate" and "sample_rate" (Hz), "duration" (of
-    the audio, seconds), "mimi" and "audio" (fingerprints) and "format".
-    """
+    the audio, seconds), "mimi" and "audio" (fingerprints), "format", and what `audio_stamp` gave.
+    """  # fmt: skip
     entry = {
         "codes": codes.to(torch.int16).contiguous(),
         "frame_rate": FRAME_RATE,
@@ -382,6 +405,7 @@ def save_codes(path: Path, codes: Tensor, duration_sec: float, mimi_fingerprint:
         "mimi": mimi_fingerprint,
         "audio": audio_fingerprint,
         "format": FORMAT,
+        **(stamp or {}),
     }
     with replacing(path) as temporary:
         torch.save(entry, temporary)
@@ -415,10 +439,12 @@ def check(
     path: Path | None = None,
     mimi_fingerprint: str | None = None,
     audio_path: Path | None = None,
+    thorough: bool = False,
 ) -> None:
     """Raises UserError if codes (from `path`) were made by another codec, or of audio that has changed since.
 
-    What is None is not checked, nor is audio that is not there: training on codes does not need it.
+    What is None is not checked, nor is audio that is not there: training on codes does not need it. `thorough` reads
+    all of an audio file whose date is another: an edit in place may fall between the blocks of its fingerprint.
     """
     name = "codes" if path is None else str(path)
     if mimi_fingerprint is not None and entry["mimi"] != mimi_fingerprint:
@@ -428,7 +454,10 @@ def check(
         )
     if audio_path is not None and Path(audio_path).exists():
         now = audio_fingerprint(audio_path)
-        if entry["audio"] != now:
+        changed = entry["audio"] != now
+        if thorough and not changed and entry.get("audio_mtime_ns") not in (None, os.stat(audio_path).st_mtime_ns):
+            changed = entry["audio_sha256"] != audio_stamp(audio_path)["audio_sha256"]
+        if changed:
             raise UserError(
                 f"{name}: made of audio {entry['audio']}, and {audio_path} is now {now}: it has changed since; "
                 "run precompute_codes.py again"
