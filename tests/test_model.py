@@ -157,7 +157,7 @@ def test_folders_say_what_they_lack(tmp_path):
     with pytest.raises(UserError, match=r"holds no model.safetensors \(it holds notes.txt\)"):
         open_checkpoint(str(tmp_path)).moshi_weights()
     with pytest.raises(UserError, match="neither a local folder nor a repository"):
-        open_checkpoint("not a repo at all").lm_config
+        open_checkpoint("not a repo at all").moshi_weights()
 
 
 def test_mimi_alone_needs_no_hub(tmp_path):

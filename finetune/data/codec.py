@@ -345,7 +345,7 @@ def audio_fingerprint(path: Path) -> str:
 
     It costs the same for every length, so that training can check each file that it opens. A copy, a move or a new
     date do not change it; a file recorded, cut, resampled or made louder anew does. An edit that keeps the size and
-    falls between the blocks is not seen here, but by `check(thorough=True)`. Raises UserError if the file cannot be read.
+    falls between the blocks is seen by `check(thorough=True)` only. Raises UserError if the file cannot be read.
     """
     with _reading(path) as file:
         size = file.seek(0, 2)
