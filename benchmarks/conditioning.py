@@ -36,7 +36,8 @@ SETTINGS = {
     "full_finetuning": "true", "lora.enable": "false", "duration_sec": 14, "batch_size": 8, "optim.lr": "2e-3",
     "optim.pct_start": 0.05, "eval_free_samples": 0, "eval_freq": 250, "ckpt_freq": 250, "num_ckpt_keep": 1,
     "first_codebook_weight_multiplier": 5, "log_freq": 25,
-    "prompt.drop_voice": 0.5,  # each role is seen in four of five voices; it has to be read, not guessed from them
+    # Each role is seen in four of five voices: both have to be read from the prompt, neither guessed from the other.
+    "prompt.drop_text": 0.3, "prompt.drop_voice": 0.5,
 }  # fmt: skip
 
 

@@ -62,7 +62,10 @@ _WITH_PEAK = """
 import re, runpy, sys
 sys.argv = sys.argv[1:]
 try:
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    if sys.argv[0].endswith(".py"):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 finally:
     print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1], file=sys.stderr)
 """
@@ -85,12 +88,17 @@ def copy(source: Path, out: Path) -> None:
         os.fsync(new.fileno())
 
 
+def forget(path: Path) -> None:
+    """Takes a file out of the page cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measure(name: str, work: Callable[[], float | None], inputs: list[Path], out: Path) -> None:
     """Prints a row of the table for work that fills `out`, and removes that."""
     for path in inputs:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        forget(path)
     began = time.perf_counter()
     peak = work()
     seconds = time.perf_counter() - began

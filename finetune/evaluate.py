@@ -2,10 +2,11 @@
 
     python -m finetune.evaluate runs/personaplex
 
-The same windows each time, on any number of processes. Teacher-forced loss is no verdict: models have scored 98.8 % of
-the text and said nothing when left alone.
+The same windows each time, on any number of processes, and the base model's values beside them. Teacher-forced loss is
+no verdict: models have scored 98.8 % of the text and said nothing when left alone.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -85,21 +86,24 @@ def free_run(lm: TrainingLM, samples: list[Sample], max_sec: float, seed: int) -
 
 
 def judge(
-    conversations: list[tuple[Tensor, Reply]], names: list[str], mimi: MimiModel,
+    conversations: list[tuple[Tensor, Reply]], samples: list[Sample], mimi: MimiModel,
     tokenizer: sentencepiece.SentencePieceProcessor, folder: Path,
 ) -> tuple[dict, str | None]:
     """Measures of replies (finetune.dialogue, keys prefixed `free_`) and a verdict if they went mute or loop.
 
-    Each conversation is written to `folder`: a stereo wav, and its words and measures as JSON.
-    """
+    Each conversation is written to `folder`: a stereo wav, and as JSON its prompt, words and measures.
+    """  # fmt: skip
     measures = []
     agents = decode(mimi, [reply.codes for _, reply in conversations])
     users = decode(mimi, [codes for codes, _ in conversations])
-    for i, ((_, reply), name, agent, user) in enumerate(zip(conversations, names, agents, users)):
+    for i, ((_, reply), sample, agent, user) in enumerate(zip(conversations, samples, agents, users)):
         measures.append(dialogue.measure(agent, user, reply.text, tokenizer))
         path = folder / f"{i:02d}.wav"
         write_conversation(path, agent, user)
-        about = {"of": name, "text": dialogue.words(reply.text, tokenizer), "measures": measures[-1]}
+        about = {
+            "of": sample.name, "prompt": tokenizer.decode(sample.prompt_ids), "voice": sample.voice,
+            "text": dialogue.words(reply.text, tokenizer), "measures": measures[-1],
+        }  # fmt: skip
         with replacing(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(about, ensure_ascii=False))
     summary = dialogue.summarise(measures)
@@ -119,20 +123,32 @@ def main() -> int:
         data = Data(args, source.kwargs["dep_q"] == DEP_Q, source.checkpoint, source.kwargs, source.read, world)
         whole = load_merged(source, world.device, getattr(torch, args.param_dtype), source.kwargs["dep_q"])
         lm = TrainingLM(whole, gradient_checkpointing=False)
-        row = evaluate(lm, data.eval_batches(), loss.group_weights(args, whole.dep_q), world)
+        weights = loss.group_weights(args, whole.dep_q)
+        row = evaluate(lm, data.eval_batches(), weights, world)
         step = source.training.step if source.training else 0
-        samples = data.eval_samples(args.eval_free_samples) if args.eval_free_samples else []
         trouble = None
-        if samples:
+        if args.eval_free_samples and world.is_main:
+            samples = data.eval_samples(args.eval_free_samples)
             said = free_run(lm, samples, args.eval_free_sec, args.seed)
-            kept = given.run / "samples" / f"evaluation_{step:06d}"
-            names = [sample.name for sample in samples]
-            free, trouble = judge(said, names, data.decoder(), data.text_tokenizer, kept)
+            kept = given.run / "samples" / f"step_{step:06d}"
+            free, trouble = judge(said, samples, data.decoder(), data.text_tokenizer, kept)
             row |= free
+        earlier = source.training.held_out if source.training and not given.overrides else []
+        base = next((row for row in earlier if row["step"] == 0), None)
+        if base is None and source.adapters is not None:
+            bare = dataclasses.replace(source, adapters=None)
+            with torch.no_grad():
+                for name, parameter in whole.named_parameters():
+                    parameter.copy_(bare.read(name))
+            base = evaluate(lm, data.eval_batches(), weights, world)
+        if not world.is_main:
+            return 0
     with replacing(given.run / f"evaluation_{step:06d}.json") as temporary:
-        temporary.write_text(json.dumps({"step": step} | row, indent=1))
+        temporary.write_text(json.dumps({"step": step} | row | {"base": base}, indent=1))
+    form = lambda value: f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
+    print(f"{'':<28}{f'step {step}':>12}" + f"{'base':>12}" * (base is not None))
     for key, value in row.items():
-        print(f"{key:<28} {value:.4f}" if isinstance(value, float) else f"{key:<28} {value}")
+        print(f"{key:<28}{form(value):>12}" + (f"{form(base.get(key)):>12}" if base else ""))
     if trouble:
         print(f"the replies: {trouble}")
     return 0

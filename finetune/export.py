@@ -406,6 +406,13 @@ _MEASURES = {
     "user_loss": ("user's audio, nats a token", "{:.4f}"),
     "semantic_loss": ("semantic codebooks, nats a token", "{:.4f}"),
     "acoustic_loss": ("acoustic codebooks, nats a token", "{:.4f}"),
+    "free_silence": ("free-running: silence, of the time", "{:.1%}"),
+    "free_words_per_minute": ("free-running: words a minute", "{:.0f}"),
+    "free_repetition": ("free-running: one phrase, of the text", "{:.1%}"),
+    "free_tor_turn": ("free-running: user's turns taken", "{:.1%}"),
+    "free_tor_pause": ("free-running: user's pauses taken", "{:.1%}"),
+    "free_latency": ("free-running: latency, s", "{:.2f}"),
+    "free_overlap": ("free-running: both speak, of the time", "{:.1%}"),
 }
 _SETTINGS = {
     "duration_sec": "window of dialogue, s",
@@ -488,7 +495,9 @@ def _hours(train_data: str) -> tuple[float, int] | None:
 def _scores(held_out: list[dict]) -> list[str]:
     """The first and the last evaluation beside each other."""
     columns = [held_out[0], held_out[-1]][-len(held_out) :]
-    about = f"Teacher-forced, over {columns[-1].get('samples', 'all')} windows."
+    about = f"Over {columns[-1].get('samples', 'all')} windows, teacher-forced"
+    replies = columns[-1].get("free_replies")
+    about += f"; free-running: {replies} replies to held-out users." if replies else "."
     about += " Step 0 is the base model." * (columns[0]["step"] == 0)
     rows = [("", *(f"step {row['step']}" for row in columns))]
     for key, (label, form) in _MEASURES.items():

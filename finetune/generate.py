@@ -210,6 +210,7 @@ def main() -> int:
     parser.add_argument("--temp-text", type=float, default=Sampling.temp_text, help="temperature of text tokens")
     parser.add_argument("--top-k", type=int, default=Sampling.top_k, help="audio tokens to draw from")
     parser.add_argument("--top-k-text", type=int, default=Sampling.top_k_text, help="text tokens to draw from")
+    parser.add_argument("--batch-size", type=int, default=8, help="users at once; at 7B each takes 1.6 GB")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and computation")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
@@ -217,29 +218,34 @@ def main() -> int:
     source = open_source(args.checkpoint, args.base)
     several = len(args.user_wav) > 1
     wavs = [_output(args.out, path, several, ".wav") for path in args.user_wav]
+    if len(set(wavs)) < len(wavs):
+        raise UserError(f"--user-wav: files of the same name would both become {max(wavs, key=wavs.count)}; rename one")
+    if args.batch_size < 1 or args.tail_sec < 0:
+        raise UserError("--batch-size is at least 1, --tail-sec at least 0")
+    for path in args.user_wav:
+        audio.probe(path)  # before weights are read
     device = pick_device(args.device)
     mimi = source.checkpoint.mimi(device)
     tokenizer = source.checkpoint.tokenizer()
     prompt = _prompt(args, source, mimi, tokenizer)
-    tail = np.zeros(int(args.tail_sec * SAMPLE_RATE), np.float32)
-    heard = []
-    for path in args.user_wav:
-        pcm = audio.read(path)
-        heard.append(np.concatenate([pcm[-1], tail]))
-    users = codec.encode(mimi, heard)
     lm = load_merged(source, device, DTYPES[args.dtype])
     sampling = Sampling(args.greedy, args.temp, args.temp_text, args.top_k, args.top_k_text)
-    replies = generate(lm, [prompt] * len(users), users, sampling, args.seed)
-    sounds = decode(mimi, [reply.codes for reply in replies])
-    for path, wav, pcm, reply, sound in zip(args.user_wav, wavs, heard, replies, sounds):
-        write_conversation(wav, sound, pcm)
-        words = dialogue.words(reply.text, tokenizer)
-        print(f"{wav}: {' '.join(word for word, _, _ in words) or '(no words)'}")
-        if args.text:
-            target = _output(args.text, path, several, ".json")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target) as temporary:
-                temporary.write_text(json.dumps({"user": path, "words": words}, ensure_ascii=False))
+    tail = np.zeros(int(args.tail_sec * SAMPLE_RATE), np.float32)
+    for start in range(0, len(wavs), args.batch_size):
+        paths = args.user_wav[start : start + args.batch_size]
+        heard = [np.concatenate([audio.read(path)[-1], tail]) for path in paths]
+        users = codec.encode(mimi, heard)
+        replies = generate(lm, [prompt] * len(users), users, sampling, args.seed + start)
+        sounds = decode(mimi, [reply.codes for reply in replies])
+        for path, wav, pcm, reply, sound in zip(paths, wavs[start:], heard, replies, sounds):
+            write_conversation(wav, sound, pcm)
+            words = dialogue.words(reply.text, tokenizer)
+            print(f"{wav}: {' '.join(word for word, _, _ in words) or '(no words)'}", flush=True)
+            if args.text:
+                target = _output(args.text, path, several, ".json")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(target) as temporary:
+                    temporary.write_text(json.dumps({"user": path, "words": words}, ensure_ascii=False))
     return 0
 
 

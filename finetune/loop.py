@@ -111,8 +111,7 @@ def train(
             conversations = free_run(model, samples, args.eval_free_sec, args.seed)
             if world.is_main:
                 kept = folder / "samples" / f"step_{progress.step:06d}"
-                names = [sample.name for sample in samples]
-                free, trouble = judge(conversations, names, data.decoder(), data.text_tokenizer, kept)
+                free, trouble = judge(conversations, samples, data.decoder(), data.text_tokenizer, kept)
                 row |= free
         metrics.write("eval", progress.step, row | {"seconds": time.perf_counter() - began})
         metrics.draw()

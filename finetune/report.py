@@ -105,6 +105,13 @@ def read_run(folder: Path) -> Run:
     for kind in ("train", "eval"):
         found = read_rows(folder / f"metrics.{kind}.jsonl")
         rows[kind] = [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    for path in sorted(folder.glob("evaluation_*.json")):  # finetune.evaluate's, in place of the run's own of that step
+        try:
+            judged = dict(json.loads(path.read_text()))
+            rows["eval"] = [row for row in rows["eval"] if row["step"] != judged["step"]] + [judged]
+        except (OSError, ValueError, TypeError, KeyError):
+            problems.append(f"{path.name} cannot be read")
+    rows["eval"].sort(key=lambda row: row["step"])
     states = []
     for step, path in checkpoints(folder):
         try:

@@ -10,7 +10,7 @@ from moshi.models.loaders import CheckpointInfo
 from moshi.modules.lora import LoRALinear
 from safetensors.torch import load_file, save_file
 
-from finetune import checkpointing, evaluate, lora, loss, model, optim
+from finetune import checkpointing, evaluate, export, generate, lora, loss, model, optim
 from finetune.args import DataArgs, OptimArgs, TrainArgs, load_args
 from finetune.cli import UserError
 from finetune.fast import TrainingLM
@@ -81,7 +81,10 @@ def test_evaluations_reply_to_held_out_users(which, request):
         assert 0 <= row["free_silence"] <= 1 and "free_words_per_minute" in row
         folder = run / f"samples/step_{row['step']:06d}"
         about = json.loads((folder / "00.json").read_text())
-        assert about["of"].endswith("at 0.00 s") and (folder / "00.wav").stat().st_size > 24_000 * 2 * 2 * 0.9
+        assert about["of"].endswith("at 0.00 s")
+        if which == "personaplex_run":
+            assert about["prompt"].startswith("<system>") and about["voice"].endswith(".wav")
+        assert (folder / "00.wav").stat().st_size > 24_000 * 2 * 2 * 0.9
 
 
 def test_evaluate_judges_a_run_as_the_run_did(personaplex_run, monkeypatch, capsys):
@@ -89,8 +92,41 @@ def test_evaluate_judges_a_run_as_the_run_did(personaplex_run, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["evaluate", str(run), "eval_free_samples=0"])
     assert evaluate.main() == 0
     found = json.loads((run / "evaluation_000002.json").read_text())
-    assert found["loss"] == pytest.approx(rows(run, "eval")[-1]["loss"], rel=1e-4)
-    assert "text_perplexity" in capsys.readouterr().out
+    own = rows(run, "eval")
+    assert found["loss"] == pytest.approx(own[-1]["loss"], rel=1e-4)
+    assert found["base"]["loss"] == pytest.approx(own[0]["loss"], rel=1e-4) != found["loss"]  # adapters off
+    printed = capsys.readouterr().out
+    assert "text_perplexity" in printed and "base" in printed.splitlines()[0]
+
+
+def test_what_was_trained_is_what_speaks_in_every_form(personaplex_run, world, tmp_path, monkeypatch, capsys):
+    """train -> evaluate -> generate -> export in both layouts -> reload: one reply, whichever file it comes from."""
+    run, _ = personaplex_run
+    users = sorted((world / "data").rglob("*.wav"))[-2:]
+
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        assert not module.main()
+        return capsys.readouterr().out
+
+    def replies(source, out):
+        """Of both users, one after the other: (wav, words) each."""
+        call(
+            generate, source, "--user-wav", *users, "--voice", sorted((world / "data/voices").glob("*.wav"))[0],
+            "--text-prompt", "You are Ada.", "--greedy", "--dtype", "fp32", "--batch-size", 1, "--tail-sec", 0.5,
+            "--out", out, "--text", out,
+        )  # fmt: skip
+        return [((out / f"{u.stem}.wav").read_bytes(), (out / f"{u.stem}.json").read_text()) for u in users]
+
+    trained = replies(run, tmp_path / "run")
+    assert trained[0] != trained[1]
+    for runtime in ("moshi", "personaplex"):
+        folder = tmp_path / runtime
+        call(export, run, folder, "--format", runtime, "--merge", "--dtype", "fp32")
+        assert "free-running: silence" in (folder / "README.md").read_text()
+        assert replies(folder, tmp_path / f"{runtime}-said") == trained
+    together = call(generate, tmp_path / "moshi", "--user-wav", *users, "--greedy", "--out", tmp_path / "both")
+    assert together.count(".wav: ") == 2
 
 
 def test_full_finetuning_loads_in_stock_moshi(world, moshi_run):

@@ -15,7 +15,7 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -213,6 +213,8 @@ class Sample:
     name: str  # path and start, for messages
     dialogue_frames: int
     text: TextStats
+    prompt_ids: list[int] = field(default_factory=list)  # of the text prompt
+    voice: str | None = None  # its name
 
 
 class Draft(NamedTuple):
@@ -330,13 +332,14 @@ class Tokenizer(abc.ABC):
         frames = codes.shape[1]
         sequence = phase(draft.text.tolist(), codes[:CODEBOOKS], codes[CODEBOOKS:])
         mask = torch.ones(frames, dtype=torch.bool)
-        embeddings = None
+        embeddings, ids, voice = None, [], None
         if draft.prompt is not None:
-            prompt = build_prompt(parts_to_voice(draft.prompt, voice_codes), draft.prompt.text_ids)
+            voice, ids = parts_to_voice(draft.prompt, voice_codes), draft.prompt.text_ids
+            prompt = build_prompt(voice, ids)
             sequence = torch.cat([prompt.frames, sequence], dim=1)
             mask = torch.cat([torch.zeros(prompt.frames.shape[1], dtype=torch.bool), mask])
             embeddings = prompt.embeddings
-        return Sample(sequence, mask, embeddings, draft.name, frames, draft.stats)
+        return Sample(sequence, mask, embeddings, draft.name, frames, draft.stats, ids, voice and voice.name)
 
 
 class InterleavedTokenizer(Tokenizer):

@@ -1,0 +1,131 @@
+"""PersonaPlex at its real size on a CPU: expanded, loaded, and trained for two steps.
+
+    python -m benchmarks.real_size FOLDER
+
+Random weights in Moshi's shape are expanded to PersonaPlex's (8.37 billion parameters, 16.7 GB in bfloat16), read into
+a model, and LoRA-trained for two steps of 25 frames of dialogue. 33 GB of disk are needed, and 20 GB of memory.
+Prints a table: seconds, GB/s, peak resident memory in GB. "Reading" is the file read once in blocks of 16 MB; each
+reader finds the page cache empty.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from moshi.models import loaders
+
+import precompute_codes
+from benchmarks.export import _WITH_PEAK, forget, random_tensors
+from finetune import model, toy
+from finetune.cli import Parser, UserError, run
+from finetune.metrics import read_rows
+from finetune.personaplex import fuse
+from finetune.weights import write_safetensors
+
+_LOAD = """
+import sys, time, torch
+from finetune import model
+checkpoint = model.open_checkpoint(sys.argv[1])
+weights = model.Weights(checkpoint.moshi_weights(), 16)
+lm = model.build_lm(model.lm_kwargs(checkpoint, model.PERSONAPLEX), torch.bfloat16).to_empty(device="cpu")
+began = time.perf_counter()
+model.fill(lm, weights, 0)
+print(time.perf_counter() - began)
+"""
+
+
+def make_moshi(folder: Path, layers: int) -> Path:
+    """A folder of random weights in Moshi's shape; Mimi and tokenizer are the tiny world's."""
+    toy.make_model(folder, num_layers=1)
+    kwargs = dict(loaders._lm_kwargs) | {"num_layers": layers}
+    config = json.loads((folder / "config.json").read_text()) | kwargs
+    (folder / "config.json").write_text(json.dumps(config))
+    state = fuse(model.build_lm(kwargs, torch.bfloat16).state_dict(), kwargs["dep_q"])
+    layout = {key: (torch.bfloat16, tuple(values.shape)) for key, values in state.items()}
+    write_safetensors(folder / "model.safetensors", layout, random_tensors(layout))
+    return folder
+
+
+def process(*command: object) -> tuple[str, float, float]:
+    """(stdout, seconds, peak GB) of `python -m ...` or of a script."""
+    with tempfile.TemporaryFile("w+") as errors:
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", _WITH_PEAK, *map(str, command)], stdout=subprocess.PIPE,
+                              stderr=errors, text=True)  # fmt: skip
+        seconds = time.perf_counter() - began
+        errors.seek(0)
+        lines = errors.read().split("\n")
+    if done.returncode:
+        raise UserError(f"{command[0]} ended with exit code {done.returncode}: {lines[-20:]}")
+    return done.stdout, seconds, int(lines[-2]) * 1024 / 1e9
+
+
+def row(name: str, seconds: float, size: float | None = None, peak: float | None = None) -> None:
+    rate = f"{size / seconds:.2f}" if size else ""
+    print(f"| {name} | {seconds:.1f} | {rate} | {'' if peak is None else f'{peak:.2f}'} |", flush=True)
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="to work in; made if needed")
+    parser.add_argument("--layers", type=int, default=32, help="of the temporal transformer; fewer to try the script")
+    args = parser.parse_args()
+    work = args.folder.resolve() / "real_size"
+    try:
+        work.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{work}: exists already; remove it") from None
+    try:
+        moshi = make_moshi(work / "moshi", args.layers)
+        print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+        print("| | s | GB/s | peak GB |\n|---|---|---|---|")
+        forget(moshi / "model.safetensors")
+        _, seconds, peak = process("finetune.export", "--expand", moshi, work / "base")
+        weights = model.open_checkpoint(str(work / "base")).moshi_weights()
+        size = weights.stat().st_size / 1e9
+        row(f"expanded and written ({size:.1f} GB)", seconds, size, peak)
+        (moshi / "model.safetensors").unlink()
+
+        forget(weights)
+        began = time.perf_counter()
+        with weights.open("rb", buffering=0) as file:
+            block = bytearray(2**24)
+            while file.readinto(block):
+                pass
+        reading = time.perf_counter() - began
+        row("reading the file", reading, size)
+        forget(weights)
+        (work / "load.py").write_text(_LOAD)
+        out, _, peak = process(work / "load.py", work / "base")
+        row("loading it into a model", float(out), size, peak)
+
+        toy.make_corpus(work / "data", hours=0.01)
+        manifests = [str(work / f"data/{split}.jsonl") for split in ("train", "eval")]
+        precompute_codes.main([*manifests, "--output-dir", str(work / "codes"), "--hf-repo", str(work / "base"),
+                               "--device", "cpu", "--no-exact"])  # fmt: skip
+        forget(weights)
+        _, seconds, peak = process(
+            "train_personaplex.py", "example/tiny.yaml", f"run_dir={work / 'run'}", "max_steps=2", "duration_sec=2",
+            "batch_size=1", "param_dtype=bfloat16", "gradient_checkpointing=true", "lora.rank=8", "log_freq=1",
+            "prompt.drop_text=1", "prompt.drop_voice=1", "do_eval=false", "do_ckpt=false", "num_ckpt_keep=1",
+            f"data.train_data={work / 'codes/train_precomputed.jsonl'}", f"prompt.voices_dir={work / 'data/voices'}",
+            f"moshi_paths.hf_repo_id={work / 'base'}", "moshi_paths.moshi_path=null",
+        )  # fmt: skip
+        row("train_personaplex.py, two steps, from start to end", seconds, None, peak)
+        rows = [r for r in read_rows(work / "run/metrics.train.jsonl") if "loss" in r]
+        for r in rows:
+            print(f"\nstep {r['step']}: loss {r['loss']:.3f}, {r['tokens_per_sec']:.1f} tokens/s")
+    except OSError as error:
+        raise UserError(f"{work}: {error}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run(main)
