@@ -49,6 +49,7 @@ CPUS_PER_WORKER = 4  # asked of SLURM: decoding and word alignment run on the CP
 # The text stream holds one token a frame. What is said faster than that over five seconds was not said.
 CROWDED_SEC = 5.0
 LOUD_SEC = 3.0  # so much sound without a word deserves an ear
+SHORT_SEC = 1.0  # so much less audio than the manifest says was cut off
 BYTES_PER_TOKEN = 4  # of English text in a SentencePiece vocabulary of 32,000; no word is less than one token
 
 
@@ -352,6 +353,8 @@ def examine(item: Item, content: dict, count_tokens: Callable[[str], int]) -> di
     doubts = {}
     if not words and agent["sound_sec"] >= LOUD_SEC:
         doubts[f"no words in {agent['sound_sec']:.0f} s of sound"] = agent["sound_sec"]
+    if (missing := (item.duration or 0.0) - duration) > SHORT_SEC:
+        doubts[f"ends {missing:.1f} s before the manifest says"] = missing
     if silent := repairs.get("dropped: in silence", 0):
         doubts[f"{silent} words heard where the audio is silent"] = float(silent)
     if rate > audio.FRAME_RATE:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -208,7 +208,7 @@ def test_messy_input_costs_only_itself(tmp_path, scripted, capsys):
     assert own["alignments"] == [["hello", [0.1, 0.4], "SPEAKER_MAIN"]] and own["note"] == "by hand"
     assert own["voice_prompt"] == "NATF2.pt"
     for name, word in {
-        "none": "no audio", "empty": "not readable as audio", "text": "not readable as audio", "cut": "truncated",
+        "none": "no audio", "empty": "not readable as audio", "text": "not readable as audio",
         "missing": "no such file", "torn": "cannot be read",
     }.items():  # fmt: skip
         sentence = (tmp_path / f"{name}.json.err").read_text()
@@ -218,7 +218,9 @@ def test_messy_input_costs_only_itself(tmp_path, scripted, capsys):
 
     shown = capsys.readouterr().out
     report = load(tmp_path / "annotate_report.json")
-    assert (report["files"], report["failed"], len(report["bad_lines"])) == (5, 7, 5)
+    assert (report["files"], report["failed"], len(report["bad_lines"])) == (6, 6, 5)
+    cut = next(row for row in report["listen_first"] if row["path"].endswith("cut.wav"))
+    assert cut["why"][0] == "ends 3.0 s before the manifest says"
     for number in (13, 14, 15, 16, 17):
         assert any(f"line {number}:" in line for line in report["bad_lines"]) and f"line {number}:" in shown
     assert all(sentence in shown for sentence in report["failures"].values())
@@ -445,6 +447,36 @@ def test_long_files_pass_in_blocks_cut_in_silence_and_in_little_memory(tmp_path)
     whole = np.square(audio.read(tmp_path / "long.wav", sample_rate=rate), dtype=np.float64).sum()
     assert sum(energy for _, _, energy in found) == pytest.approx(float(whole), rel=1e-9)
     assert long < short + 60, f"{long:.0f} MB for half an hour, {short:.0f} MB for eleven minutes"
+
+
+def mp3_frame(bitrate_index: int) -> bytes:
+    """1152 silent samples: MPEG-1 layer III, stereo, 44.1 kHz, with empty side information."""
+    kbps = [0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160][bitrate_index]
+    return bytes([0xFF, 0xFB, bitrate_index << 4, 0]).ljust(144_000 * kbps // 44_100, b"\0")
+
+
+@pytest.mark.parametrize("gap", [0.01, 0.05, 0.19, 0.25, 1.0])
+def test_a_file_is_heard_to_its_end_when_its_header_says_more(tmp_path, gap):
+    path = tmp_path / "a.wav"
+    write_stereo(path, murmur(3))
+    path.write_bytes(path.read_bytes()[: -4 * round(gap * RATE)])
+    found = [(start, len(pcm)) for start, pcm in islice(blocks(path, 0), 3)]
+    assert found == [(0.0, round((3 - gap) * 16_000))]
+
+
+def test_a_piped_wav_and_an_mp3_without_its_length_are_heard_to_their_ends(tmp_path):
+    path = tmp_path / "a.wav"
+    write_stereo(path, murmur(3))
+    raw = bytearray(path.read_bytes())
+    raw[4:8] = raw[40:44] = b"\xff\xff\xff\xff"  # as ffmpeg writes into a pipe
+    path.write_bytes(raw)
+    assert audio.probe(path).duration_sec > 20_000
+    assert [(start, len(pcm)) for start, pcm in islice(blocks(path, 0), 3)] == [(0.0, 3 * 16_000)]
+    path = tmp_path / "a.mp3"  # symphonia takes the first frame's bitrate for that of all
+    path.write_bytes(20 * mp3_frame(9) + 400 * mp3_frame(1))
+    (block,) = blocks(path, 0)
+    held = 420 * 1152 / 44_100
+    assert audio.probe(path).duration_sec < held / 3 and len(block[1]) == pytest.approx(held * 16_000, abs=1)
 
 
 def reset_peak_memory() -> None:
