@@ -174,14 +174,21 @@ def is_word(row) -> bool:
     )
 
 
+def others(content: dict) -> set[str]:
+    """The speakers whose words in a .json are another's, by hand or by another program: they stay as they are."""
+    if "alignments" not in content:
+        return set()
+    speakers = {row[2] for row in content["alignments"]}
+    if ABOUT not in content:
+        return speakers | {AGENT}  # who has been listened to, and may have said nothing
+    return (speakers - content[ABOUT]["speakers"].keys()) | set(content[ABOUT].get("others", []))
+
+
 def speakers_missing(content: dict, wanted: dict[str, int]) -> dict[str, int]:
     """Whose words are not in a .json yet, as {speaker: channel}."""
-    if "alignments" not in content:
-        return wanted
-    if ABOUT not in content:  # made by another program: the agent's words are taken as they are
-        return {s: c for s, c in wanted.items() if s != AGENT and all(row[2] != s for row in content["alignments"])}
-    done = content[ABOUT]["speakers"]
-    return {s: c for s, c in wanted.items() if s not in done or done[s]["channel"] != c}
+    done = content.get(ABOUT, {"speakers": {}})["speakers"]
+    theirs = others(content)
+    return {s: c for s, c in wanted.items() if s not in theirs and (s not in done or done[s]["channel"] != c)}
 
 
 # --- 2. In a worker ------------------------------------------------------------------------------------------
@@ -316,8 +323,10 @@ def describe(speaker: str, part: dict) -> str:
 def add_words(item: Item, heard: dict[str, dict]) -> None:
     """Puts the words of some speakers into the file's .json, beside what it holds of others."""
     content = load_output(item.output)
+    theirs = others(content)  # looked up again: some were written by hand meanwhile
+    heard = {speaker: part for speaker, part in heard.items() if speaker not in theirs}
     rows = [row for row in content.get("alignments", []) if row[2] not in heard]
-    about = content.setdefault(ABOUT, {"speakers": {}})
+    about = content.setdefault(ABOUT, {"speakers": {}} | ({"others": sorted(theirs)} if theirs else {}))
     for speaker, part in heard.items():
         rows += part["words"]
         about["speakers"][speaker] = {key: value for key, value in part.items() if key != "words"}

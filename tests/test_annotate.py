@@ -264,6 +264,37 @@ def test_all_failed_is_a_failure(tmp_path, scripted):
     assert sorted(Path(name).name for name in failures) == ["a.json", "b.json"]
 
 
+def test_words_of_another_hand_are_never_replaced(tmp_path, scripted):
+    """Neither by the run that adds the user's nor by any later one, and an agent who says nothing stays silent."""
+    own = {"spoken": [["hello", [0.1, 0.4], "SPEAKER_MAIN"]], "silent": []}
+    for name, rows in own.items():
+        write_stereo(tmp_path / f"{name}.wav", murmur(3), murmur(3, seed=1))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"alignments": rows}))
+    manifest = write_manifest(tmp_path / "egs.jsonl", [{"path": f"{name}.wav"} for name in own])
+    flags = [str(manifest), "--whisper-model", scripted, "--device", "cpu"]
+    for channel in ("both", "0", "1", "both"):
+        assert annotate.main([*flags, "--channel", channel]) == 0
+        for name, rows in own.items():
+            kept = load(tmp_path / f"{name}.json")["alignments"]
+            assert [row for row in kept if row[2] == "SPEAKER_MAIN"] == rows, (name, channel)
+            assert [row for row in kept if row[2] == "SPEAKER_USER"]
+    # Whisper's own words are made again from the other channel.
+    (tmp_path / "silent.json").unlink()
+    for channel in ("0", "1"):
+        assert annotate.main([*flags, "--channel", channel]) == 0
+        made = load(tmp_path / "silent.json")
+        assert made["annotate.py"]["speakers"]["SPEAKER_MAIN"]["channel"] == int(channel) and made["alignments"]
+
+
+def test_words_written_by_hand_while_whisper_listens_are_kept(tmp_path):
+    item = annotate.Item(tmp_path / "a.wav", tmp_path / "a.json", None, {})
+    heard = {name: {"words": [["tea", [1.0, 1.2], name]], "channel": 0} for name in ("SPEAKER_MAIN", "SPEAKER_USER")}
+    own = ["hello", [0.1, 0.4], "SPEAKER_MAIN"]
+    item.output.write_text(json.dumps({"alignments": [own]}))
+    annotate.add_words(item, heard)
+    assert load(item.output)["alignments"] == [own, ["tea", [1.0, 1.2], "SPEAKER_USER"]]
+
+
 # --- Interrupted, killed, sharded ----------------------------------------------------------------------------
 
 
