@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,8 +98,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--shards and --num-workers are at least 1")
     if not args.personaplex and (args.text_prompt or args.voice_prompt):
         raise UserError("--text-prompt and --voice-prompt are written with --personaplex only")
-    if args.tokenizer is not None and not args.tokenizer.is_file():
-        raise UserError(f"--tokenizer {args.tokenizer}: no such file")
+    if args.tokenizer is not None:
+        token_counter(args.tokenizer)  # which is wanted hours later
     return args
 
 
@@ -159,26 +160,54 @@ def load_output(output: Path) -> dict:
         return {}
     except (ValueError, OSError) as error:
         raise UserError(f"{output}: is there but cannot be read ({error}); delete it to have it made again") from None
-    if not isinstance(content, dict) or not all(map(is_word, content.get("alignments", []))):
+    rows = content.get("alignments", []) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(map(is_word, rows)):
         raise UserError(f"{output}: is there but holds no alignments; delete it to have it made again")
+    if ABOUT in content and not is_about(content[ABOUT]):
+        raise UserError(f"{output}: its {ABOUT!r} is not what was written there; delete that key to keep the words")
     return content
 
 
 def is_word(row) -> bool:
-    """Whether it reads [text, [start, end], speaker]."""
+    """Whether it reads [text, [start, end]] or [text, [start, end], speaker], as training takes it
+    (`finetune.data.interleaver.read_alignments`)."""
+    try:
+        text, (start, end), *speaker = row
+        finite = isfinite(float(start)) and isfinite(float(end))
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return isinstance(row, list) and finite and all(isinstance(name, str) for name in (text, *speaker))
+
+
+def is_about(about) -> bool:
+    """Whether `add_words` may have written it."""
+    kinds = {"channel": int, "duration": int | float, "sound_sec": int | float, "repairs": dict}
     return (
-        isinstance(row, list)
-        and [type(value) for value in row] == [str, list, str]
-        and len(row[1]) == 2
-        and all(isinstance(seconds, int | float) for seconds in row[1])
+        isinstance(about, dict)
+        and isinstance(about.get("others", []), list)
+        and isinstance(about.get("speakers"), dict)
+        and all(
+            isinstance(part, dict) and all(isinstance(part.get(key), kind) for key, kind in kinds.items())
+            for part in about["speakers"].values()
+        )
     )
+
+
+def speaker_of(row: list) -> str:
+    """A word without a speaker is the agent's."""
+    return row[2] if len(row) > 2 else AGENT
+
+
+def onset(row: list) -> float:
+    """Seconds at which a word begins."""
+    return float(row[1][0])
 
 
 def others(content: dict) -> set[str]:
     """The speakers whose words in a .json are another's, by hand or by another program: they stay as they are."""
     if "alignments" not in content:
         return set()
-    speakers = {row[2] for row in content["alignments"]}
+    speakers = {speaker_of(row) for row in content["alignments"]}
     if ABOUT not in content:
         return speakers | {AGENT}  # who has been listened to, and may have said nothing
     return (speakers - content[ABOUT]["speakers"].keys()) | set(content[ABOUT].get("others", []))
@@ -325,12 +354,12 @@ def add_words(item: Item, heard: dict[str, dict]) -> None:
     content = load_output(item.output)
     theirs = others(content)  # looked up again: some were written by hand meanwhile
     heard = {speaker: part for speaker, part in heard.items() if speaker not in theirs}
-    rows = [row for row in content.get("alignments", []) if row[2] not in heard]
+    rows = [row for row in content.get("alignments", []) if speaker_of(row) not in heard]
     about = content.setdefault(ABOUT, {"speakers": {}} | ({"others": sorted(theirs)} if theirs else {}))
     for speaker, part in heard.items():
         rows += part["words"]
         about["speakers"][speaker] = {key: value for key, value in part.items() if key != "words"}
-    content["alignments"] = sorted(rows, key=lambda row: row[1][0])
+    content["alignments"] = sorted(rows, key=onset)
     write_output(item, content)
 
 
@@ -347,13 +376,16 @@ def token_counter(tokenizer: Path | None) -> tuple[Callable[[str], int], str]:
     """A function that counts the text tokens of a word, and how it does so."""
     if tokenizer is None:
         return lambda word: -(-len(word.encode()) // BYTES_PER_TOKEN), "estimated from the letters of each word"
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"--tokenizer {tokenizer}: not a SentencePiece model ({error}); give tokenizer*.model") from None
     return lambda word: len(model.encode(word)), f"counted with {tokenizer.name}"
 
 
 def examine(item: Item, content: dict, count_tokens: Callable[[str], int]) -> dict:
     """A row of the report: what a .json holds, and what about it should be listened to, in seconds of doubt."""
-    words = [row for row in content["alignments"] if row[2] == AGENT]
+    words = [row for row in content["alignments"] if speaker_of(row) == AGENT]
     about = content.get(ABOUT, {"speakers": {}})
     agent = about["speakers"].get(AGENT, {"repairs": {}, "sound_sec": 0.0, "duration": item.duration})
     duration = agent["duration"] or 0.0
@@ -388,7 +420,7 @@ def busiest(words: list, count_tokens: Callable[[str], int]) -> float:
     tokens = [count_tokens(row[0]) for row in words]
     for last, row in enumerate(words):
         total += tokens[last]
-        while words[first][1][0] <= row[1][0] - CROWDED_SEC:
+        while onset(words[first]) <= onset(row) - CROWDED_SEC:
             total -= tokens[first]
             first += 1
         best = max(best, total)

@@ -27,7 +27,7 @@ from finetune.args import PromptArgs
 from finetune.cli import UserError
 from finetune.data import audio
 from finetune.data.dataset import InterleavedTokenizer
-from finetune.data.interleaver import Interleaver
+from finetune.data.interleaver import Interleaver, read_alignments
 from finetune.data.manifest import iterate
 from finetune.data.prompts import Prompter
 from finetune.transcriber import Transcriber, blocks, levels, repair, sounding, stretches
@@ -293,6 +293,53 @@ def test_words_written_by_hand_while_whisper_listens_are_kept(tmp_path):
     item.output.write_text(json.dumps({"alignments": [own]}))
     annotate.add_words(item, heard)
     assert load(item.output)["alignments"] == [own, ["tea", [1.0, 1.2], "SPEAKER_USER"]]
+
+
+ABOUT = {"speakers": {"SPEAKER_MAIN": {"channel": 0, "duration": 9.0, "sound_sec": 1.0, "repairs": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"alignments": None}, "no alignments"),
+        ({"alignments": "hello"}, "no alignments"),
+        ({"alignments": [["hello", 0.1, 0.4]]}, "no alignments"),
+        ({"alignments": [["hello", [0.1, float("nan")], "SPEAKER_MAIN"]]}, "no alignments"),
+        ({"alignments": [["hello", [0.1, 0.4], ["SPEAKER_MAIN"]]]}, "no alignments"),
+        ({"alignments": [], "annotate.py": {}}, "delete that key"),
+        ({"alignments": [], "annotate.py": None}, "delete that key"),
+        ({"alignments": [], "annotate.py": {"speakers": {"SPEAKER_MAIN": {}}}}, "delete that key"),
+        ({"alignments": [], "annotate.py": ABOUT | {"others": None}}, "delete that key"),
+    ],
+)
+def test_a_json_of_another_shape_costs_its_own_file_only(tmp_path, content, said):
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    good = {"alignments": [["hello", [0.1, 0.4], "SPEAKER_MAIN"]], "annotate.py": ABOUT}
+    (tmp_path / "b.json").write_text(json.dumps(good))
+    (tmp_path / "w.pt").touch()
+    manifest = write_manifest(tmp_path / "egs.jsonl", [{"path": "a.wav"}, {"path": "b.wav"}])
+    assert annotate.main([str(manifest), "--whisper-model", str(tmp_path / "w.pt"), "--device", "cpu"]) == 0
+    (sentence,) = load(tmp_path / "annotate_report.json")["failures"].values()
+    assert str(tmp_path / "a.json") in sentence and said in sentence
+    assert load(tmp_path / "a.json").keys() == content.keys()
+
+
+@pytest.mark.parametrize(
+    "row", [["hello", [0, 1]], ["hello", [0.1, 0.4]], ["hello", ["0.1", 0.4], "SPEAKER_MAIN"], ["hello", [2.0, 1.0]]]
+)
+def test_what_training_takes_as_a_word_annotate_takes(tmp_path, row):
+    assert len(read_alignments([row])) == 1
+    content = {"alignments": [row]}
+    item = annotate.Item(tmp_path / "a.wav", tmp_path / "a.json", None, {})
+    item.output.write_text(json.dumps(content))
+    heard = {"SPEAKER_USER": {"words": [["tea", [0.0, 0.05], "SPEAKER_USER"]], **ABOUT["speakers"]["SPEAKER_MAIN"]}}
+    missing = annotate.speakers_missing(annotate.load_output(item.output), annotate.CHANNELS["both"])
+    assert missing == {"SPEAKER_USER": 1}
+    annotate.add_words(item, heard)
+    content = annotate.load_output(item.output)
+    assert [row in content["alignments"], len(content["alignments"])] == [True, 2]
+    assert annotate.speakers_missing(content, {"SPEAKER_MAIN": 0}) == {}
+    assert annotate.examine(item, content, len)["words"] == 1
 
 
 # --- Interrupted, killed, sharded ----------------------------------------------------------------------------
