@@ -34,7 +34,7 @@ from typing import NamedTuple
 import sentencepiece
 from tqdm import tqdm
 
-from finetune.cli import Parser, UserError, run
+from finetune.cli import Parser, UserError, no_room, run
 from finetune.data import audio, manifest
 from finetune.jobs import Failures, Progress, error_file, forget_error, replacing, run_shards, shard
 from finetune.prompt_text import wrap_system_prompt
@@ -316,6 +316,8 @@ def annotate_shard(args: argparse.Namespace, index: int, count: int) -> dict[str
             elif args.rerun_errors or not failures.add_earlier(item.output):
                 todo.append((item, speakers))
         except (UserError, OSError) as error:
+            if no_room(error):
+                raise
             failures.add(item.output, sentence(item, error))
 
     workers = min(args.num_workers or gpus(args.device) or 1, max(len(todo), 1))
@@ -329,6 +331,8 @@ def annotate_shard(args: argparse.Namespace, index: int, count: int) -> dict[str
                 forget_error(item.output)
                 told = "; ".join(describe(*pair) for pair in heard.items())
             except (UserError, OSError) as problem:
+                if no_room(problem):
+                    raise
                 told = sentence(item, problem)
                 failures.add(item.output, told)
             if args.verbose:
@@ -379,7 +383,7 @@ def token_counter(tokenizer: Path | None) -> tuple[Callable[[str], int], str]:
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"--tokenizer {tokenizer}: not a SentencePiece model ({error}); give tokenizer*.model") from None
+        raise UserError(f"--tokenizer {tokenizer}: not a SentencePiece model ({error}); give a .model") from None
     return lambda word: len(model.encode(word)), f"counted with {tokenizer.name}"
 
 

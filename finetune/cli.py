@@ -12,6 +12,11 @@ class UserError(Exception):
     """A mistake in the input of a user: one sentence that says what was found, where, and what to do."""
 
 
+def no_room(error: Exception) -> bool:
+    """Whether the disk, or the user's share of it, is full: nothing else can be written either."""
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
@@ -44,7 +49,7 @@ def run(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if not no_room(error):
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror}{where}; free some space and run the same command", file=sys.stderr)

@@ -345,6 +345,26 @@ def test_what_training_takes_as_a_word_annotate_takes(tmp_path, row):
 # --- Interrupted, killed, sharded ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("annotated", [False, True])
+def test_a_full_disk_ends_the_run(tmp_path, scripted, annotated):
+    """No file may grow beyond 1024 bytes here, which the write tells as it tells of a full disk."""
+    for name in "ab":
+        write_stereo(tmp_path / f"{name}.wav", murmur(3))
+        if annotated:  # and only the prompt is to be added
+            (tmp_path / f"{name}.json").write_text('{"alignments": []}')
+    manifest = write_manifest(tmp_path / "egs.jsonl", [{"path": "a.wav"}, {"path": "b.wav"}])
+    flags = ["--whisper-model", scripted, "--device", "cpu", "--personaplex", "--text-prompt", "You sell tea. " * 99]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 1 && exec "$@"', "bash", sys.executable, ROOT / "annotate.py", manifest, *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "free some space and run the same command" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*.err")) and not list(tmp_path.glob(".*"))
+    assert len(list(tmp_path.glob("*.json"))) == (2 if annotated else 0)
+
+
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory, scripted):
     """Makes folders of the same 10 calls."""
