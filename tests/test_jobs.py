@@ -105,6 +105,37 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
+def test_of_several_writers_of_one_file_each_puts_a_whole_one_there(tmp_path):
+    path = tmp_path / f"{'é' * 120}.json"  # 245 bytes, near the most that a name may have
+    with replacing(path) as first:
+        first.write_text("first")
+        with replacing(path) as second:
+            second.write_text("second")
+            assert first.read_text() == "first"
+        assert path.read_text() == "second"
+        with pytest.raises(KeyError), replacing(path) as third:
+            third.write_text("thi")
+            raise KeyError
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_removed_a_day_later(tmp_path):
+    code = "import os, sys; from pathlib import Path; from finetune.jobs import replacing\n"
+    code += "with replacing(Path(sys.argv[1])) as file: file.write_text('half'); os.kill(os.getpid(), 9)"
+    for name in ("old", "new"):
+        command = [sys.executable, "-c", code, tmp_path / f"{name}.json"]
+        assert subprocess.run(command, cwd=Path(__file__).parents[1], timeout=60).returncode == -signal.SIGKILL
+    (tmp_path / ".mine.tmp").touch()
+    two_days_ago = time.time() - 2 * 24 * 3600
+    for path in (*tmp_path.glob(".old*"), tmp_path / ".mine.tmp"):
+        os.utime(path, (two_days_ago, two_days_ago))
+    assert len(list(tmp_path.iterdir())) == 3
+    with replacing(tmp_path / "a.json") as temporary:
+        temporary.touch()
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left[:1] + left[2:] == [".mine.tmp", "a.json"] and left[1].startswith(".new.json.")
+
+
 def test_progress_counts_hours_and_multiples_of_real_time(capsys):
     with Progress([1800.0, 1800.0], "annotating") as bar:
         time.sleep(0.05)
