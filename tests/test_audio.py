@@ -1,4 +1,5 @@
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,21 +34,59 @@ def noise(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("sample_rate", [8_000, 11_025, 24_000, 44_056, 44_100, 48_000])
-@pytest.mark.parametrize("extra", [0, 17])
-def test_pieces_and_stretches_are_bit_for_bit_those_of_the_whole_file(noise, sample_rate, extra):
-    path = noise(sample_rate, 9, extra)
+def write_adpcm(path, sample_rate, blocks):
+    """Noise as IMA ADPCM, [2, blocks * 505]: any half byte is a valid sample."""
+    rng = np.random.default_rng(0)
+    heads = np.zeros((blocks, 8), np.uint8)  # of both channels: a sample, the place in the table of steps
+    heads[:, [2, 6]] = rng.integers(40, 60, (blocks, 2))
+    data = np.concatenate([heads, rng.integers(0, 256, (blocks, 504), dtype=np.uint8)], axis=1).tobytes()
+    form = struct.pack("<HHIIHHHH", 0x11, 2, sample_rate, sample_rate * 512 // 505, 512, 4, 2, 505)
+    head = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data))
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(head) + len(data)) + head + data)
+
+
+def assert_one_sound(path, source, starts):
+    """Whatever is read of a file, in stretches or pieces, is that part of the whole, decoded from its start."""
     whole = audio.read(path)
-    samples = 9 * sample_rate + extra
-    assert whole.shape == (2, -(-samples * 24_000 // sample_rate)) and whole.dtype == np.float32
-    assert np.array_equal(whole, audio.resample(sphn.FileReader(str(path)).decode_all(), sample_rate, 24_000))
+    assert np.array_equal(whole, audio.resample(sphn.FileReader(str(path)).decode_all(), source, 24_000))
     for seconds in (1, 2, 9, 20):
         assert np.array_equal(np.concatenate(list(audio.stream(path, piece_sec=seconds)), axis=1), whole)
-    for start, duration in ((0, 2.5), (1.28, 3.333), (7.04, 30), (8.9999, 1), (9.5, 1), (40, 1), (2.00004, None)):
+    for start, duration in starts:
         first = round(start * 24_000)
         stop = None if duration is None else first + round(duration * 24_000)
         assert np.array_equal(audio.read(path, start, duration), whole[:, first:stop])
     assert np.array_equal(audio.read(path, 3, 1, channel=1), whole[1:, 72_000:96_000])
+    return whole
+
+
+@pytest.mark.parametrize("sample_rate", [8_000, 11_025, 24_000, 44_056, 44_100, 48_000])
+@pytest.mark.parametrize("extra", [0, 17])
+def test_pieces_and_stretches_are_bit_for_bit_those_of_the_whole_file(noise, sample_rate, extra):
+    path = noise(sample_rate, 9, extra)
+    starts = (0, 2.5), (1.28, 3.333), (7.04, 30), (8.9999, 1), (9.5, 1), (40, 1), (2.00004, None)
+    whole = assert_one_sound(path, sample_rate, starts)
+    samples = 9 * sample_rate + extra
+    assert whole.shape == (2, -(-samples * 24_000 // sample_rate)) and whole.dtype == np.float32
+
+
+@pytest.mark.parametrize("name, sample_rate", [("noise.flac", 8_000), ("noise.mp3", 24_000), ("noise.ogg", 16_000),
+                                               ("adpcm.wav", 16_000)])  # fmt: skip
+def test_so_they_are_in_every_format(tmp_path, name, sample_rate):
+    """4 or 5 s of noise, made with soundfile 0.14 (libsndfile 1.2.2)."""
+    path = Path(__file__).parent / "sounds" / name
+    if name == "adpcm.wav":
+        path = tmp_path / name
+        write_adpcm(path, sample_rate, blocks=140)
+    starts = (0, 2.5), (1.28, 1.333), (3, 30), (3.9999, 1), (40, 1), (2.00004, None)
+    whole = assert_one_sound(path, sample_rate, starts)
+    assert whole.shape[1] >= 4 * 24_000 and whole.std() > 1e-4
+
+
+def test_a_file_written_anew_is_read_anew(tmp_path):
+    for blocks in (100, 120):
+        write_adpcm(tmp_path / "a.wav", 16_000, blocks)
+        assert audio.read(tmp_path / "a.wav", 0, 1).shape == (2, 24_000)
+        assert audio.read(tmp_path / "a.wav").shape[1] >= 1.5 * 505 * blocks
 
 
 @pytest.mark.parametrize("source", [8_000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000])

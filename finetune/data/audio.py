@@ -1,10 +1,14 @@
 """Reading audio files as float32 arrays [channels, samples], whole, a stretch of them, or in pieces.
 
-Decoding is sphn's. Resampling is a finite filter whose every output depends on its place in the file and the sound
-around it, and on nothing else: a stretch or a piece is bit for bit what it would be in the whole file.
-(`sphn.resample` is not used: it comes tens of milliseconds late, loses the end, and depends on where it starts.)
+A stretch or a piece is bit for bit what it would be in the whole file. Decoding is sphn's, which seeks to the very
+sample in plain wav, flac and aiff only; of other formats (mp3, ogg, m4a, ADPCM) the whole file is decoded first.
+Resampling is a finite filter whose every output depends on its place in the file and the sound around it, and on
+nothing else. (`sphn.resample` is not used: it comes tens of milliseconds late, loses the end, and depends on where it
+starts.)
 """
 
+import os
+import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from math import ceil, gcd
@@ -22,6 +26,9 @@ FRAME_RATE = 12.5  # frames per second, Mimi (moshi/models/loaders.py: FRAME_RAT
 FRAME_SIZE = 1920  # samples of one frame: SAMPLE_RATE / FRAME_RATE
 
 PIECE_SEC = 20  # decoded at once where a file is streamed: 7 MB at 44.1 kHz stereo
+_WHOLE_FILES = 2  # of formats without exact seeking that are kept decoded
+_PLAIN = (b"\1\0", b"\3\0", b"\6\0", b"\7\0")  # formats of wav with samples of one size: PCM, float, A-law, mu-law
+_EXTENSIBLE = b"\xfe\xff"  # the format stands further back
 LOUDEST = 100.0  # full scale is 1; what is beyond 40 dB above it is another scale or garbage
 
 # The filter is a Kaiser-windowed sinc. Toward 24 kHz it passes up to 10.7 kHz and stops from 12 kHz on by 86 dB.
@@ -38,7 +45,7 @@ class AudioInfo(NamedTuple):
 
 def probe(path: str | Path) -> AudioInfo:
     """Channels, sample rate and duration from the header. Raises UserError if the file is missing or not audio."""
-    reader = _open(path)
+    reader = _Reader(path)
     return AudioInfo(reader.channels, reader.sample_rate, reader.duration_sec)
 
 
@@ -57,22 +64,18 @@ def read(
     Raises:
         UserError: the file is missing, is not audio, or has no such channel.
     """
-    reader = _open(path)
+    reader = _Reader(path)
     if channel is not None and channel >= reader.channels:
         raise UserError(f"{path}: has {reader.channels} channel(s), so there is no channel {channel}")
     rate = _rate(reader.sample_rate, sample_rate)
     start = round(start_sec * sample_rate)
     first_sec = max(0, start * rate.down // rate.up - rate.reach) // reader.sample_rate
     if duration_sec is None:
-        if start == 0:
-            pcm = _decoded(path, reader.decode_all)
-        else:
-            pcm = _decode(path, reader, first_sec, ceil(max(0.0, reader.duration_sec - first_sec)) + 1)
-        stop = None
+        stop, pcm = None, reader.decode(first_sec, None)
     else:
         stop = start + max(0, round(duration_sec * sample_rate))
         last = -(-stop * rate.down // rate.up) + rate.reach
-        pcm = _decode(path, reader, first_sec, -(-last // reader.sample_rate) - first_sec)
+        pcm = reader.decode(first_sec, -(-last // reader.sample_rate) - first_sec)
     if channel is not None:
         pcm = pcm[channel : channel + 1]
     first = first_sec * reader.sample_rate
@@ -82,16 +85,17 @@ def read(
 
 
 def stream(path: str | Path, sample_rate: int = SAMPLE_RATE, piece_sec: int = PIECE_SEC) -> Iterator[np.ndarray]:
-    """A whole file in pieces [channels, samples] that join to what `read` gives, in memory that does not grow with it.
+    """A whole file in pieces [channels, samples] that join to what `read` gives, in memory that does not grow with it
+    if its format has exact seeking.
 
     Raises UserError as `read` does.
     """
-    reader = _open(path)
+    reader = _Reader(path)
     rate = _rate(reader.sample_rate, sample_rate)
     pcm = np.zeros((reader.channels, 0), dtype=np.float32)
     first = done = 0  # source samples before `pcm`, target samples given out
     for second in range(0, 2**31, piece_sec):
-        piece = _decode(path, reader, second, piece_sec)
+        piece = reader.decode(second, piece_sec)
         pcm = np.concatenate([pcm, piece], axis=1)
         end = first + pcm.shape[1]
         ended = piece.shape[1] < piece_sec * reader.sample_rate
@@ -111,6 +115,59 @@ def resample(pcm: np.ndarray, source: int, target: int) -> np.ndarray:
     return rate.convert(np.asarray(pcm, dtype=np.float32), 0, 0, rate.outputs(pcm.shape[1]))
 
 
+class _Reader:
+    """An audio file, of which stretches in whole seconds can be had: only there does sphn find the very sample.
+
+    Raises UserError if it is missing or not audio.
+    """
+
+    def __init__(self, path: str | Path):
+        self._path, self._file = path, _open(path)
+        self._seeks = _seeks(path)
+        self._whole: np.ndarray | None = None
+        self.channels, self.sample_rate = self._file.channels, int(self._file.sample_rate)
+        self.duration_sec = self._file.duration_sec
+
+    def decode(self, start_sec: int, duration_sec: int | None) -> np.ndarray:
+        """float32 [channels, samples] of a stretch, to the end of the file if `duration_sec` is None."""
+        if not self._seeks:
+            if self._whole is None:
+                stat = os.stat(self._path)
+                self._whole = _whole(str(self._path), stat.st_size, stat.st_mtime_ns)
+            stop = None if duration_sec is None else (start_sec + duration_sec) * self.sample_rate
+            return np.array(self._whole[:, start_sec * self.sample_rate : stop])
+        if start_sec == 0 and duration_sec is None:
+            return _decoded(self._path, self._file.decode_all).reshape(self.channels, -1)
+        if duration_sec is None:
+            duration_sec = ceil(max(0.0, self.duration_sec - start_sec)) + 1
+        pcm = _decoded(self._path, self._file.decode, float(start_sec), float(duration_sec))
+        return pcm.reshape(self.channels, -1)[:, : duration_sec * self.sample_rate]
+
+
+def _seeks(path: str | Path) -> bool:
+    """Whether sphn seeks exactly in a file. It lands milliseconds off in what is coded in frames that build on the
+    ones before (mp3, Vorbis, AAC), and finds nothing in ADPCM."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if head.startswith(b"RIFF"):
+        form = head.partition(b"fmt ")[2]
+        return (form[28:30] if form[4:6] == _EXTENSIBLE else form[4:6]) in _PLAIN
+    return head.startswith((b"fLaC", b"FORM"))
+
+
+@lru_cache(_WHOLE_FILES)
+def _whole(path: str, size: int, mtime_ns: int) -> np.ndarray:
+    """All of a file [channels, samples], decoded from its start, in a temporary file without a name: an hour at
+    44.1 kHz stereo is 1.3 GB. `size` and `mtime_ns` are the file's, so that a new one is decoded anew."""
+    reader = _open(path)
+    pcm = _decoded(path, reader.decode_all).reshape(reader.channels, -1)
+    if pcm.size == 0:
+        return pcm
+    with tempfile.TemporaryFile() as file:
+        file.write(pcm)
+        return np.memmap(file, np.float32, "r", shape=pcm.shape)
+
+
 def _open(path: str | Path) -> sphn.FileReader:
     try:
         reader = sphn.FileReader(str(path))
@@ -122,12 +179,6 @@ def _open(path: str | Path) -> sphn.FileReader:
     if reader.channels < 1 or not 1000 <= reader.sample_rate <= 200_000:
         raise UserError(f"{path}: its header says {reader.channels} channel(s) at {reader.sample_rate} Hz")
     return reader
-
-
-def _decode(path: str | Path, reader: sphn.FileReader, start_sec: int, duration_sec: int) -> np.ndarray:
-    """[channels, samples] of a stretch in whole seconds: only there does sphn find the very sample."""
-    pcm = _decoded(path, reader.decode, float(start_sec), float(duration_sec))
-    return pcm.reshape(reader.channels, -1)[:, : duration_sec * reader.sample_rate]
 
 
 def _decoded(path: str | Path, function, *args) -> np.ndarray:
