@@ -43,6 +43,7 @@ def main(spec: model.Spec = model.MOSHI, doc: str = __doc__) -> int:
 def run_training(args: TrainArgs, spec: model.Spec, world: World) -> int:
     """Assembles a run and trains. What is cheap to check comes first; the run's folder is touched last."""
     torch.manual_seed(args.seed)
+    checkpointing.check_run_dir(args)
 
     # 1. The files of the model.
     paths = vars(args.moshi_paths) | {"hf_repo_id": args.moshi_paths.hf_repo_id or spec.default_repo}
@@ -84,6 +85,9 @@ def run_training(args: TrainArgs, spec: model.Spec, world: World) -> int:
         progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
         checkpointing.load(path, lm, optimizer, progress.step)
         logger.info("going on from %s", path)
+        before, now = state["windows_per_step"], args.batch_size * args.num_microbatches * world.size
+        if before != now:
+            logger.warning("a step was %d windows until now and is %d from here, at the same rate", before, now)
     metrics = Metrics(folder, args, world.is_main, progress.step)
     adapters = (args.lora.rank, args.lora.scaling) if args.lora.enable and args.save_adapters else None
     artefact = checkpointing.Artefact(model.inference_config(checkpoint, kwargs), adapters, dtype)

@@ -19,8 +19,10 @@ from finetune.cli import UserError
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch takes
 
 
 def _expand(value: str | None) -> str | None:
@@ -72,7 +74,7 @@ class OptimArgs(Settings):
     depformer_lr: Positive | None = Field(None, description="Peak rate of depformer* and linears.*; lr if absent.")
     weight_decay: NonNegative = Field(0.1, description="AdamW's, on matrices.")
     pct_start: Share = Field(0.05, description="Share of max_steps that warms up; a cosine to zero follows.")
-    betas: tuple[Share, Share] = Field((0.9, 0.95), description="Adam's betas.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Adam's betas.")
     eps: Positive = Field(1e-8, description="Adam's epsilon.")
 
 
@@ -110,7 +112,7 @@ class TrainArgs(Settings):
     num_microbatches: Count = Field(1, description="Microbatches of one step.")
     max_steps: CountOrZero = Field(100, description="Steps of the run; 0 checks everything and trains nothing.")
     max_norm: Positive = Field(1.0, description="Clips the global gradient norm.")
-    seed: CountOrZero = Field(0, description="Of order, adapters and prompt drop-out.")
+    seed: Seed = Field(0, description="Of order, adapters and prompt drop-out.")
 
     first_codebook_weight_multiplier: Positive = Field(
         1.0, description="Loss weight of semantic over acoustic codebooks."
@@ -155,7 +157,15 @@ CHANGEABLE = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that `2e-6` is a number."""
+    """YAML 1.1 as PyYAML reads it, except that `2e-6` is a number and that a key may not stand twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -170,6 +180,29 @@ def parse_yaml(text: str) -> object:
     return yaml.load(text, Loader=_Loader)
 
 
+def read_settings(path: Path) -> dict:
+    """The settings of a YAML file as plain values. Raises UserError where there are none."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give a YAML file")
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file")
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); give YAML, saved as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        at = f", line {where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or str(error)
+        hint = "; indent with spaces" if r"'\t'" in problem else ""
+        raise UserError(f"{path}{at}: not YAML ({problem}{hint})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds no settings (key: value)")
+    return raw
+
+
 def load_args(config: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainArgs:
     """Reads a run's settings.
 
@@ -179,17 +212,9 @@ def load_args(config: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         UserError: lists every problem of the file and the overrides.
     """
     path = Path(config)
-    if not path.is_file():
-        raise UserError(f"{path}: no such config file")
-    try:
-        raw = parse_yaml(path.read_text())
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        at = f", line {where.line + 1}" if where else ""
-        raise UserError(f"{path}{at}: not YAML ({getattr(error, 'problem', error)})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds no settings (key: value)")
+    raw = read_settings(path)
     problems: list[str] = []
+    faulty: set[str] = set()
     for override in overrides:
         _apply(raw, override, problems)
     plain = _plain(raw, TrainArgs)
@@ -199,9 +224,11 @@ def load_args(config: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         args = TrainArgs.model_validate(plain)
     except ValidationError as error:
         problems += [_sentence(e) for e in error.errors()]
+        faulty = {meant for e in error.errors() if (meant := _meant(e))}
         args = _without_faults(plain, error)
-    if args is not None:
-        problems += _combinations(args)
+    if args is not None:  # what a fault has brought about is no problem of its own
+        caused = lambda problem: any(re.search(rf"\b{re.escape(key)}\b", problem) for key in faulty)
+        problems += [problem for problem in _combinations(args) if not caused(problem)]
     if problems:
         raise UserError(listing(f"{path}: {_plural(len(problems), 'problem')}", problems))
     return args
@@ -231,7 +258,9 @@ def _apply(raw: dict, override: str, problems: list[str]) -> None:
     *parents, last = key.split(".")
     node = raw
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # absent, or a section without anything in it
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             problems.append(f"override {override!r}: {parent} holds a value, not settings")
             return
@@ -242,6 +271,7 @@ def _plain(raw: dict, model: type[Settings]) -> dict:
     """The values as the strict settings want them: whole numbers for floats, lists for tuples, null sections gone."""
     out = {}
     for key, value in raw.items():
+        key = str(key)  # `1: 2` is YAML, too
         field = model.model_fields.get(key)
         kind = field.annotation if field else None
         if isinstance(kind, type) and issubclass(kind, Settings):
@@ -260,6 +290,8 @@ def _without_faults(plain: dict, error: ValidationError) -> TrainArgs | None:
     """The settings with each faulty one at its default, so that the rest can be checked too."""
     for fault in error.errors():
         node, loc = plain, [part for part in fault["loc"] if isinstance(part, str) and part != "float"]
+        if not loc:  # a key that is no string: no other setting can be told from it
+            return None
         for part in loc[:-1]:
             if not isinstance(node.get(part), dict):
                 break
@@ -281,26 +313,44 @@ def _takes(kind: object, wanted: type) -> bool:
 
 
 def _sentence(error: dict) -> str:
-    where = ".".join(str(p) for p in error["loc"] if p != "float")
+    where = _name(error)
     if error["type"] == "extra_forbidden":
-        *parents, last = error["loc"]
-        model = TrainArgs
-        for parent in parents:
-            model = model.model_fields[parent].annotation
-        near = difflib.get_close_matches(str(last), model.model_fields, n=1)
-        elsewhere = [f"{name}.{last}" for name, f in TrainArgs.model_fields.items()
-                     if isinstance(f.annotation, type) and issubclass(f.annotation, Settings)
-                     and last in f.annotation.model_fields]  # fmt: skip
-        elsewhere += [str(last)] if parents and last in TrainArgs.model_fields else []
-        prefix = "".join(f"{p}." for p in parents)
-        meant = elsewhere[:1] or [prefix + name for name in near]
-        hint = f"; did you mean {meant[0]}?" if meant else ""
-        return f"{where} is not a setting{hint}"
+        if meant := _meant(error):
+            return f"{where} is not a setting; did you mean {meant}?"
+        section = ".".join(error["loc"][:-1])
+        has = f"{section} has {', '.join(_section(error).model_fields)}" if section else "README.md lists all of them"
+        return f"{where} is not a setting; {has}"
     if error["type"] == "missing":
-        return f"{where} is missing"
+        about = TrainArgs.model_fields[where].description or "a section of settings"
+        return f"{where} is missing; name it ({about.rstrip('.').lower()})"
     message = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     found = "of the wrong type" if where == "wandb.key" else repr(error["input"])  # never show a key
     return f"{where} is {found}; it must be {message}"
+
+
+def _name(error: dict) -> str:
+    return ".".join(str(p) for p in error["loc"] if p != "float")
+
+
+def _section(error: dict) -> type[Settings]:
+    """The settings among which an unknown one stands."""
+    model = TrainArgs
+    for parent in error["loc"][:-1]:
+        model = model.model_fields[parent].annotation
+    return model
+
+
+def _meant(error: dict) -> str | None:
+    """The setting that a fault is about; of an unknown key the one that was meant, if it can be told."""
+    if error["type"] != "extra_forbidden":
+        return _name(error)
+    *parents, last = error["loc"]
+    elsewhere = [f"{name}.{last}" for name, f in TrainArgs.model_fields.items()
+                 if isinstance(f.annotation, type) and issubclass(f.annotation, Settings)
+                 and last in f.annotation.model_fields]  # fmt: skip
+    elsewhere += [last] if parents and last in TrainArgs.model_fields else []
+    near = difflib.get_close_matches(last, _section(error).model_fields, n=1)
+    return next(iter(elsewhere + [".".join([*parents, name]) for name in near]), None)
 
 
 def _combinations(args: TrainArgs) -> list[str]:
@@ -334,8 +384,6 @@ def _combinations(args: TrainArgs) -> list[str]:
         problems.append("wandb.project is set but wandb is not installed; pip install '.[wandb]', or remove it")
     if args.duration_sec * 12.5 < 2:
         problems.append(f"duration_sec is {args.duration_sec}; a window needs at least 2 frames (0.16 s)")
-    if not math.isfinite(args.first_codebook_weight_multiplier):
-        problems.append("first_codebook_weight_multiplier must be finite")
     return problems
 
 

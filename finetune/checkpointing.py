@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from finetune import lora
-from finetune.args import CHANGEABLE, TrainArgs, dump_args, flatten, parse_yaml
+from finetune.args import CHANGEABLE, TrainArgs, dump_args, flatten, parse_yaml, read_settings
 from finetune.cli import UserError
 from finetune.distributed import World
 from finetune.weights import write_safetensors
@@ -33,6 +34,10 @@ from finetune.weights import write_safetensors
 logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint_"
+RUN_FILES = (
+    "args.yaml", "checkpoints", "metrics.*.jsonl", "samples", "evaluation_*.json", "not_finite_step_*.json",
+    "curves.png", "report.html", "tensorboard", "wandb", ".wandb_id", ".launch",
+)  # fmt: skip
 
 
 # --- 1. The folder ----------------------------------------------------------------------------------------------
@@ -41,48 +46,90 @@ PREFIX = "checkpoint_"
 def open_run(args: TrainArgs, world: World) -> Path:
     """The run's folder, made or found; call it after everything else was checked.
 
-    A folder that holds this run is continued. One with `overwrite_run_dir` is emptied by the main rank, except under a
-    torchrun restart, which must find its checkpoints.
+    A folder that holds this run is continued. With `overwrite_run_dir` the main rank takes the old run out of it, once:
+    what torchrun restarts or SLURM queues again must find its checkpoints.
 
     Raises:
         UserError: the folder holds a run with other settings (lists old and new).
     """
     folder = Path(args.run_dir).expanduser()
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     problem = None
     if world.is_main:
         try:
-            if args.overwrite_run_dir and not restarted and (folder / "args.yaml").is_file():
-                shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            _compare(folder / "args.yaml", args)
+            if args.overwrite_run_dir and not _started_again(folder / ".launch"):
+                if (folder / "args.yaml").is_file():
+                    remove_run(folder)
+                (folder / ".launch").write_text(json.dumps(_launch()))
+            for key, values in _changed(folder, args).items():
+                logger.info("changed since this run began: %s %s -> %s", key, *values)
             temporary = folder / ".args.yaml.tmp"
             temporary.write_text(dump_args(args))
             os.replace(temporary, folder / "args.yaml")
         except (OSError, UserError) as error:
-            problem = f"run_dir: {error}" if isinstance(error, OSError) else str(error)
+            problem = str(error)
+            if isinstance(error, OSError):
+                problem = f"run_dir: {folder} cannot be made ({error.strerror}); name a folder on a disk that is there"
     problem = world.broadcast(problem)
     if problem:
         raise UserError(problem)
     return folder
 
 
-def _compare(stored: Path, args: TrainArgs) -> None:
-    if not stored.is_file():
-        return
-    old = flatten(parse_yaml(stored.read_text()) or {})
+def _launch() -> dict[str, str | None]:
+    """What stays the same when torchrun starts its processes again, and when SLURM queues a job again."""
+    torchrun = os.environ.get("TORCHELASTIC_RUN_ID")
+    if torchrun == "none":  # of one node without a rendezvous: its agent is the parent
+        torchrun = f"{socket.gethostname()}/{os.getppid()}"
+    return {"torchrun": torchrun, "slurm": os.environ.get("SLURM_JOB_ID")}
+
+
+def _started_again(stored: Path) -> bool:
+    """Whether the launch that emptied this folder is the present one, come back."""
+    try:
+        before = json.loads(stored.read_text())
+    except (OSError, ValueError):
+        return False
+    now = _launch()
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and now["slurm"] == before["slurm"]
+    return requeued or (now["torchrun"] is not None and now["torchrun"] == before["torchrun"])
+
+
+def remove_run(folder: Path) -> None:
+    """Removes what runs write into their folder, and nothing else that lies there."""
+    for pattern in RUN_FILES:
+        for path in folder.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def check_run_dir(args: TrainArgs) -> None:
+    """Raises UserError where `open_run` would refuse the folder, before minutes go into a model. Touches nothing."""
+    folder = Path(args.run_dir).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run_dir: {folder} is a file; name a folder")
+    if not args.overwrite_run_dir:
+        _changed(folder, args)
+
+
+def _changed(folder: Path, args: TrainArgs) -> dict[str, tuple]:
+    """{setting: (old, new)} of what differs from the run in a folder. Raises UserError where something may not."""
+    if not (folder / "args.yaml").is_file():
+        return {}
+    old = flatten(read_settings(folder / "args.yaml"))
     new = flatten(parse_yaml(dump_args(args)))
     changed = {key: (old.get(key), new.get(key)) for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     free = {key for key in changed if key in CHANGEABLE or key.split(".")[0] in CHANGEABLE}
-    for key in sorted(free):
-        logger.info("changed since this run began: %s %s -> %s", key, *changed[key])
     fixed = sorted(changed.keys() - free)
     if fixed:
         listed = "".join(f"\n  - {key}: was {changed[key][0]!r}, now {changed[key][1]!r}" for key in fixed)
         raise UserError(
-            f"{stored.parent} holds a run with other settings; use another run_dir, or overwrite_run_dir: true to "
+            f"{folder} holds a run with other settings; use another run_dir, or overwrite_run_dir: true to "
             f"start anew:{listed}"
         )
+    return {key: changed[key] for key in sorted(free)}
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -96,9 +143,15 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def newest_complete(folder: Path, world: World) -> tuple[Path, dict] | None:
-    """(folder, train state) of the newest checkpoint that is whole; those passed over are warned of."""
-    for _, path in reversed(checkpoints(folder)):
-        problem = None
+    """(folder, train state) of the newest checkpoint that is whole; those passed over are warned of. None: the run has
+    not saved one yet.
+
+    Raises UserError if there are checkpoints and none is whole: starting anew would remove what they are of.
+    """
+    # One listing for all: on a shared disk ranks may see a removal at different times.
+    found = world.broadcast([path for _, path in reversed(checkpoints(folder))] if world.is_main else None)
+    for path in found:
+        problem, state = None, {}
         try:
             state = json.loads((path / "train_state.json").read_text())
             files = sorted(state["files"].items())
@@ -115,6 +168,11 @@ def newest_complete(folder: Path, world: World) -> tuple[Path, dict] | None:
             return path, state
         if world.is_main:
             logger.warning("%s is not whole (%s); passing over it", path, problems[0])
+    if found:
+        raise UserError(
+            f"{folder}: none of its {len(found)} checkpoints is whole ({found[0].name}: {problems[0]}); copy them "
+            "again, or start anew with overwrite_run_dir: true"
+        )
     return None
 
 
@@ -136,7 +194,9 @@ def trained_state(lm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         if parameter.requires_grad:
             moments = optimizer.state[parameter]
             if not moments:
-                moments["step"] = torch.zeros((), dtype=torch.float32)
+                # A fused AdamW on a GPU reads its step count there (torch/optim/adam.py, _init_group).
+                device = parameter.device if optimizer.defaults["fused"] else "cpu"
+                moments["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 moments["exp_avg"] = torch.zeros_like(parameter)
                 moments["exp_avg_sq"] = torch.zeros_like(parameter)
             state[f"param.{name}"] = parameter.detach()
@@ -184,6 +244,9 @@ def save(
                 if final.exists():  # of a run that went back before it
                     shutil.rmtree(final)
                 os.replace(partial, final)
+                for other, path in checkpoints(folder):
+                    if other > step:  # passed over when the run went back before it
+                        shutil.rmtree(path, ignore_errors=True)
                 prune(folder, keep)
         except OSError as error:
             problem = str(error)

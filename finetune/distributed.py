@@ -5,12 +5,14 @@ A single process is a process group of one, so nothing elsewhere asks how many t
 
 import contextlib
 import datetime
+import itertools
 import os
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fully_shard as fsdp2
 
 from finetune.cli import UserError
+
+T = TypeVar("T")
+_blocks = itertools.count()  # every rank comes to the same blocks in the same order
 
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: a rank may be saving or evaluating meanwhile
 
@@ -61,21 +66,39 @@ class World:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Runs the block on rank 0 and then on the others, as for filling a shared cache."""
+        """Runs the block on rank 0 and then on the others, as for filling a shared cache.
+
+        They wait for the store and in no collective, whose time is limited: a large corpus takes what it takes.
+        """
+        key = f"main_first/{next(_blocks)}"
         if self.rank != 0:
-            self.barrier()
-        yield
-        if self.rank == 0:
-            self.barrier()
+            store = dist.distributed_c10d._get_default_store()
+            store.wait([key], datetime.timedelta(days=1))
+            if store.get(key) == b"failed":
+                raise UserError("rank 0 has stopped; it says why")
+            yield
+            return
+        outcome = "failed"
+        try:
+            yield
+            outcome = "done"
+        finally:
+            dist.distributed_c10d._get_default_store().set(key, outcome)
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What `function` gives on rank 0, on every rank."""
+        value = None
+        with self.main_first():
+            if self.rank == 0:
+                value = function()
+        return self.broadcast(value)
 
 
 def _environment() -> tuple[int, int, int, int]:
     """(rank, world size, local rank, local size) as torchrun or srun tell them; one process otherwise."""
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        local = int(env.get("LOCAL_RANK", 0))
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), local, int(env.get("LOCAL_WORLD_SIZE", 1))
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun only, not in a plain sbatch shell
+    if not {"RANK", "WORLD_SIZE"} <= env.keys() and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        # Set by srun only, not in a plain sbatch shell.
         if "MASTER_ADDR" not in env:
             nodes = subprocess.run(
                 ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
@@ -86,15 +109,42 @@ def _environment() -> tuple[int, int, int, int]:
         size = int(env["SLURM_STEP_NUM_TASKS"])
         local_size = int(env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
         return int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size
-    return 0, 1, 0, 1
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = [name for name in names if name in env]
+    problem = None
+    try:
+        rank, size, local, local_size = (int(env.get(name, default)) for name, default in zip(names, "0101"))
+        if rank > 0 or size > 1:  # they are to be many
+            absent = [name for name in (*names[:2], "MASTER_ADDR", "MASTER_PORT") if name not in env]
+            if absent:
+                problem = f"and no {', '.join(absent)}"
+            elif not 0 <= rank < size:
+                problem = "which is a rank too many"
+    except ValueError:
+        problem = "which are no numbers"
+    if problem:
+        raise UserError(
+            f"the environment has {', '.join(f'{name}={env[name]}' for name in given)} {problem}; start with torchrun "
+            "or srun, which set what is needed, or unset these for one process"
+        )
+    return (rank, size, local, local_size) if {"RANK", "WORLD_SIZE"} <= env.keys() else (0, 1, 0, 1)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`, `cpu` or `cuda`. torch counts the visible GPUs, whatever CUDA_VISIBLE_DEVICES holds (nothing, indices,
-    UUIDs). Raises UserError if there is no such GPU."""
+    """`auto`, `cpu`, `cuda` (this process's own) or `cuda:1`. torch counts the visible GPUs, whatever
+    CUDA_VISIBLE_DEVICES holds (nothing, indices, UUIDs). Raises UserError if there is no such GPU."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cuda") or (index and not index.isdigit()):
+        raise UserError(f"device {name!r} is neither auto, nor cpu, nor cuda, nor a GPU such as cuda:1")
     count = torch.cuda.device_count()
+    if index:
+        if int(index) >= count:
+            raise UserError(f"there is no GPU {name}: torch sees {count}")
+        return torch.device("cuda", int(index))
+    if count == 1 and "SLURM_GPUS_PER_TASK" in os.environ:  # SLURM shows each task its own
+        return torch.device("cuda", 0)
     if local_rank >= count:
         raise UserError(
             f"process {local_rank} of this node has no GPU: torch sees {count}; start as many processes as there are "

@@ -14,6 +14,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 from moshi.models import MimiModel
+from moshi.utils.compile import no_cuda_graph
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -76,7 +77,8 @@ def free_run(lm: TrainingLM, samples: list[Sample], max_sec: float, seed: int) -
         module.unshard()
     try:
         for group in groups.values():
-            said = generate(lm.lm, [prompts[i] for i in group], [users[i] for i in group], seed=seed)
+            with no_cuda_graph():  # FSDP's hooks would be captured with the layers
+                said = generate(lm.lm, [prompts[i] for i in group], [users[i] for i in group], seed=seed)
             replies |= dict(zip(group, said))
     finally:
         for module in sharded:
@@ -117,6 +119,8 @@ def main() -> int:
     given = parser.parse_args()
     if not (given.run / "args.yaml").is_file():
         raise UserError(f"{given.run}: not a run folder (it has no args.yaml)")
+    if not load_args(given.run / "args.yaml", ["do_eval=false", *given.overrides]).data.eval_data:
+        raise UserError(f"{given.run}: the run has no held-out data; name some: data.eval_data=held_out.jsonl")
     args = load_args(given.run / "args.yaml", ["do_eval=true", *given.overrides])
     source = open_source(str(given.run))
     with session(args.device) as world:

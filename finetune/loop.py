@@ -87,12 +87,14 @@ def train(
     trained = [p for p in model.parameters() if p.requires_grad]
     saved_at, saved_step = time.monotonic(), progress.step
     problems: list[str] = []
+    windows_per_step = args.batch_size * args.num_microbatches * world.size
 
     def save() -> None:
         nonlocal saved_at, saved_step
         began = time.perf_counter()
         path = checkpointing.save(
-            folder, progress.step, model.lm, optimizer, vars(progress) | {"seed": args.seed}, world, artefact,
+            folder, progress.step, model.lm, optimizer,
+            vars(progress) | {"seed": args.seed, "windows_per_step": windows_per_step}, world, artefact,
             args.num_ckpt_keep,
         )  # fmt: skip
         saved_at = time.monotonic()
@@ -124,7 +126,8 @@ def train(
             if row["skipped"]:
                 logger.warning("%d held-out windows could not be read", row["skipped"])
 
-    if args.do_eval and progress.step == 0:
+    # At the start, and where a run was stopped between a checkpoint and its evaluation.
+    if args.do_eval and _evaluation_due(args, progress.step) and not metrics.evaluated(progress.step, world):
         hold_out()
 
     stream = data.batches(progress.position) if progress.step < args.max_steps else iter(())
@@ -142,7 +145,7 @@ def train(
         wishes = torch.tensor([stop.signal or 0, due, len(found)], dtype=torch.int64)
         counts = world.sum(torch.cat([sum(batch.counts for batch in micro), wishes]))
         counts, wishes = counts[:-3], counts[-3:]
-        scale = loss.scales(counts.cpu() if world.device.type == "cpu" else counts, weights.to(counts.device))
+        scale = loss.scales(counts, weights.to(world.device))
 
         # 2. Forward and backward. FSDP averages gradients over ranks; the sum is wanted, hence the factor.
         ce, correct = torch.zeros(2, len(scale), device=world.device)
@@ -166,7 +169,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         progress.step = step
-        progress.position += args.batch_size * args.num_microbatches * world.size
+        progress.position += windows_per_step
         progress.skipped += int(skipped)
 
         # 4. What could not be read. All ranks know how much, so all stop together.
@@ -194,10 +197,10 @@ def train(
         frequent = args.ckpt_freq and step % args.ckpt_freq == 0
         if args.do_ckpt and (last or frequent or wants_save or signalled):
             save()
-        if args.do_eval and (last or (args.eval_freq and step % args.eval_freq == 0)) and not signalled:
+        if args.do_eval and _evaluation_due(args, step) and not signalled:
             hold_out()
         if signalled:
-            return _stopped(stop, world, step, saved=saved_step == step)
+            return _stopped(stop, world, step, saved_step == step, args.do_ckpt)
 
     metrics.draw()
     if world.is_main:
@@ -207,12 +210,16 @@ def train(
     return 0
 
 
+def _evaluation_due(args: TrainArgs, step: int) -> bool:
+    return step in (0, args.max_steps) or (args.eval_freq > 0 and step % args.eval_freq == 0)
+
+
 class Interval:
     """Tokens and times since the last line of metrics; evaluation and saving are outside of them."""
 
     def __init__(self):
         self.frames = self.slots = self.tokens = 0
-        self.dropped = self.late = 0
+        self.dropped = self.late = self.voiceless = 0
         self.waited = self.seconds = 0.0
 
     def add(self, micro: list[Batch], waited: float, seconds: float) -> None:
@@ -222,14 +229,16 @@ class Interval:
             self.slots += batch.loss_mask.numel()
             self.dropped += batch.text.dropped
             self.late += batch.text.late
+            self.voiceless += batch.voiceless
         self.waited += waited
         self.seconds += seconds
 
     def report(self, world: World) -> dict[str, float]:
         """Rates of all ranks together. `frames_per_sec` counts frames that carry loss, `tokens_per_sec` all tokens the
         model reads (17 a frame, prompts included)."""
-        own = [self.tokens, self.frames, self.slots, self.dropped, self.late, self.waited, self.seconds]
-        tokens, frames, slots, dropped, late, waited, seconds = world.sum(
+        own = [self.tokens, self.frames, self.slots, self.dropped, self.late, self.voiceless, self.waited,
+               self.seconds]  # fmt: skip
+        tokens, frames, slots, dropped, late, voiceless, waited, seconds = world.sum(
             torch.tensor(own, dtype=torch.float64).to(world.device)
         ).tolist()
         return {
@@ -240,6 +249,7 @@ class Interval:
             "interval_sec": self.seconds,
             "text_tokens_dropped": int(dropped),
             "words_late": int(late),
+            "windows_without_voice": int(voiceless),
         }
 
 
@@ -276,13 +286,19 @@ def _limit_skipped(
     head = "no window of a whole step could be read" if nothing else (
         f"{progress.skipped} windows could not be read, more than data.max_bad_samples = {args.data.max_bad_samples}"
     )  # fmt: skip
-    raise UserError(head + ":" + "".join(f"\n  - {p}" for p in listed[:20]))
+    more = f"\n  - and {len(listed) - 20} more" if len(listed) > 20 else ""
+    raise UserError(
+        f"{head}; `python -m finetune.check_data` says of each file what to do:"
+        + "".join(f"\n  - {problem}" for problem in listed[:20]) + more
+    )  # fmt: skip
 
 
-def _stopped(stop: Stop, world: World, step: int, saved: bool) -> int:
+def _stopped(stop: Stop, world: World, step: int, saved: bool, do_ckpt: bool) -> int:
     signals = [s for s in world.gather(stop.signal) if s]
     name = signal.Signals(signals[0]).name
     if world.is_main:
-        kept = "saved; the same command goes on from here" if saved else "not saved (do_ckpt is off)"
+        kept = "saved; the same command goes on from here"
+        if not saved:
+            kept = "NOT saved: the checkpoint could not be written" if do_ckpt else "not saved (do_ckpt is off)"
         logger.info("%s: stopped after step %d, %s", name, step, kept)
     return 0 if signals[0] == signal.SIGINT else EXIT_PREEMPTED

@@ -4,7 +4,7 @@ import hashlib
 import math
 
 import torch
-from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
+from moshi.modules.lora import replace_all_linear_with_lora
 from torch import Tensor, nn
 
 
@@ -35,17 +35,6 @@ def initial(name: str, shape: torch.Size, seed: int) -> Tensor:
     # nn.Linear's own default: kaiming_uniform_ with a = sqrt(5), that is U(-1/sqrt(in), 1/sqrt(in)).
     bound = 1.0 / math.sqrt(shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-def adapters_off(lm: nn.Module, off: bool) -> None:
-    """Switches all adapters of a model off (the base model answers) or on again."""
-    for module in lm.modules():
-        if isinstance(module, LoRALinear):
-            if off and not hasattr(module, "_scaling_on"):
-                module._scaling_on, module.scaling = module.scaling, 0.0
-            elif not off and hasattr(module, "_scaling_on"):
-                module.scaling = module._scaling_on
-                del module._scaling_on
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -4,11 +4,13 @@ import json
 import logging
 import math
 import os
+import uuid
 from pathlib import Path
 
 import torch
 
 from finetune.args import TrainArgs, dump_args, parse_yaml
+from finetune.distributed import World
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +44,13 @@ class Metrics:
                 wandb.login(key=args.wandb.key)
             self._wandb = wandb.init(
                 project=args.wandb.project, name=args.wandb.run_name, dir=str(folder), resume="allow",
-                id=folder.resolve().name, mode="offline" if args.wandb.offline else "online",
+                id=_wandb_id(folder), mode="offline" if args.wandb.offline else "online",
                 config=parse_yaml(dump_args(args)),
             )  # fmt: skip
+
+    def evaluated(self, step: int, world: World) -> bool:
+        """Whether there is a held-out row of a step, as the main rank sees it."""
+        return world.broadcast(any(row["step"] == step for row in read_rows(self.path("eval"))))
 
     def path(self, kind: str) -> Path:
         return self.folder / f"metrics.{kind}.jsonl"
@@ -76,6 +82,14 @@ class Metrics:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb_id(folder: Path) -> str:
+    """The run's id at wandb, which knows all folders of a project by it."""
+    path = folder / ".wandb_id"
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text()
 
 
 def _finite(value: object) -> object:

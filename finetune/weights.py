@@ -68,7 +68,6 @@ class WeightFile:
     Attributes:
         slots: split name -> Slot.
         dep_q: depformer steps, counted from the `linears.N.weight` keys.
-        fused: whether the attention is stored fused.
     Raises:
         UserError: the file is missing, truncated or not safetensors.
     """
@@ -77,7 +76,6 @@ class WeightFile:
         self.path = Path(path)
         header = read_header(self.path)
         self.dep_q = sum(1 for key in header if re.fullmatch(r"linears\.\d+\.weight", key))
-        self.fused = any(_FUSED_KEY.match(key) for key in header)
         self.slots: dict[str, Slot] = {}
         for key, (dtype, shape) in header.items():
             steps = attention_steps(key, self.dep_q)
@@ -85,7 +83,7 @@ class WeightFile:
             if len(names) > 1 and shape[0] % len(names):
                 raise UserError(
                     f"{self.path}: {key} has {shape[0]} rows, which do not divide by {steps} depformer steps, as many "
-                    "as it has linears.*"
+                    "as it has linears.*; download or copy it again"
                 )
             rows = shape[0] // len(names) if shape else 0
             for i, name in enumerate(names):

@@ -287,7 +287,7 @@ def test_each_window_begins_with_its_own_prompt(parts, world, encoded):
     mimi, pieces = parts
     prompter, load, both = prompted(parts, world)
     windows = open_windows(str(encoded), 40)
-    prompter.prepare(windows.prompts(), load)
+    prompter.voices = load(prompter.scan(windows.prompts()))
     for line in manifest.iterate(encoded, []):
         about = json.loads(line.path.with_suffix(".json").read_text())
         voice = world / "data/voices" / about["voice_prompt"]
@@ -309,7 +309,7 @@ def test_each_window_begins_with_its_own_prompt(parts, world, encoded):
 def test_prompts_are_dropped_by_position_and_their_silences_stay(parts, world, encoded):
     prompter, load, (_, stored) = prompted(parts, world, drop_text=0.5, drop_voice=0.5)
     windows = open_windows(str(encoded), 40)
-    prompter.prepare(windows.prompts(), load)
+    prompter.voices = load(prompter.scan(windows.prompts()))
     line = next(manifest.iterate(encoded, []))
     draw = lambda position: stored.encode([stored.read(line, 0, np.random.default_rng([0, 2, position]))])[0]
     lengths = [int((~draw(position).loss_mask).sum()) for position in range(40)]
@@ -321,13 +321,24 @@ def test_prompts_are_dropped_by_position_and_their_silences_stay(parts, world, e
 
 def test_long_voices_are_cut_and_long_texts_refused(parts, world, encoded):
     windows = open_windows(str(encoded), 40)
-    prompter, load, (_, stored) = prompted(parts, world, max_sec=3.2)
-    prompter.prepare(windows.prompts(), load)
+    prompter, load, (_, stored) = prompted(parts, world, max_sec=4.0)
+    prompter.voices = load(prompter.scan(windows.prompts()))
     line = next(manifest.iterate(encoded, []))
-    assert int((~stored.encode([stored.read(line, 0)])[0].loss_mask).sum()) == 40
-    prompter, load, _ = prompted(parts, world, max_sec=1.0)
-    with pytest.raises(UserError, match=r"text prompt has \d+ tokens, and prompt.max_sec 1 has room for 1"):
-        prompter.prepare(windows.prompts(), load)
+    assert int((~stored.encode([stored.read(line, 0)])[0].loss_mask).sum()) == 50
+    prompter, load, _ = prompted(parts, world, max_sec=2.0)
+    with pytest.raises(UserError, match=r"\d+ tokens, and prompt.max_sec 2 has room for 2 beside 12 frames"):
+        prompter.voices = load(prompter.scan(windows.prompts()))
+
+
+def test_an_empty_prompt_in_a_manifest_leaves_it_to_the_json(parts, world, tmp_path):
+    """pandas writes null where nothing is."""
+    fields = {"text_prompt": None, "voice_prompt": None}
+    manifest_path = write_lines(tmp_path / "m.jsonl", [{"path": "a.wav", "duration": 1} | fields])
+    (tmp_path / "a.json").write_text(json.dumps({"alignments": [], "text_prompt": "You are Ada.", "voice_prompt": "v"}))
+    prompter, _, _ = prompted(parts, world, text="Somebody.", voice="w")
+    ((line, extra),) = open_windows(str(manifest_path), 40).prompts()
+    assert prompter.names(line, extra) == ("You are Ada.", "v")
+    assert prompter.names(line, {}) == ("Somebody.", "w")
 
 
 def test_all_missing_voices_are_listed_at_once(parts, world, tmp_path):
@@ -335,7 +346,7 @@ def test_all_missing_voices_are_listed_at_once(parts, world, tmp_path):
     windows = open_windows(str(write_lines(tmp_path / "m.jsonl", lines)), 40)
     prompter, load, _ = prompted(parts, world)
     with pytest.raises(UserError) as error:
-        prompter.prepare(windows.prompts(), load)
+        prompter.voices = load(prompter.scan(windows.prompts()))
     assert all(f"NAT{i}" in str(error.value) for i in range(3))
 
 
@@ -355,6 +366,7 @@ def test_same_speaker_is_heard_from_outside_the_window(parts, world, encoded):
             a, b = (t.encode([t.read(line, index)])[0] for t in (live, stored))
             assert torch.equal(a.codes, b.codes), "live and stored are one"
             draft = stored.read(line, index)
+            assert a.voiceless == (draft.prompt.voice is None)
             if draft.prompt.voice is not None:
                 voiced += 1
                 spans = voices.load_same_speaker(voices.same_speaker_file(files[0][1].with_name(
@@ -427,7 +439,7 @@ def test_padding_is_no_target():
     """A batch counts what its windows count alone: padding behind the shorter does not change its last frame."""
     generator = np.random.default_rng(0)
     samples = [
-        dataset.Sample(codes, torch.ones(codes.shape[1], dtype=torch.bool), None, "", codes.shape[1], TextStats())
+        dataset.Sample(codes, torch.ones(codes.shape[1], dtype=torch.bool), None, "", TextStats())
         for codes in (torch.from_numpy(generator.integers(4, 2000, (17, t))) for t in (9, 5))
     ]
     together = collate(samples, [], DELAYS, 16).counts

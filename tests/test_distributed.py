@@ -30,7 +30,9 @@ def alone(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     config = write_config(folder, world, **SETTINGS | {"num_microbatches": 2})
     assert train_here(config, PERSONAPLEX) == 0
-    return numbers(folder / "run")
+    config = write_config(folder, world, **SETTINGS | {"num_microbatches": 4, "run_dir": str(folder / "four")})
+    assert train_here(config, PERSONAPLEX) == 0
+    return {2: numbers(folder / "run"), 4: numbers(folder / "four")}
 
 
 def run_all(commands, env=None, timeout=150):
@@ -49,14 +51,14 @@ def run_all(commands, env=None, timeout=150):
 
 
 def test_two_nodes_with_hybrid_sharding(world, tmp_path, alone):
-    """Two torchrun agents that meet on loopback, one process each: parameters whole on each node."""
+    """Two torchrun agents that meet on loopback, two processes each: parameters cut within a node, whole on each."""
     config = write_config(tmp_path, world, **SETTINGS | {"sharding": "hybrid"})
     agent = [
-        "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test",
+        "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-id=test",
         f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1", "train_personaplex.py", config,
     ]  # fmt: skip
     run_all([agent, agent])
-    torch.testing.assert_close(numbers(tmp_path / "run"), alone, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(numbers(tmp_path / "run"), alone[4], rtol=2e-5, atol=1e-6)
 
 
 DIES_ONCE = """
@@ -94,7 +96,7 @@ def test_srun_without_torchrun_and_no_sharding(world, tmp_path, alone):
               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
     env = [common | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
     run_all([["train_personaplex.py", config]] * 2, env)
-    torch.testing.assert_close(numbers(tmp_path / "run"), alone, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(numbers(tmp_path / "run"), alone[2], rtol=2e-5, atol=1e-6)
 
 
 def test_an_sbatch_shell_is_one_process(monkeypatch):

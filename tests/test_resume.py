@@ -92,6 +92,38 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(straight, world, tmp_path
         shard = next((tmp_path / "run/checkpoints/checkpoint_000006/state").glob("*.distcp"))
 
 
+def test_a_run_of_which_no_checkpoint_is_whole_is_not_begun_anew(straight, world, tmp_path):
+    config = copy_of(straight, tmp_path, world)
+    before = (tmp_path / "run/metrics.train.jsonl").read_bytes()
+    for state in (tmp_path / "run").rglob("train_state.json"):
+        state.write_text("{")
+    with pytest.raises(UserError, match=r"none of its 1 checkpoints is whole .*overwrite_run_dir"):
+        train_here(config, PERSONAPLEX)
+    assert (tmp_path / "run/metrics.train.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_beyond_the_one_gone_on_from_does_not_outlive_new_ones(straight, world, tmp_path):
+    """With one to keep, the damaged newest one would be kept and each new one pruned."""
+    config = copy_of(straight, tmp_path, world)
+    later = tmp_path / "run/checkpoints/checkpoint_000100"
+    shutil.copytree(tmp_path / "run/checkpoints/checkpoint_000003", later)
+    (later / "train_state.json").write_text("{")
+    assert train_here(config, PERSONAPLEX, ("num_ckpt_keep=1",)) == 0
+    assert [step for step, _ in checkpointing.checkpoints(tmp_path / "run")] == [STEPS]
+
+
+def test_an_evaluation_that_a_signal_left_out_is_made_up_for(world, tmp_path):
+    config = write_config(tmp_path, world, **SETTINGS | {"do_eval": True, "max_steps": 1})
+    assert train_here(config, PERSONAPLEX) == 0
+    path = tmp_path / "run/metrics.eval.jsonl"
+    held_out = rows(tmp_path / "run", "eval")
+    path.write_text("".join(json.dumps(row) + "\n" for row in held_out if row["step"] == 0))
+    assert train_here(config, PERSONAPLEX) == 0
+    again = rows(tmp_path / "run", "eval")
+    assert [row["step"] for row in again] == [row["step"] for row in held_out]
+    assert again[-1]["loss"] == held_out[-1]["loss"]
+
+
 def test_settings_that_may_change_do_and_others_are_listed(straight, world, tmp_path):
     config = copy_of(straight, tmp_path, world)
     before = (tmp_path / "run/metrics.train.jsonl").read_bytes()
@@ -112,6 +144,23 @@ def test_overwriting_starts_anew_only_after_everything_was_checked(straight, wor
     assert len(rows(tmp_path / "run")) == STEPS, "nothing was deleted"
     assert train_here(config, PERSONAPLEX, ("overwrite_run_dir=true", "max_steps=1")) == 0
     assert [r["step"] for r in rows(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize("name, number", [("SLURM", "SLURM_RESTART_COUNT"), ("torchrun", "TORCHELASTIC_RESTART_COUNT")])
+def test_what_comes_back_does_not_overwrite_itself(straight, world, tmp_path, monkeypatch, name, number):
+    config = copy_of(straight, tmp_path, world)
+    (tmp_path / "run/mine.txt").write_text("not of the run")
+    overwrite = ("overwrite_run_dir=true", "ckpt_freq=1", "log_freq=1")
+    monkeypatch.setenv("SLURM_JOB_ID" if name == "SLURM" else "TORCHELASTIC_RUN_ID", "17")
+    assert train_here(config, PERSONAPLEX, (*overwrite, "max_steps=1")) == 0
+    begun = (tmp_path / "run/checkpoints/checkpoint_000001/train_state.json").stat().st_mtime_ns
+    monkeypatch.setenv(number, "1")
+    assert train_here(config, PERSONAPLEX, (*overwrite, "max_steps=2")) == 0
+    assert (tmp_path / "run/checkpoints/checkpoint_000001/train_state.json").stat().st_mtime_ns == begun
+    monkeypatch.setenv("SLURM_JOB_ID" if name == "SLURM" else "TORCHELASTIC_RUN_ID", "18")
+    assert train_here(config, PERSONAPLEX, (*overwrite, "max_steps=1")) == 0
+    assert [step for step, _ in checkpointing.checkpoints(tmp_path / "run")] == [1]
+    assert (tmp_path / "run/mine.txt").exists()
 
 
 def test_old_checkpoints_are_pruned_by_step(straight, world, tmp_path):

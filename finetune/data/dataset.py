@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import signal
-import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -211,10 +210,10 @@ class Sample:
     loss_mask: Tensor
     embeddings: Tensor | None
     name: str  # path and start, for messages
-    dialogue_frames: int
     text: TextStats
     prompt_ids: list[int] = field(default_factory=list)  # of the text prompt
     voice: str | None = None  # its name
+    voiceless: bool = False  # it names a voice and has none: `same_speaker` found no other speech of the agent
 
 
 class Draft(NamedTuple):
@@ -317,7 +316,7 @@ class Tokenizer(abc.ABC):
         except FileNotFoundError:
             raise UserError(f"{file}: missing; run annotate.py to make it") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{file}: not readable as JSON ({error})") from None
+            raise UserError(f"{file}: not readable as JSON ({error}); remove it and run annotate.py again") from None
         if not isinstance(raw, dict) or "alignments" not in raw:
             raise UserError(f'{file}: has no "alignments"; run annotate.py to make them')
         try:
@@ -332,14 +331,15 @@ class Tokenizer(abc.ABC):
         frames = codes.shape[1]
         sequence = phase(draft.text.tolist(), codes[:CODEBOOKS], codes[CODEBOOKS:])
         mask = torch.ones(frames, dtype=torch.bool)
-        embeddings, ids, voice = None, [], None
+        embeddings, ids, voice, voiceless = None, [], None, False
         if draft.prompt is not None:
             voice, ids = parts_to_voice(draft.prompt, voice_codes), draft.prompt.text_ids
+            voiceless = draft.prompt.voiceless
             prompt = build_prompt(voice, ids)
             sequence = torch.cat([prompt.frames, sequence], dim=1)
             mask = torch.cat([torch.zeros(prompt.frames.shape[1], dtype=torch.bool), mask])
             embeddings = prompt.embeddings
-        return Sample(sequence, mask, embeddings, draft.name, frames, draft.stats, ids, voice and voice.name)
+        return Sample(sequence, mask, embeddings, draft.name, draft.stats, ids, voice and voice.name, voiceless)
 
 
 class InterleavedTokenizer(Tokenizer):
@@ -436,8 +436,7 @@ class Batch:
     names: list[str]
     problems: list[str]  # why samples were left out
     text: TextStats
-    dialogue_frames: int
-    read_sec: float  # time that its making took, in a worker or here
+    voiceless: int  # windows without the voice that they name
 
     def to(self, device: torch.device) -> "Batch":
         move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)
@@ -447,7 +446,7 @@ class Batch:
         )  # fmt: skip
 
 
-def collate(samples: list[Sample], problems: list[str], delays: list[int], dep_q: int, seconds: float = 0.0) -> Batch:
+def collate(samples: list[Sample], problems: list[str], delays: list[int], dep_q: int) -> Batch:
     """A batch of samples, padded to the longest of them."""
     size, longest = max(1, len(samples)), max([s.codes.shape[1] for s in samples], default=2)
     codes = torch.full((size, N_STREAMS, longest), ZERO, dtype=torch.int64)
@@ -469,7 +468,7 @@ def collate(samples: list[Sample], problems: list[str], delays: list[int], dep_q
     return Batch(
         codes, mask, embeddings, lengths, make_plan(codes, mask, delays, dep_q),
         count_targets(codes, mask, delays, dep_q), [s.name for s in samples], problems, text,
-        sum(s.dialogue_frames for s in samples), seconds,
+        sum(s.voiceless for s in samples),
     )  # fmt: skip
 
 
@@ -517,7 +516,6 @@ class Microbatches(IterableDataset):
         for microbatch in itertools.count(first, step):
             if self.share.microbatches is not None and microbatch >= self.share.microbatches:
                 return
-            began = time.perf_counter()
             drafts, problems = [], []
             for position in self.share.positions(microbatch):
                 source, window = self.order(position)
@@ -528,8 +526,7 @@ class Microbatches(IterableDataset):
                     drafts.append(self.tokenizer.read(index.line(file), part, generator))
                 except UserError as error:
                     problems.append(str(error))
-            seconds = time.perf_counter() - began
-            yield (drafts, problems, seconds) if self.finish is None else self.finish(drafts, problems, seconds)
+            yield (drafts, problems) if self.finish is None else self.finish(drafts, problems)
 
 
 class Finish:
@@ -538,10 +535,9 @@ class Finish:
     def __init__(self, tokenizer: Tokenizer, delays: list[int], dep_q: int):
         self.tokenizer, self.delays, self.dep_q = tokenizer, list(delays), dep_q
 
-    def __call__(self, drafts: list[Draft], problems: list[str], seconds: float) -> Batch:
-        began = time.perf_counter()
+    def __call__(self, drafts: list[Draft], problems: list[str]) -> Batch:
         samples = self.tokenizer.encode(drafts) if drafts else []
-        return collate(samples, problems, self.delays, self.dep_q, seconds + time.perf_counter() - began)
+        return collate(samples, problems, self.delays, self.dep_q)
 
 
 def _ignore_signals(_: int) -> None:
@@ -578,7 +574,7 @@ class Windows(NamedTuple):
         for index in self.indexes:
             for file in range(index.files):
                 line, extra = index.line(file), {}
-                if not {"text_prompt", "voice_prompt"} <= line.fields.keys():
+                if not all(line.fields.get(key) for key in PROMPT_FIELDS):
                     try:
                         raw = json.loads(sidecar(line.path).read_text(encoding="utf-8"))
                         extra = {key: raw[key] for key in PROMPT_FIELDS if key in raw}
@@ -604,8 +600,8 @@ def open_windows(source: str, window_frames: int) -> Windows:
 
 def get_live_encoding_iterator(stream: Microbatches, finish: Finish, workers: int) -> Iterator[Batch]:
     """Batches whose audio workers decode and whose codes Mimi makes here, a whole batch at a time."""
-    for drafts, problems, seconds in _load(stream, workers):
-        yield finish(drafts, problems, seconds)
+    for drafts, problems in _load(stream, workers):
+        yield finish(drafts, problems)
 
 
 def get_precomputed_iterator(stream: Microbatches, finish: Finish, workers: int) -> Iterator[Batch]:

@@ -25,6 +25,11 @@ class PromptParts(NamedTuple):
     voice: Voice | None
     pcm: np.ndarray | None  # [samples] float32 at 24 kHz, normalised
     text_ids: list[int]
+    voiceless: bool = False  # a voice was wanted, and there is none
+
+
+MIN_VOICE_FRAMES = 12  # 1 s: of less nobody knows a voice
+_TEXTS_KEPT = 10_000  # token ids of texts
 
 
 class Prompter:
@@ -32,7 +37,7 @@ class Prompter:
 
     A window's text and voice are those of its manifest line, else of the `.json` beside the audio, else the settings'.
 
-    Call `prepare` before it is used, and handed to workers.
+    Before it is used, and handed to workers, the files that `scan` returns have to be loaded into `voices`.
     """
 
     def __init__(
@@ -50,53 +55,55 @@ class Prompter:
 
     def names(self, line: Line, extra: dict) -> tuple[str | None, str | None]:
         """(text, voice) of a file, as they are written; None: without."""
-        text = line.fields.get("text_prompt", extra.get("text_prompt")) or self.args.text
-        voice = line.fields.get("voice_prompt", extra.get("voice_prompt")) or self.args.voice
+        text = line.fields.get("text_prompt") or extra.get("text_prompt") or self.args.text
+        voice = line.fields.get("voice_prompt") or extra.get("voice_prompt") or self.args.voice
         return text, voice
 
-    def prepare(
-        self, files: Iterable[tuple[Line, dict]], load: Callable[[list[Path]], dict[Path, Voice]]
-    ) -> None:
-        """Checks the prompts of all files and loads their voices.
+    def scan(self, files: Iterable[tuple[Line, dict]]) -> list[Path]:
+        """Checks the prompts of all files and returns the files of their voices, each once.
 
         Args:
             files: (manifest line, prompt fields of the .json) of each.
-            load: the voices of some files, encoded or read.
         Raises:
             UserError: lists the prompts that cannot be used.
         """
         problems: dict[str, str] = {}
         wanted: dict[Path, None] = {}
+        checked: set[tuple[int, bool]] = set()
         for line, extra in files:
             text, voice = self.names(line, extra)
             for key, value in (("text_prompt", text), ("voice_prompt", voice)):
                 if value is not None and not isinstance(value, str):
                     problems.setdefault(f"{key}{value!r}", f"{line.path}: {key} is {value!r}, not a string")
-            if isinstance(text, str) and text not in self._texts:
-                ids = self._texts[text] = self.encode(text)
-                if prompt_length(0, len(ids)) > self.max_frames:
+            if isinstance(text, str) and (hash(text), voice is None) not in checked:
+                checked.add((hash(text), voice is None))
+                count = len(self.encode(text))
+                least = 0 if voice is None else MIN_VOICE_FRAMES
+                if prompt_length(least, count) > self.max_frames:
+                    beside = f" beside {MIN_VOICE_FRAMES} frames of voice" if least else ""
                     problems[text] = (
-                        f"{line.path}: its text prompt has {len(ids)} tokens, and prompt.max_sec {self.args.max_sec:g} "
-                        f"has room for {self.max_frames - prompt_length(0, 0)}: {text[:60]!r}"
+                        f"{line.path}: its text prompt has {count} tokens, and prompt.max_sec {self.args.max_sec:g} "
+                        f"has room for {max(0, self.max_frames - prompt_length(least, 0))}{beside}: {text[:60]!r}"
                     )
             if isinstance(voice, str) and voice != SAME_SPEAKER:
                 try:
                     wanted[self.book.find(voice, line.path.parent)] = None
                 except UserError as error:
                     problems.setdefault(voice, f"{line.path}: {error}")
-        if not problems:
-            try:
-                self.voices = load(list(wanted))
-            except UserError as error:
-                problems["load"] = str(error)
         if problems:
             listed = "".join(f"\n  - {p}" for p in list(problems.values())[:20])
             more = f"\n  - and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise UserError(f"prompts cannot be used:{listed}{more}")
+        return list(wanted)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text prompt, wrapped once; an empty text gives none."""
-        return self.tokenizer.encode(wrap_system_prompt(text), add_bos=False, add_eos=False)
+        if text not in self._texts:
+            if len(self._texts) == _TEXTS_KEPT:
+                self._texts.clear()
+            ids = self.tokenizer.encode(wrap_system_prompt(text), add_bos=False, add_eos=False)
+            self._texts[text] = ids
+        return self._texts[text]
 
     def __call__(
         self,
@@ -120,17 +127,14 @@ class Prompter:
             drops = generator.random(2)
             text = None if drops[0] < self.args.drop_text else text
             name = None if drops[1] < self.args.drop_voice else name
-        ids = []
-        if text:
-            if text not in self._texts:
-                self._texts[text] = self.encode(text)
-            ids = self._texts[text]
+        ids = self.encode(text) if text else []
         room = self.max_frames - prompt_length(0, len(ids))
         if room < 0:
             raise UserError(f"{line.path}: its text prompt of {len(ids)} tokens does not fit prompt.max_sec")
         if name == SAME_SPEAKER:
             voice, pcm = self._same_speaker(line, words, window, stretches)
-            return PromptParts(_cut(voice, room), None if pcm is None else pcm[: room * audio.FRAME_SIZE], ids)
+            pcm = None if pcm is None or room == 0 else pcm[: room * audio.FRAME_SIZE]
+            return PromptParts(_cut(voice, room), pcm, ids, voiceless=voice is None and pcm is None)
         voice = self.voices[self.book.find(name, line.path.parent)] if name else None
         return PromptParts(_cut(voice, room), None, ids)
 

@@ -58,8 +58,9 @@ class Data:
             embed = lambda column: embed_column(read, column)
             load = lambda files: load_voices(files, self.mimi, embed, self.delays, args.trains_embeddings)
             files = itertools.chain(self.train.prompts(), self.held_out.prompts() if self.held_out else ())
-            with world.main_first():
-                self.prompter.prepare(files, load)
+            wanted = world.from_main(lambda: self.prompter.scan(files))
+            with world.main_first():  # whoever comes first fills the cache of encoded voices
+                self.prompter.voices = load(wanted)
         self._checkpoint = checkpoint
         self._tokenizers = {id(w): self._tokenizer(w) for w in (self.train, self.held_out) if w is not None}
 
