@@ -165,6 +165,20 @@ def test_default_lanes_hold_a_stereo_file():
     assert codec.default_lanes("cpu") >= 2 and codec.default_lanes("cpu", exact=False) >= 2
 
 
+needs_gpus = lambda count: pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} GPU(s)")
+
+
+@pytest.mark.parametrize("gpu", [pytest.param(i, marks=needs_gpus(i + 1)) for i in range(2)])
+def test_a_gpu_makes_the_codes_of_a_cpu(wavs, gpu):
+    """But for ties: also one that is not the current GPU, through CUDA graphs and without."""
+    cpu, mimi = make_mimi(twins=False), make_mimi(twins=False).to(f"cuda:{gpu}")
+    streamed = dict(codec.encode_streams(mimi, ([wav] for wav in wavs), lanes=4))
+    same = []
+    for i, (wav, codes) in enumerate(zip(wavs, codec.encode(mimi, wavs))):
+        same += [(each == by_hand(cpu, wav)).flatten() for each in (codes, streamed[i][0].long())]
+    assert torch.cat(same).float().mean() > 0.99
+
+
 # --- Fingerprints ---
 
 

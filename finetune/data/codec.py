@@ -203,12 +203,13 @@ def _device(mimi: MimiModel) -> torch.device:
 def _encode_frame(mimi: MimiModel, frame: Tensor, busy: list[int] | None) -> Tensor:
     """Codes int16 [lanes, codebooks] of a frame [lanes, 1, 1920]; exact for the lanes in `busy` if that is given."""
     device = _device(mimi)
-    if device.type == "cuda":
-        frame = frame.pin_memory().to(device, non_blocking=True)
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
+            # Pinned memory and moshi's CUDA graphs belong to the current GPU, which may be another than Mimi's.
+            stack.enter_context(torch.cuda.device(device))
             stack.enter_context(_full_float32())
+            frame = frame.pin_memory().to(device, non_blocking=True)
         if busy is not None:
             stack.enter_context(_LaneByLane(busy))
         return mimi.encode(frame)[:, :, 0].short()
