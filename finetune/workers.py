@@ -6,7 +6,9 @@ A pool with a shared queue hangs when a worker is killed while it holds the queu
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -14,6 +16,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from finetune.cli import UserError
+
+LEAVE_SEC = 20.0  # that a worker has to end in, and a GPU driver to free its memory, before it is killed
 
 _context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 
@@ -42,8 +46,15 @@ class _Worker:
         self.ready = False
         self.task: Any = None
 
+    def end(self, timeout_sec: float) -> None:
+        """Waits until the process is gone, and what it held on a GPU with it."""
+        self.process.join(timeout_sec)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
     def death(self) -> str:
-        self.process.join()
+        self.end(LEAVE_SEC)
         code = self.process.exitcode
         if code >= 0:
             return f"exit code {code}"
@@ -56,23 +67,28 @@ def run_workers(
 ) -> Iterator[Outcome]:
     """Yields an `Outcome` per task as they are finished; tasks are handed out in their order.
 
-    A task that raises, or whose worker dies, yields a sentence; a dead worker is replaced. When the iterator is
-    closed, by Ctrl-C too, the workers are killed, and they end by themselves if this process dies.
+    A task that raises, or whose worker dies, yields a sentence. A dead worker is replaced once it is gone; one that
+    cannot start is told on stderr and left out. When the iterator is closed, by Ctrl-C too, the workers are killed, and
+    they end by themselves if this process dies.
 
     Args:
         start: called once in every worker with its rank 0..`workers`-1; it returns the function that does a task.
             It and the tasks are pickled.
         verbose: workers print the traceback of a task that raises.
     Raises:
-        UserError: `start` failed, so that no task could ever be done.
+        UserError: `start` failed, and no worker is left that could do the other tasks.
     """
     waiting = list(reversed(tasks))
     crew: list[_Worker] = []
     leaving: list[_Worker] = []
+    refused: list[str] = []
     try:
         crew += [_Worker(start, rank, verbose) for rank in range(min(workers, len(tasks)))]
         left = len(waiting)
         while left:
+            if any(worker.ready for worker in crew):  # else it may be a mistake of the user, which ends the run
+                while refused:
+                    print(f"one worker less, as it cannot start: {refused.pop()}", file=sys.stderr)
             by_pipe = {worker.connection: worker for worker in crew}
             for connection in wait(by_pipe):
                 worker = by_pipe[connection]
@@ -80,28 +96,33 @@ def run_workers(
                     result, error, broken = connection.recv()
                 except (EOFError, ConnectionResetError):
                     result, error, broken = None, f"the worker died: {worker.death()}", True
-                if not worker.ready:
-                    if error is not None:
-                        raise UserError(error)
-                    worker.ready = True
-                else:
+                started, worker.ready = worker.ready, True
+                if started:
                     left -= 1
                     yield Outcome(worker.task, result, error)
-                if broken and waiting:
-                    crew.append(_Worker(start, worker.rank, verbose))
-                if broken or not waiting:
-                    crew.remove(worker)
-                    leaving.append(worker)
-                    connection.close()  # it ends when it asks for the next task
-                else:
+                if not broken and waiting:
                     worker.task = waiting.pop()
                     with suppress(OSError):  # it died idle: its pipe will say so
                         connection.send(worker.task)
+                    continue
+                crew.remove(worker)
+                leaving.append(worker)
+                connection.close()  # it ends when it asks for the next task
+                if not waiting:
+                    continue
+                if started:
+                    worker.end(LEAVE_SEC)  # its successor needs the memory that it holds
+                    crew.append(_Worker(start, worker.rank, verbose))
+                elif crew:
+                    refused.append(error)
+                else:
+                    raise UserError(error)
     finally:
         for worker in crew:
             worker.process.kill()
+        deadline = time.monotonic() + LEAVE_SEC
         for worker in crew + leaving:
-            worker.process.join()
+            worker.end(max(0.0, deadline - time.monotonic()))
 
 
 def _serve(connection: Connection, start: Callable, rank: int, verbose: bool) -> None:
