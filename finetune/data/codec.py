@@ -23,6 +23,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from moshi.models import MimiModel
+from moshi.utils.compile import no_cuda_graph
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,6 +39,7 @@ CODEBOOKS = 8  # of Mimi's 32: what Moshi hears and says per channel (moshi/mode
 
 EXACT_LANES = 8  # on a CPU, where more gain nothing
 LANES = {"cpu": 32, "cuda": 64}  # of the plain batch
+_TRAINING_LANES = 32  # on a GPU that also trains: 1.3 GB. Always as many, so that codes depend on the sound alone
 _LANE_BYTES = 40 * 2**20  # of GPU memory, with the real Mimi: 16 MB are keys and values, the rest activations
 _COLLECT_FRAMES = {"cpu": 1, "cuda": 32}  # codes stay on the device for so long: fetching them makes the host wait
 # How often free lanes are filled. On a GPU a reset is some 250 launches, as long as half a frame: lanes share one.
@@ -45,11 +47,13 @@ _REFILL_FRAMES = {"cpu": 1, "cuda": 8}
 
 
 def default_lanes(device: torch.device | str, exact: bool | None = None) -> int:
-    """How many channels to encode at once: as many as pay, on a GPU also as many as fit."""
+    """How many channels to encode at once where nothing else runs: as many as pay, on a GPU also as many as fit."""
     device = torch.device(device)
     if device.type != "cuda":
         return LANES["cpu"] if exact is False else EXACT_LANES
-    free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps for later is not free to others, but it is to torch.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + kept
     return max(2, min(LANES["cuda"], free // _LANE_BYTES // 2 * 2))
 
 
@@ -68,9 +72,11 @@ def encode(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | N
     if not len(wavs):
         return []
     order = sorted(range(len(wavs)), key=lambda i: -len(wavs[i]))  # so that lanes end together
-    lanes = min(len(wavs), default_lanes(_device(mimi), exact))
+    on_cuda = _device(mimi).type == "cuda"
+    lanes = _TRAINING_LANES if on_cuda else min(len(wavs), default_lanes("cpu", exact))
     codes = {}
-    with closing(encode_streams(mimi, ([wavs[i]] for i in order), lanes, exact)) as results:
+    # Recording a CUDA graph, two for each call of this function, would hand all memory that torch keeps back first.
+    with no_cuda_graph(), closing(encode_streams(mimi, ([wavs[i]] for i in order), lanes, exact)) as results:
         for place, result in results:
             if isinstance(result, UserError):
                 raise result
