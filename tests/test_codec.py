@@ -1,3 +1,4 @@
+import gc
 import os
 import pickle
 from pathlib import Path
@@ -143,6 +144,21 @@ def test_recordings_are_opened_as_lanes_become_free_and_read_as_they_are_needed(
     assert read[2] < 40 and read[4] == 1
     ended.close()
     assert not mimi.is_streaming
+
+
+def test_the_codes_of_a_long_recording_take_little_more_than_themselves(mimi):
+    """16 bytes a frame and channel are codes; a tensor a frame would be some hundred more."""
+    tensors = lambda: sum(type(each) is torch.Tensor for each in gc.get_objects())
+    counts = []
+
+    def source():
+        for frame in range(321):
+            if frame in (160, 320):
+                counts.append(tensors())
+            yield np.zeros(FRAME, dtype=np.float32)
+
+    [(_, codes)] = codec.encode_streams(mimi, [source()], lanes=1)
+    assert codes.shape == (1, 8, 321) and counts[1] - counts[0] <= 160 / 16
 
 
 def test_encode_keeps_the_order_and_leaves_mimi_as_it_was(mimi, wavs, alone):

@@ -41,7 +41,7 @@ EXACT_LANES = 8  # on a CPU, where more gain nothing
 LANES = {"cpu": 32, "cuda": 64}  # of the plain batch
 _TRAINING_LANES = 32  # on a GPU that also trains: 1.3 GB. Always as many, so that codes depend on the sound alone
 _LANE_BYTES = 40 * 2**20  # of GPU memory, with the real Mimi: 16 MB are keys and values, the rest activations
-_COLLECT_FRAMES = {"cpu": 1, "cuda": 32}  # codes stay on the device for so long: fetching them makes the host wait
+_COLLECT_FRAMES = 32  # codes stay in batches for so long: fetching them makes the host of a GPU wait
 # How often free lanes are filled. On a GPU a reset is some 250 launches, as long as half a frame: lanes share one.
 _REFILL_FRAMES = {"cpu": 1, "cuda": 8}
 
@@ -72,8 +72,8 @@ def encode(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | N
     if not len(wavs):
         return []
     order = sorted(range(len(wavs)), key=lambda i: -len(wavs[i]))  # so that lanes end together
-    on_cuda = _device(mimi).type == "cuda"
-    lanes = _TRAINING_LANES if on_cuda else min(len(wavs), default_lanes("cpu", exact))
+    plain_on_gpu = _device(mimi).type == "cuda" and not exact
+    lanes = _TRAINING_LANES if plain_on_gpu else min(len(wavs), default_lanes("cpu", exact))
     codes = {}
     # Recording a CUDA graph, two for each call of this function, would hand all memory that torch keeps back first.
     with no_cuda_graph(), closing(encode_streams(mimi, ([wavs[i]] for i in order), lanes, exact)) as results:
@@ -103,7 +103,7 @@ def encode_streams(
     """
     on_cuda = _device(mimi).type == "cuda"
     exact = not on_cuda if exact is None else exact
-    refill_frames, collect_frames = (each["cuda" if on_cuda else "cpu"] for each in (_REFILL_FRAMES, _COLLECT_FRAMES))
+    refill_frames = _REFILL_FRAMES["cuda" if on_cuda else "cpu"]
     recordings = (_Recording(index, source) for index, source in enumerate(sources))
     waiting = next(recordings, None)
     active: list[_Recording] = []
@@ -136,7 +136,8 @@ def encode_streams(
                     active.append(waiting)
                 waiting = next(recordings, None)
 
-            if len(made) == collect_frames or (made and not active):
+            due = not active or (ended and not on_cuda)  # where it costs nothing, codes are given out at once
+            if len(made) == _COLLECT_FRAMES or (made and due):
                 _collect(made, ended + active)
             if not made:
                 yield from ((recording.index, recording.result()) for recording in ended)
