@@ -36,7 +36,19 @@ from tqdm import tqdm
 
 from finetune.cli import Parser, UserError, no_room, run
 from finetune.data import audio, manifest
-from finetune.jobs import Failures, Progress, error_file, forget_error, replacing, run_shards, shard
+from finetune.jobs import (
+    Failures,
+    Progress,
+    cores,
+    device_of,
+    error_file,
+    forget_error,
+    replacing,
+    run_shards,
+    sentence,
+    shard,
+    show,
+)
 from finetune.prompt_text import wrap_system_prompt
 from finetune.workers import run_workers
 
@@ -261,27 +273,6 @@ def transcribe(transcriber, model: str, task: tuple[Item, dict[str, int]]) -> di
     return heard
 
 
-def device_of(name: str | None, rank: int) -> str:
-    """The device of worker `rank`. Raises UserError if the name is no device, or there is no such GPU."""
-    if name == "cpu":
-        return name
-    import torch
-
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        return device_of(name, rank)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type != "cuda":
-        raise UserError(f"--device {name}: is neither cpu, nor cuda, nor a GPU such as cuda:1")
-    count = torch.cuda.device_count()
-    if count <= (device.index or 0):
-        raise UserError(f"--device {name}: this machine has {count} GPU(s)")
-    return f"cuda:{rank % count if device.index is None else device.index}"
-
-
 def gpus(device: str | None) -> int:
     """How many GPUs the workers take in turn; 0 if it is one, or none."""
     if device not in (None, "cuda"):
@@ -289,10 +280,6 @@ def gpus(device: str | None) -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- 3. The run ----------------------------------------------------------------------------------------------
@@ -318,7 +305,7 @@ def annotate_shard(args: argparse.Namespace, index: int, count: int) -> dict[str
         except (UserError, OSError) as error:
             if no_room(error):
                 raise
-            failures.add(item.output, sentence(item, error))
+            failures.add(item.output, sentence(item.path, error))
 
     workers = min(args.num_workers or gpus(args.device) or 1, max(len(todo), 1))
     outcomes = run_workers(partial(start_worker, args, workers), todo, workers, args.verbose)
@@ -333,19 +320,13 @@ def annotate_shard(args: argparse.Namespace, index: int, count: int) -> dict[str
             except (UserError, OSError) as problem:
                 if no_room(problem):
                     raise
-                told = sentence(item, problem)
+                told = sentence(item.path, problem)
                 failures.add(item.output, told)
             if args.verbose:
                 bar.write(f"{item.path}: {told}", file=sys.stderr)
             bar.set_postfix_str(f"{len(failures)} failed" if failures else "")
             bar.update(item.duration or max((part["duration"] for part in (heard or {}).values()), default=0.0))
     return failures.sentences
-
-
-def sentence(item: Item, error: Exception) -> str:
-    """The error in words that name the file."""
-    text = str(error)
-    return text if text.startswith(str(item.path.with_suffix(""))) else f"{item.path}: {text}"
 
 
 def describe(speaker: str, part: dict) -> str:
@@ -441,7 +422,7 @@ def report(items: list[Item], failed: dict[str, str], problems: list[str], args:
         try:
             content = load_output(item.output)
         except UserError as error:
-            failed[str(item.output)] = sentence(item, error)
+            failed[str(item.output)] = sentence(item.path, error)
             continue
         if "alignments" in content:
             rows.append(examine(item, content, count_tokens))
@@ -486,13 +467,6 @@ def print_summary(result: dict, path: Path) -> None:
     show("bad lines:", result["bad_lines"])
     show("failed (--rerun-errors tries them again):", list(result["failures"].values()))
     print(f"report: {path}")
-
-
-def show(title: str, lines: list[str], limit: int = 20) -> None:
-    if lines:
-        print("\n  ".join([title, *lines[:limit]]))
-        if len(lines) > limit:
-            print(f"  ... and {len(lines) - limit} more, in the report")
 
 
 # --- 5. Main -------------------------------------------------------------------------------------------------

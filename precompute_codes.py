@@ -37,7 +37,7 @@ import torch
 
 from finetune.cli import Parser, UserError, run
 from finetune.data import audio, codec, manifest
-from finetune.jobs import Failures, Progress, forget_error, replacing, run_shards, shard
+from finetune.jobs import Failures, Progress, device_of, forget_error, replacing, run_shards, sentence, shard, show
 from finetune.model import MOSHI, open_checkpoint
 from finetune.voices import same_speaker_file, save_same_speaker
 
@@ -199,7 +199,7 @@ def longest_first(items: dict[str, Item]) -> list[Item]:
 def encode_shard(args: argparse.Namespace, index: int, count: int) -> Outcome:
     """Does every `count`-th file from `index` on: one job of several."""
     items = shard(longest_first(read_items(args, problems=[])), index, count)
-    return encode_items(args, items, device_of(args.device, index))
+    return encode_items(args, items, torch.device(device_of(args.device, index)))
 
 
 def encode_items(args: argparse.Namespace, items: list[Item], device: torch.device) -> Outcome:
@@ -250,7 +250,7 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
                         same_speaker_file(codes).unlink(missing_ok=True)  # of what the file was before
                         codec.save_codes(codes, result, seconds, fingerprint, reader.fingerprint, reader.stamp)
                     except (UserError, OSError) as error:
-                        failures.add(codes, sentence(item, error))
+                        failures.add(codes, sentence(item.path, error))
                         bar.set_postfix_str(f"{len(failures)} failed")
                     else:
                         forget_error(codes)
@@ -267,30 +267,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir: {folder} cannot be made ({error.strerror})") from None
-
-
-def sentence(item: Item, error: Exception) -> str:
-    """The error in words that name the file."""
-    text = str(error)
-    return text if text.startswith(item.path) else f"{item.path}: {text}"
-
-
-def device_of(name: str | None, rank: int) -> torch.device:
-    """The device of shard `rank`: GPUs in turn for `cuda`. Raises UserError if there is no such device."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: is neither cpu, nor cuda, nor a GPU such as cuda:1")
-    if device.type == "cpu":
-        return device
-    gpus = torch.cuda.device_count()
-    if gpus <= (device.index or 0):
-        raise UserError(f"--device {name}: this machine has {gpus} GPU(s)")
-    return torch.device("cuda", rank % gpus if device.index is None else device.index)
 
 
 # --- 3. The new manifests ------------------------------------------------------------------------------------
@@ -337,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     dead: list[str] = []
     if args.shards == 1 and not args.partition:
         try:
-            outcomes = [encode_items(args, longest_first(items), device_of(args.device, 0))]
+            outcomes = [encode_items(args, longest_first(items), torch.device(device_of(args.device, 0)))]
         except torch.OutOfMemoryError:
             raise UserError("the GPU's memory is full; use fewer --lanes (what is encoded is kept)") from None
     else:
@@ -382,13 +358,6 @@ def main(argv: list[str] | None = None) -> int:
     show("failed:", [failed[codes] for codes in sorted(failed)])
     show("dead:", dead)
     return int(bool(dead) or not durations or (args.strict and bool(failed or problems)))
-
-
-def show(title: str, lines: list[str], limit: int = 20) -> None:
-    if lines:
-        print("\n  ".join([title, *lines[:limit]]))
-        if len(lines) > limit:
-            print(f"  ... and {len(lines) - limit} more")
 
 
 if __name__ == "__main__":

@@ -134,6 +134,53 @@ def shard(items: Sequence[T], index: int, count: int) -> list[T]:
     return list(items[index::count])
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_of(name: str | None, rank: int) -> str:
+    """The device of worker or shard `rank` under torch's name.
+
+    Args:
+        name: `cpu`, a GPU such as `cuda:1`, or `cuda` for all GPUs in turn; None: `cuda` if there is one, else `cpu`.
+    Raises:
+        UserError: the name is no device, or there is no such GPU.
+    """
+    if name == "cpu":
+        return name
+    import torch  # takes seconds, and the process that hands out the work has no other use for it
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: is neither cpu, nor cuda, nor a GPU such as cuda:1")
+    if device.type == "cpu":
+        return "cpu"
+    gpus = torch.cuda.device_count()
+    if gpus <= (device.index or 0):
+        raise UserError(f"--device {name}: this machine has {gpus} GPU(s)")
+    return f"cuda:{rank % gpus if device.index is None else device.index}"
+
+
+def sentence(path: str | Path, error: Exception) -> str:
+    """The error in words that name the file, or the one beside it."""
+    text = str(error)
+    return text if text.startswith(os.path.splitext(path)[0]) else f"{path}: {text}"
+
+
+def show(title: str, lines: list[str], limit: int = 20) -> None:
+    """Prints the first lines under a title; nothing if there are none."""
+    if lines:
+        print("\n  ".join([title, *lines[:limit]]))
+        if len(lines) > limit:
+            print(f"  ... and {len(lines) - limit} more")
+
+
 class ShardResults(NamedTuple):
     results: dict[int, Any]  # by shard index, of the shards that ended well
     dead: list[str]  # one sentence for each of the others

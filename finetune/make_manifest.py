@@ -26,7 +26,7 @@ import numpy as np
 
 from finetune.cli import Parser, UserError, run
 from finetune.data import audio, manifest
-from finetune.jobs import Progress, replacing
+from finetune.jobs import Progress, cores, replacing
 from finetune.workers import Outcome, run_workers
 
 # What recordings are called; those that cannot be read are refused by name, so that none is left out in silence.
@@ -106,13 +106,10 @@ def alike(products: np.ndarray) -> bool:
     return bool(power.min() > 0 and (products / np.outer(power, power)).min() > ALIKE)
 
 
-def outcomes(
-    start: Callable[[int], Callable[[Any], Any]], tasks: Sequence, workers: int | None
-) -> Iterator[Outcome]:
+def outcomes(start: Callable[[int], Callable[[Any], Any]], tasks: Sequence, workers: int | None) -> Iterator[Outcome]:
     """`run_workers`; with 0 workers in this process. None: one worker per core, for few tasks 0."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers is None:
-        workers = 0 if len(tasks) < FEW else cores
+        workers = 0 if len(tasks) < FEW else cores()
     if workers:
         yield from run_workers(start, tasks, workers)
         return

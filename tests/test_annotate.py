@@ -658,7 +658,7 @@ def test_the_report_names_what_to_listen_to(tmp_path):
         (["--text-prompt", "hello"], "--personaplex"),
         (["--local", "--partition", "gpu"], "exclude each other"),
         (["--num-workers", "0"], "at least 1"),
-        (["--tokenizer", "nowhere.model"], "no such file"),
+        (["--tokenizer", "nowhere.model"], "nowhere.model: not a SentencePiece model"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(tmp_path, monkeypatch, scripted, flags, sentence):

@@ -12,7 +12,7 @@ import pytest
 from test_workers import alive, wait_for
 
 from finetune.cli import UserError
-from finetune.jobs import Failures, Progress, error_file, forget_error, replacing, run_shards, shard
+from finetune.jobs import Failures, Progress, device_of, error_file, forget_error, replacing, run_shards, shard
 
 
 def square_or_die(folder: str, index: int, count: int) -> int:
@@ -72,6 +72,19 @@ def test_without_slurm_a_partition_is_refused_in_a_sentence(tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="partition 'gpu'"):
         run_shards(partial(square_or_die, str(tmp_path)), 2, tmp_path / "jobs", "squares", partition="gpu")
+
+
+def test_gpus_are_taken_in_turn_and_others_refused(monkeypatch):
+    assert device_of("cpu", 3) == device_of("cpu:0", 3) == "cpu"
+    for name in ("tpu", "meta", "mps"):
+        with pytest.raises(UserError, match=f"--device {name}: is neither cpu, nor cuda"):
+            device_of(name, 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert [device_of(None, rank) for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
+    assert [device_of("cuda", 2), device_of("cuda:1", 2)] == ["cuda:2", "cuda:1"]
+    with pytest.raises(UserError, match=r"cuda:3: this machine has 3 GPU"):
+        device_of("cuda:3", 0)
 
 
 def test_an_error_is_one_sentence_on_disk_until_it_is_forgotten(tmp_path):
