@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in rows.items():
         print(f"  {name:<10}{value}")
     show("bad lines:", problems)
-    show("failed:", [failed[codes] for codes in sorted(failed)])
+    show("failed (repair them or take their lines out):", [failed[codes] for codes in sorted(failed)])
     show("dead:", dead)
     return int(bool(dead) or not durations or (args.strict and bool(failed or problems)))
 

@@ -4,6 +4,7 @@ import argparse
 import errno
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -32,6 +33,11 @@ class Parser(argparse.ArgumentParser):
         # Intermixed: `config.yaml --workers 4 key=value` has positional arguments on both sides of an option.
         return super().parse_intermixed_args([_dashed(a) for a in given], namespace)
 
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized") and any(action.metavar == "key=value" for action in self._actions):
+            message += "; settings are given as key=value, without dashes"
+        super().error(message)
+
 
 def _dashed(arg: str) -> str:
     if not arg.startswith("--") or arg == "--":
@@ -41,18 +47,22 @@ def _dashed(arg: str) -> str:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits with what it returns. A `UserError` becomes one line on stderr and exit code 2,
-    Ctrl-C exit code 130."""
+    """Runs `main` and exits with what it returns. A `UserError` becomes one line on stderr and exit code 2, and so does
+    a file that cannot be read or written; Ctrl-C exit code 130."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if not no_room(error):
+        place = error.filename2 or error.filename
+        if no_room(error):
+            where = f" ({place})" if place else ""
+            print(f"error: {error.strerror}{where}; free some space and run the same command", file=sys.stderr)
+        elif place:
+            print(f"error: {place}: {error.strerror}; is it the right place, and may it be used?", file=sys.stderr)
+        else:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror}{where}; free some space and run the same command", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

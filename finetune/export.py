@@ -28,7 +28,7 @@ from moshi.models import loaders
 from torch import Tensor
 
 from finetune import checkpointing, lora, metrics, model
-from finetune.args import flatten, parse_sources, parse_yaml
+from finetune.args import flatten, parse_sources, read_settings
 from finetune.cli import Parser, UserError, run
 from finetune.data import manifest
 from finetune.personaplex import CODEBOOKS, DEP_Q, fuse
@@ -216,8 +216,11 @@ def _training(folder: Path) -> Training | None:
     state, run_dir = checkpoint / "train_state.json", checkpoint.parent.parent
     if not state.is_file() or not (run_dir / "args.yaml").is_file():
         return None
-    settings = flatten(parse_yaml((run_dir / "args.yaml").read_text()) or {})
-    progress = json.loads(state.read_text())
+    settings = flatten(read_settings(run_dir / "args.yaml"))
+    try:
+        progress = dict(json.loads(state.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{state}: not readable as JSON ({error}); name another checkpoint of the run") from None
     rows = metrics.read_rows(run_dir / "metrics.eval.jsonl")
     rows = [row for row in rows if row["step"] <= progress["step"] and row.get("loss") is not None]
     return Training(settings, progress["step"], progress["position"], rows)
@@ -343,7 +346,7 @@ def export(source: Source, out: Path, runtime: str, merge: bool, dtype: torch.dt
         write_safetensors(partial / name, layout, tensors)
         partial.replace(out)
     except OSError as error:
-        raise UserError(f"{out}: could not be written ({error})") from None
+        raise UserError(f"{out}: could not be written ({error.strerror or error}); name a folder elsewhere") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config

@@ -212,18 +212,26 @@ def main() -> int:
     parser.add_argument("--top-k-text", type=int, default=Sampling.top_k_text, help="text tokens to draw from")
     parser.add_argument("--batch-size", type=int, default=8, help="users at once; at 7B each takes 1.6 GB")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and computation")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = parser.parse_args()
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    for name in ("tail_sec", "temp", "temp_text", "top_k", "top_k_text"):
+        value = getattr(args, name)
+        if not 0 <= value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be at least 0, and finite")
 
     source = open_source(args.checkpoint, args.base)
     several = len(args.user_wav) > 1
     wavs = [_output(args.out, path, several, ".wav") for path in args.user_wav]
     if len(set(wavs)) < len(wavs):
         raise UserError(f"--user-wav: files of the same name would both become {max(wavs, key=wavs.count)}; rename one")
-    if args.batch_size < 1 or args.tail_sec < 0:
-        raise UserError("--batch-size is at least 1, --tail-sec at least 0")
-    for path in args.user_wav:
-        audio.probe(path)  # before weights are read
+    if wavs[0].suffix != ".wav":
+        raise UserError(f"--out {args.out}: a reply is a wav, so its name must end in .wav")
+    for path, wav in zip(args.user_wav, wavs):  # before weights are read
+        if audio.probe(path).duration_sec == 0:
+            raise UserError(f"--user-wav {path}: holds no sound; record it again")
+        wav.parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
     mimi = source.checkpoint.mimi(device)
     tokenizer = source.checkpoint.tokenizer()
@@ -263,7 +271,8 @@ def _prompt(
         return None
     voice = None
     if args.voice:
-        book = VoiceBook(Path(args.voices_dir) if args.voices_dir else None, source.checkpoint.voices_archive)
+        folder = Path(args.voices_dir) if args.voices_dir else None
+        book = VoiceBook(folder, source.checkpoint.voices_archive, setting="--voices-dir")
         path = book.find(args.voice, beside=Path.cwd())
         embed = lambda column: model.embed_column(source.read, column)
         voice = load_voices([path], lambda: mimi, embed, source.kwargs["delays"], trains_embeddings=False)[path]

@@ -69,10 +69,7 @@ class Checkpoint:
         config = Path(self._config_path) if self._config_path else self._find("config.json", required=False)
         if config is None:
             return {}
-        try:
-            return json.loads(config.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{config}: not readable as JSON ({error})") from None
+        return _read_json(config)
 
     @cached_property
     def lm_config(self) -> dict:
@@ -92,14 +89,22 @@ class Checkpoint:
             if not required:
                 return None
             have = ", ".join(sorted(p.name for p in self._folder.iterdir())[:12]) or "nothing"
-            raise UserError(f"{self._folder}: holds no {name} (it holds {have})")
+            # It says what the other files are called.
+            nor = "" if (self._folder / "config.json").is_file() else ", nor a config.json"
+            raise UserError(
+                f"{self._folder}: holds no {name} (it holds {have}){nor}; give the folder of a whole model, as "
+                "`huggingface-cli download REPOSITORY --local-dir FOLDER` makes it"
+            )
         return _from_hub(self.source, name, required)
 
     def file(self, what: str, config_key: str, default: str) -> Path:
         given = self._files.get(what)
         name = given or self.raw_config.get(config_key) or default
         if name.startswith("hf://"):
-            owner, repo, rest = name.removeprefix("hf://").split("/", 2)
+            owner, _, rest = name.removeprefix("hf://").partition("/")
+            repo, _, rest = rest.partition("/")
+            if not rest:
+                raise UserError(f"{name}: names no file; write hf://owner/repository/file")
             return _from_hub(f"{owner}/{repo}", rest)
         name = name.removeprefix("file://")
         if given or Path(name).is_absolute():
@@ -146,7 +151,7 @@ class Checkpoint:
             name = None
         if name is None:
             return None
-        return json.loads(self.file("mimi_config", "mimi_config_name", name).read_text())
+        return _read_json(self.file("mimi_config", "mimi_config_name", name))
 
     def mimi(self, device: torch.device | str = "cpu") -> MimiModel:
         """Mimi with the 8 codebooks of one channel (`CheckpointInfo.get_mimi` would set 16 for PersonaPlex)."""
@@ -158,11 +163,32 @@ class Checkpoint:
             raise UserError(f"{path}: does not load as a Mimi of this configuration ({reason})") from None
 
     def tokenizer(self) -> sentencepiece.SentencePieceProcessor:
-        path = self.tokenizer_path()
-        try:
-            return sentencepiece.SentencePieceProcessor(str(path))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{path}: not a SentencePiece model ({error})") from None
+        """The text tokenizer. Raises UserError if it has tokens that the model's text table does not hold."""
+        tokenizer, rows = load_tokenizer(self.tokenizer_path()), self.lm_config["text_card"]
+        if tokenizer.vocab_size() > rows:
+            raise UserError(
+                f"{self.tokenizer_path()}: has {tokenizer.vocab_size()} pieces, and the model's text table {rows} "
+                "rows: it is another model's; check moshi_paths.tokenizer_path"
+            )
+        return tokenizer
+
+
+def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model. Raises UserError if the file is none."""
+    try:
+        return sentencepiece.SentencePieceProcessor(str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path}: not a SentencePiece model ({error}); download or copy it again") from None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); download or copy it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no settings ({{...}}); download or copy it again")
+    return values
 
 
 def _from_hub(repo: str, name: str, required: bool = True) -> Path | None:
@@ -174,7 +200,7 @@ def _from_hub(repo: str, name: str, required: bool = True) -> Path | None:
         if isinstance(error, LocalEntryNotFoundError):
             raise UserError(
                 f"{repo}: {name} is not in the local hub cache and the hub cannot be reached; "
-                "connect once, or give a local folder as moshi_paths.hf_repo_id"
+                "connect once, or give a local folder in its place (moshi_paths.hf_repo_id, --hf-repo)"
             ) from None
         if not required:
             return None
@@ -252,7 +278,8 @@ class Weights:
         if problems:
             more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
             raise UserError(
-                f"{self.file.path}: does not fit the model's config: it has {'; '.join(problems[:4])}{more}"
+                f"{self.file.path}: does not fit the model's config: it has {'; '.join(problems[:4])}{more}; weights "
+                "and config.json have to be of one model"
             )
 
     def read(self, name: str, start: int, stop: int, shape: torch.Size) -> torch.Tensor:

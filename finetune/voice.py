@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--weights", required=True, metavar="W", help="the model that will use it")
     parser.add_argument("--base", metavar="REPO_OR_FOLDER", help="weights that adapters belong to, if not as written")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="in which the runtime holds the tables")
-    parser.add_argument("--device", default="auto", help="of Mimi: auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="of Mimi: auto, cpu, cuda or cuda:1")
     args = parser.parse_args()
     if args.out.suffix != ".pt":
         raise UserError(f"{args.out}: a voice file ends in .pt")

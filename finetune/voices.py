@@ -39,6 +39,18 @@ def cache_folder() -> Path:
     return Path(base) / "moshi-personaplex-finetune"
 
 
+def codes_folder() -> Path:
+    """Where encoded recordings are kept, made if needed. Raises UserError if it cannot be."""
+    folder = cache_folder() / "codes"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be made ({error.strerror}); set XDG_CACHE_HOME to a folder that may be written"
+        ) from None
+    return folder
+
+
 def unpack(archive: Path) -> Path:
     """The folder of an unpacked `voices.tgz`. Raises UserError if a member would land outside of it."""
     stat = archive.stat()
@@ -64,10 +76,13 @@ class VoiceBook:
     Args:
         folder: the settings' voices_dir.
         archive: gives the repository's voices.tgz, which is fetched and unpacked when a name is not in `folder`.
+        setting: what the user calls the folder.
     """
 
-    def __init__(self, folder: Path | None, archive: Callable[[], Path | None]):
-        self._folder, self._archive = folder, archive
+    def __init__(
+        self, folder: Path | None, archive: Callable[[], Path | None], setting: str = "prompt.voices_dir"
+    ):
+        self._folder, self._archive, self._setting = folder, archive, setting
         self._named: list[tuple[str, dict[str, Path]]] = []
 
     def find(self, name: str, beside: Path | None = None) -> Path:
@@ -87,13 +102,14 @@ class VoiceBook:
                 looked.append(where)
                 if name in files:
                     return files[name]
-        raise UserError(f"no voice {name!r} in {' or '.join(looked) or 'any folder'} (set prompt.voices_dir)")
+        places = " or ".join(looked) or "any folder"
+        raise UserError(f"no voice {name!r} in {places}; put the file there, or set {self._setting}")
 
     def _places(self) -> Iterator[tuple[str, dict[str, Path]]]:
         """(place, {name with and without suffix: file}), each listed when it is first needed."""
         yield from self._named
         if not self._named:
-            self._named.append(("prompt.voices_dir", _listed(self._folder)))
+            self._named.append((self._setting, _listed(self._folder)))
             yield self._named[-1]
         if len(self._named) == 1:
             archive = self._archive()
@@ -142,8 +158,11 @@ def load_embedded(path: Path, delays: list[int], embed: Callable[[Tensor], Tenso
     """
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path}: not a voice file ({str(error).splitlines()[0]})") from None
+    except Exception:  # torch raises nearly anything on nearly a zip file
+        raise UserError(
+            f"{path}: not a voice file (it is damaged, or holds more than tensors); make it anew with "
+            "`python -m finetune.voice make`, or use a recording"
+        ) from None
     embeddings = raw.get("embeddings") if isinstance(raw, dict) else None
     cache = raw.get("cache") if isinstance(raw, dict) else None
     if not isinstance(embeddings, Tensor) or not isinstance(cache, Tensor):
@@ -187,6 +206,7 @@ def encode_recordings(paths: list[Path], mimi: MimiModel) -> tuple[dict[Path, Te
     out: dict[Path, Tensor] = {}
     problems: list[str] = []
     fresh: list[tuple[Path, Path, Tensor]] = []
+    cache = codes_folder() if paths else None
 
     def flush() -> None:
         for (path, cached, _), codes in zip(fresh, codec.encode(mimi, [pcm for _, _, pcm in fresh])):
@@ -197,8 +217,7 @@ def encode_recordings(paths: list[Path], mimi: MimiModel) -> tuple[dict[Path, Te
 
     for path in paths:
         key = hashlib.sha256(f"{fingerprint}/{codec.audio_fingerprint(path)}".encode()).hexdigest()[:32]
-        cached = cache_folder() / "codes" / f"{key}.pt"
-        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached = cache / f"{key}.pt"
         if cached.is_file():
             out[path] = torch.load(cached, weights_only=True).long()
             continue

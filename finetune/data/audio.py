@@ -175,7 +175,7 @@ def _open(path: str | Path) -> sphn.FileReader:
         if not Path(path).exists():
             raise UserError(f"{path}: no such file") from None
         reason = str(error).split(": ", 1)[-1]
-        raise UserError(f"{path}: not readable as audio ({reason})") from None
+        raise UserError(f"{path}: not readable as audio ({reason}); export it again as wav or flac") from None
     if reader.channels < 1 or not 1000 <= reader.sample_rate <= 200_000:
         raise UserError(f"{path}: its header says {reader.channels} channel(s) at {reader.sample_rate} Hz")
     return reader

@@ -314,7 +314,10 @@ def fingerprint_file(path: Path, codebooks: int = CODEBOOKS) -> str:
         state = torch.load(path, map_location="cpu", weights_only=True)["model"]
         return _fingerprint(state, state.__getitem__, codebooks)
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not readable as Mimi's weights ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: not readable as Mimi's weights ({reason}); give the model's own Mimi, downloaded whole"
+        ) from None
 
 
 def _fingerprint(names: Iterable[str], get: Callable[[str], Tensor], codebooks: int) -> str:
