@@ -235,16 +235,17 @@ def speakers_missing(content: dict, wanted: dict[str, int]) -> dict[str, int]:
 # --- 2. In a worker ------------------------------------------------------------------------------------------
 
 
-def start_worker(args: argparse.Namespace, workers: int, rank: int) -> Callable:
+def start_worker(args: argparse.Namespace, devices: list[str], rank: int) -> Callable:
     """Takes its share of the machine and loads its model, before anything else touches CUDA."""
     import torch
 
     from finetune.transcriber import Transcriber
 
-    device = device_of(args.device, rank)
+    device = devices[rank]
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // workers))
+    sharing = len(devices) * (1 if args.partition else args.shards)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // sharing))
     tqdm.set_lock(threading.RLock())  # whisper's bars; their lock across processes leaks when a worker is killed
     if not args.verbose:
         warnings.simplefilter("ignore")
@@ -273,13 +274,17 @@ def transcribe(transcriber, model: str, task: tuple[Item, dict[str, int]]) -> di
     return heard
 
 
-def gpus(device: str | None) -> int:
-    """How many GPUs the workers take in turn; 0 if it is one, or none."""
-    if device not in (None, "cuda"):
-        return 0
-    import torch
+def devices_of(args: argparse.Namespace, index: int, count: int, files: int) -> list[str]:
+    """The devices of the workers of job `index` of `count` that has so many files to do.
 
-    return torch.cuda.device_count()
+    Workers take the GPUs in turn, and the jobs of one machine share them.
+    """
+    workers = args.num_workers
+    if workers is None and args.device in (None, "cuda"):
+        import torch
+
+        workers = -(-torch.cuda.device_count() // count)
+    return [device_of(args.device, index + count * rank) for rank in range(min(workers or 1, max(files, 1)))]
 
 
 # --- 3. The run ----------------------------------------------------------------------------------------------
@@ -307,8 +312,8 @@ def annotate_shard(args: argparse.Namespace, index: int, count: int) -> dict[str
                 raise
             failures.add(item.output, sentence(item.path, error))
 
-    workers = min(args.num_workers or gpus(args.device) or 1, max(len(todo), 1))
-    outcomes = run_workers(partial(start_worker, args, workers), todo, workers, args.verbose)
+    devices = devices_of(args, index, count, len(todo))
+    outcomes = run_workers(partial(start_worker, args, devices), todo, len(devices), args.verbose)
     with closing(outcomes), Progress([item.duration for item, _ in todo], "annotating", disable=not todo) as bar:
         for (item, _), heard, error in outcomes:
             try:

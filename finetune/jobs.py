@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +22,7 @@ from finetune.cli import UserError
 T = TypeVar("T")
 
 SHARD_MINUTES = 24 * 60  # a SLURM job's limit; SBATCH_TIMELIMIT in the environment wins over it
+LOCAL_MINUTES = 365 * 24 * 60  # submitit wants some, and nobody else waits for this machine
 
 STALE_SEC = 24 * 3600  # a temporary file that has not been written to for so long has no writer
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
@@ -197,32 +198,42 @@ def run_shards(
 ) -> ShardResults:
     """Calls `function(index, count)` for every index in its own job and waits for all of them.
 
-    With a `partition` the jobs are one SLURM task array; without, processes of this machine, all at once.
+    With a `partition` the jobs are one SLURM task array; without, processes of this machine, all at once, that see all
+    GPUs that this one sees (`device_of` takes them in turn).
     Account, quality of service or a time limit are given to sbatch by its own environment variables
     (`SBATCH_ACCOUNT`, `SBATCH_QOS`, `SBATCH_TIMELIMIT`, ...). Ctrl-C cancels the jobs.
 
     Args:
         function: importable by name from a module other than `__main__`; so is what is bound to it.
         folder: logs and pickles of the jobs.
-        cpus, gpus: of one job.
+        cpus, gpus: of one SLURM job.
     Raises:
         UserError: SLURM refuses the jobs or is not there.
     """
     # A job starts in this folder but not with this sys.path, and has to import `function`'s module.
     paths = [p for p in sys.path if p] + [os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in paths if p))
+    if not partition:
+        function = partial(_seeing, os.environ.get("CUDA_VISIBLE_DEVICES"), function)
+    minutes = SHARD_MINUTES if partition else LOCAL_MINUTES
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster="slurm" if partition else "local")
         slurm = {"slurm_partition": partition, "slurm_array_parallelism": count} if partition else {}
-        executor.update_parameters(
-            name=name, timeout_min=SHARD_MINUTES, cpus_per_task=cpus, gpus_per_node=gpus, **slurm
-        )
+        executor.update_parameters(name=name, timeout_min=minutes, cpus_per_task=cpus, gpus_per_node=gpus, **slurm)
         with executor.batch():
             jobs = [executor.submit(function, index, count) for index in range(count)]
     except (RuntimeError, FailedJobError, FailedSubmissionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot submit to SLURM partition {partition!r}: {reason}") from None
     return _collect(jobs, name)
+
+
+def _seeing(gpus: str | None, function: Callable[[int, int], Any], index: int, count: int) -> Any:
+    """Undoes that submitit shows all jobs of this machine the first GPUs. CUDA reads it at its first use, later."""
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    return function(index, count)
 
 
 def _collect(jobs: Sequence[submitit.Job], name: str) -> ShardResults:

@@ -421,6 +421,32 @@ def test_interrupted_then_killed_then_finished_by_a_task_array_is_the_same_as_un
     assert contents(folder) == undisturbed  # the report too
 
 
+def test_jobs_of_one_machine_share_its_gpus_and_cores(monkeypatch, scripted):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr(annotate, "cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def devices(*flags: str, index: int = 0, count: int = 1, files: int = 99) -> list[str]:
+        return annotate.devices_of(annotate.parse_args(["a.jsonl", *flags]), index, count, files)
+
+    assert devices() == devices("--device", "cuda") == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert [devices(index=index, count=2) for index in (0, 1)] == [["cuda:0", "cuda:2"], ["cuda:1", "cuda:3"]]
+    assert [devices(index=index, count=9) for index in (0, 3, 5)] == [["cuda:0"], ["cuda:3"], ["cuda:1"]]
+    assert devices(files=2) == devices("--num-workers", "2") == ["cuda:0", "cuda:1"] and devices(files=0) == ["cuda:0"]
+    assert devices("--device", "cuda:1", index=2, count=3) == ["cuda:1"]
+    assert devices("--device", "cpu") == ["cpu"] and devices("--device", "cpu", "--num-workers", "2") == ["cpu", "cpu"]
+
+    threads = torch.get_num_threads()
+    try:
+        for flags, share in (([], 4), (["--shards", "2"], 2), (["--shards", "2", "--partition", "gpu"], 4)):
+            args = annotate.parse_args(["a.jsonl", "--whisper-model", scripted, *flags])
+            annotate.start_worker(args, ["cpu", "cpu"], 1)
+            assert torch.get_num_threads() == share
+    finally:
+        torch.set_num_threads(threads)
+
+
 def children(pid: int) -> list[int]:
     """Spawned workers of a process, not Python's own resource tracker."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

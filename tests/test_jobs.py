@@ -52,6 +52,20 @@ def test_dead_shards_are_named_and_the_others_keep_their_results(tmp_path, capfd
     assert "4 of 4 shards ended, 2 dead" in capfd.readouterr().err
 
 
+def what_is_told(index: int, count: int) -> tuple[str | None, float]:
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ["SUBMITIT_LOCAL_TIMEOUT_S"]) / 3600 / 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [None, "", "3,1", "GPU-5ebe9f43"])
+def test_jobs_of_this_machine_see_its_gpus_and_have_time(tmp_path, monkeypatch, gpus):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if gpus is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    told = run_shards(what_is_told, 2, tmp_path / "jobs", "asking", gpus=1).results
+    assert told == {0: (gpus, 365.0), 1: (gpus, 365.0)}
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_the_jobs_too(tmp_path):
     code = (
