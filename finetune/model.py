@@ -158,8 +158,8 @@ class Checkpoint:
         path = self.mimi_weights()
         try:
             return loaders.get_mimi(path, self.mimi_config(), device=device, num_codebooks=CODEBOOKS)
-        except (RuntimeError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # torch raises nearly anything on what is no file of its own
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: does not load as a Mimi of this configuration ({reason})") from None
 
     def tokenizer(self) -> sentencepiece.SentencePieceProcessor:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from finetune.cli import UserError
 from finetune.data import codec
+from finetune.model import open_checkpoint
 
 FRAME = 1920
 CONTEXT = 25  # steps of Mimi's attention, here 1 s instead of 10
@@ -241,13 +242,18 @@ def test_the_fingerprint_is_that_of_the_encoder(mimi, tmp_path):
     assert all(map(changed, heard)) and not any(map(changed, unheard))
 
 
-def test_a_file_that_is_no_mimi_is_refused(tmp_path):
+def test_a_file_that_is_no_mimi_is_refused(world, tmp_path):
     save_file({"linear.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    (tmp_path / "text.safetensors").write_text("hello")
-    (tmp_path / "text.pt").write_text("hello")
-    for name in ("other.safetensors", "text.safetensors", "text.pt", "none.safetensors"):
-        with pytest.raises(UserError, match="not readable as Mimi's weights"):
-            codec.fingerprint_file(tmp_path / name)
+    torch.save({"model": {"linear.weight": torch.zeros(2)}}, tmp_path / "other.pt")
+    torch.save({"model": [torch.zeros(2)]}, tmp_path / "list.pt")
+    for name, content in (("text", "hello"), ("page", "<!DOCTYPE html>"), ("empty", "")):
+        for suffix in ("pt", "safetensors"):
+            (tmp_path / f"{name}.{suffix}").write_text(content)
+    for path in [*sorted(tmp_path.iterdir()), tmp_path / "none.safetensors", tmp_path / "none.pt"]:
+        with pytest.raises(UserError, match=rf"{path.name}: not readable as Mimi's weights \(.+\)"):
+            codec.fingerprint_file(path)
+        with pytest.raises(UserError, match=rf"{path.name}: (does not load as a Mimi|no such file)"):
+            open_checkpoint(str(world / "model"), mimi_path=str(path)).mimi()
 
 
 @pytest.mark.parametrize("size", [0, 10, 50_000, 1_000_000])
