@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -634,8 +635,27 @@ def test_models_and_languages_that_are_not_there_are_refused(scripted, tmp_path)
             Transcriber(name, "cpu", language)
 
 
-def test_keeping_silence_gives_whisper_more_of_it(tmp_path, scripted):
-    assert Transcriber(scripted, "cpu", keep_silence=True).margin_sec > Transcriber(scripted, "cpu").margin_sec
+class Noting(Transcriber):
+    """Notes the stretches, in seconds, that Whisper is given."""
+
+    given: ClassVar[list] = []
+
+    def _whisper(self, pcm, found, language):
+        self.given.append(found)
+        return super()._whisper(pcm, found, language)
+
+
+def test_keeping_silence_gives_whisper_more_of_it(tmp_path, scripted, monkeypatch):
+    monkeypatch.setattr(transcriber, "Transcriber", Noting)
+    monkeypatch.setattr(Noting, "given", [])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    pause = np.zeros(4 * RATE, dtype=np.float32)
+    write_stereo(tmp_path / "a.wav", np.concatenate([pause, murmur(2, lead=0.0), pause]))
+    item = annotate.Item(tmp_path / "a.wav", tmp_path / "a.json", None, {})
+    for flags in ([], ["--keep-silence-in-segments"]):
+        args = annotate.parse_args(["a.jsonl", "--whisper-model", scripted, *flags])
+        annotate.start_worker(args, ["cpu"], 0)((item, {"SPEAKER_MAIN": 0}))
+    assert np.allclose(Noting.given, [[(3.5, 6.5)], [(2.5, 7.5)]], atol=0.05)
 
 
 def test_the_report_names_what_to_listen_to(tmp_path):
