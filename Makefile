@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # Two threads win little on models this small, and collapse when another process takes a core.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-slurm lint bench clean
 
 install: $(INSTALLED)
 
@@ -20,6 +20,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Real SLURM daemons on one node, this machine: root on Debian, installs slurm-wlm and munge; some five minutes.
+test-slurm: $(INSTALLED)
+	$(BIN)/python -m pytest tests/slurm/test_slurm.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

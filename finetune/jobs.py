@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.slurm.slurm import SlurmInfoWatcher
 from tqdm import tqdm
 
 from finetune.cli import UserError
@@ -187,6 +188,27 @@ class ShardResults(NamedTuple):
     dead: list[str]  # one sentence for each of the others
 
 
+class Queue(SlurmInfoWatcher):
+    """States of jobs by squeue, of which every cluster has one. submitit asks sacct: where a cluster keeps no accounts,
+    that tells nothing, and a job that was killed is waited for without end."""
+
+    GONE = "no longer in the queue"  # which forgets a job some minutes after its end (MinJobAge)
+    ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", GONE)
+
+    def _make_command(self) -> list[str] | None:
+        if self._registered <= self._finished:
+            return None
+        return ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%N"]
+
+    def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
+        text = string.decode() if isinstance(string, bytes) else string
+        gone = {job: {"State": self.GONE} for job in self._registered - self._finished}
+        return gone | super().read_info("JobID|State|NodeList\n" + text)
+
+    def is_done(self, job_id: str, mode: str = "standard") -> bool:
+        return self.get_state(job_id, mode) in self.ENDED
+
+
 def run_shards(
     function: Callable[[int, int], Any],
     count: int,
@@ -218,7 +240,12 @@ def run_shards(
     minutes = SHARD_MINUTES if partition else LOCAL_MINUTES
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster="slurm" if partition else "local")
-        slurm = {"slurm_partition": partition, "slurm_array_parallelism": count} if partition else {}
+        slurm: dict[str, Any] = {}
+        if partition:
+            submitit.SlurmJob.watcher = Queue(delay_s=60)
+            slurm |= {"slurm_partition": partition, "slurm_array_parallelism": count}
+            # Since 22.05 srun does not take the cores of a task from sbatch, and may bind it to one.
+            slurm["slurm_srun_args"] = [f"--cpus-per-task={cpus}"]
         executor.update_parameters(name=name, timeout_min=minutes, cpus_per_task=cpus, gpus_per_node=gpus, **slurm)
         with executor.batch():
             jobs = [executor.submit(function, index, count) for index in range(count)]
@@ -259,6 +286,8 @@ def _collect(jobs: Sequence[submitit.Job], name: str) -> ShardResults:
 
 
 def _reason(state: str, text: str) -> str:
-    """The last exception in a job's traceback; without one, the state its scheduler gives."""
-    raised = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*$", text, flags=re.MULTILINE)
-    return raised[-1] if raised else f"state {state}"
+    """The last exception in a job's traceback; without one, the state its scheduler gives and what srun says of it."""
+    if raised := re.findall(r"^[\w.]*(?:Error|Exception|Interrupt|Exit)(?::.*)?$", text, flags=re.MULTILINE):
+        return raised[-1]
+    said = re.findall(r"^srun: error: (.*)$", text, flags=re.MULTILINE)
+    return ": ".join([f"state {state}", *said[-1:]])

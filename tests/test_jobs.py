@@ -12,7 +12,18 @@ import pytest
 from test_workers import alive, wait_for
 
 from finetune.cli import UserError
-from finetune.jobs import Failures, Progress, device_of, error_file, forget_error, replacing, run_shards, shard
+from finetune.jobs import (
+    Failures,
+    Progress,
+    Queue,
+    _reason,
+    device_of,
+    error_file,
+    forget_error,
+    replacing,
+    run_shards,
+    shard,
+)
 
 
 def square_or_die(folder: str, index: int, count: int) -> int:
@@ -86,6 +97,25 @@ def test_without_slurm_a_partition_is_refused_in_a_sentence(tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="partition 'gpu'"):
         run_shards(partial(square_or_die, str(tmp_path)), 2, tmp_path / "jobs", "squares", partition="gpu")
+
+
+def test_a_job_is_over_when_its_state_is_final_or_the_queue_has_forgotten_it():
+    queue = Queue()
+    for job in ("7_0", "7_1", "7_2", "8"):
+        queue.register_job(job)
+    queue._info_dict = queue.read_info(b"7_0|OUT_OF_MEMORY|n1\n7_1|CONFIGURING|n2\n8|RUNNING|n3\n9|PENDING|\n")
+    ended = {job: queue.is_done(job, mode="cache") for job in ("7_0", "7_1", "7_2", "8")}
+    assert ended == {"7_0": True, "7_1": False, "7_2": True, "8": False}
+    assert queue.get_state("7_2", mode="cache") == "no longer in the queue"
+
+
+def test_why_a_job_died_is_its_exception_or_what_srun_says():
+    head = "Job 7_0 has not produced any output (state: FAILED)\nError stream produced:\n----\n"
+    assert _reason("FAILED", head + "srun: error: n1: task 0: Out Of Memory\n") == (
+        "state FAILED: n1: task 0: Out Of Memory"
+    )
+    assert _reason("FAILED", head + "Traceback (most recent call last):\nOSError: no space\n") == "OSError: no space"
+    assert _reason("NODE_FAIL", head) == "state NODE_FAIL"
 
 
 def test_gpus_are_taken_in_turn_and_others_refused(monkeypatch):
