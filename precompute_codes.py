@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from finetune.cli import Parser, UserError, run
+from finetune.cli import Parser, UserError, no_room, run
 from finetune.data import audio, codec, manifest
 from finetune.jobs import Failures, Progress, device_of, forget_error, replacing, run_shards, sentence, shard, show
 from finetune.model import MOSHI, open_checkpoint
@@ -250,6 +250,8 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
                         same_speaker_file(codes).unlink(missing_ok=True)  # of what the file was before
                         codec.save_codes(codes, result, seconds, fingerprint, reader.fingerprint, reader.stamp)
                     except (UserError, OSError) as error:
+                        if no_room(error):
+                            raise
                         failures.add(codes, sentence(item.path, error))
                         bar.set_postfix_str(f"{len(failures)} failed")
                     else:

@@ -22,7 +22,6 @@ from finetune.cli import UserError
 from finetune.data import audio, codec
 from finetune.data.interleaver import read_alignments
 from finetune.data.manifest import sidecar
-from finetune.jobs import replacing
 from finetune.personaplex import N_STREAMS, Voice
 
 LOUDNESS = -24.0  # LUFS, integrated: what NVIDIA's runtime normalises voice recordings to
@@ -210,17 +209,18 @@ def encode_recordings(paths: list[Path], mimi: MimiModel) -> tuple[dict[Path, Te
 
     def flush() -> None:
         for (path, cached, _), codes in zip(fresh, codec.encode(mimi, [pcm for _, _, pcm in fresh])):
-            out[path] = codes.cpu().long()
-            with replacing(cached) as temporary:
-                torch.save(codes.cpu().to(torch.int16), temporary)
+            out[path] = codes
+            codec.save(cached, codes.to(torch.int16))
         fresh.clear()
 
     for path in paths:
         key = hashlib.sha256(f"{fingerprint}/{codec.audio_fingerprint(path)}".encode()).hexdigest()[:32]
         cached = cache / f"{key}.pt"
-        if cached.is_file():
+        try:  # what was torn by a crash is made anew
             out[path] = torch.load(cached, weights_only=True).long()
             continue
+        except Exception:  # torch raises nearly anything on nearly a zip file
+            pass
         try:
             fresh.append((path, cached, torch.from_numpy(load_recording(path))))
         except UserError as error:
@@ -328,8 +328,7 @@ def save_same_speaker(
             stretches = [
                 {"start": start, "end": end, "codes": next(encoded).to(torch.int16)} for start, end in spans
             ]
-            with replacing(target) as temporary:
-                torch.save({"mimi": fingerprint, "stretches": stretches}, temporary)
+            codec.save(target, {"mimi": fingerprint, "stretches": stretches})
     return problems
 
 

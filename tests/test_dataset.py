@@ -350,6 +350,19 @@ def test_all_missing_voices_are_listed_at_once(parts, world, tmp_path):
     assert all(f"NAT{i}" in str(error.value) for i in range(3))
 
 
+def test_a_torn_voice_in_the_cache_is_made_anew(parts, world, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    paths = sorted((world / "data/voices").glob("*.wav"))[:2]
+    made, problems = voices.encode_recordings(paths, parts[0])
+    kept = list(voices.codes_folder().iterdir())
+    assert len(kept) == 2 and not problems
+    kept[0].write_bytes(b"")
+    kept[1].write_bytes(kept[1].read_bytes()[:-100])
+    again, _ = voices.encode_recordings(paths, parts[0])
+    assert all(torch.equal(again[path], made[path]) for path in paths)
+    assert all(torch.load(path).dtype == torch.int16 for path in kept)
+
+
 def test_same_speaker_is_heard_from_outside_the_window(parts, world, encoded):
     mimi, _ = parts
     _, _, (live, stored) = prompted(parts, world, voice=voices.SAME_SPEAKER)

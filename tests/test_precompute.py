@@ -269,6 +269,15 @@ def test_a_killed_run_loses_only_what_it_had_in_hand(world, tmp_path):
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
 
 
+def test_a_full_disk_ends_the_run_at_once(world, data, tmp_path):
+    command = f"ulimit -f 1; {sys.executable} precompute_codes.py {data / 'egs.jsonl'} --output-dir {tmp_path / 'out'} "
+    command += f"--hf-repo {world / 'model'} --device cpu"  # no file may be larger than 1 kB
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "error: File too large; free some space and run the same command" in done.stderr.splitlines()[-1]
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
 def test_two_shards_do_together_what_one_run_does(world, data, tmp_path, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
     (data / "text.wav").write_text("hello")

@@ -418,8 +418,13 @@ def save_codes(
         "format": FORMAT,
         **(stamp or {}),
     }
-    with replacing(path) as temporary:
-        torch.save(entry, temporary)
+    save(path, entry)
+
+
+def save(path: Path, entry: object) -> None:
+    """`torch.save`, atomically; OSError if the disk is full (given a name, not a file, torch raises RuntimeError)."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(entry, file)
 
 
 def load_codes(path: Path) -> dict:
