@@ -108,7 +108,9 @@ def train(
         began = time.perf_counter()
         row = evaluate(model, data.eval_batches(), weights, world)
         trouble = None
-        samples = data.eval_samples(args.eval_free_samples) if args.eval_free_samples else []
+        samples = []
+        if args.eval_free_samples:  # one rank's reading for all: replying is a collective
+            samples = world.broadcast(data.eval_samples(args.eval_free_samples) if world.is_main else None)
         if samples:
             conversations = free_run(model, samples, args.eval_free_sec, args.seed)
             if world.is_main:
@@ -224,8 +226,8 @@ class Interval:
 
     def add(self, micro: list[Batch], waited: float, seconds: float) -> None:
         for batch in micro:
-            self.tokens += int((batch.codes >= 0).sum())
-            self.frames += int(batch.loss_mask.sum())
+            self.tokens += batch.tokens
+            self.frames += batch.frames
             self.slots += batch.loss_mask.numel()
             self.dropped += batch.text.dropped
             self.late += batch.text.late

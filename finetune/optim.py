@@ -33,8 +33,7 @@ def build_optimizer(lm: nn.Module, args: OptimArgs, device: torch.device) -> tor
         lr=args.lr,
         betas=args.betas,
         eps=args.eps,
-        fused=device.type == "cuda",
-        foreach=device.type != "cuda",
+        fused=True,
     )
 
 

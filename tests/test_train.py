@@ -1,7 +1,9 @@
 """Whole runs of both scripts on the tiny world, with the real moshi models, in one process and in two."""
 
+import itertools
 import json
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from conftest import live, rows, script, train_here, write_config
 from moshi.models.loaders import CheckpointInfo
 from moshi.modules.lora import LoRALinear
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from finetune import checkpointing, evaluate, export, generate, lora, loss, model, optim
 from finetune.args import DataArgs, OptimArgs, TrainArgs, load_args
 from finetune.cli import UserError
+from finetune.data import dataset
 from finetune.fast import TrainingLM
 from finetune.model import MOSHI, PERSONAPLEX
 from finetune.personaplex import expand_moshiko_to_personaplex
@@ -200,6 +204,38 @@ def test_one_batch_of_four_is_four_of_one_and_two_ranks_of_two(world, tmp_path):
         found[name] = [(r["loss"], r["grad_norm"], r["user_loss"]) for r in rows(folder / "run")]
     torch.testing.assert_close(torch.tensor(found["1x4"]), torch.tensor(found["4x1"]), rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(torch.tensor(found["2 ranks"]), torch.tensor(found["4x1"]), rtol=2e-5, atol=1e-6)
+
+
+class HostReads(TorchFunctionMode):
+    """Counts where the host asks for a tensor's values; on a GPU each waits for all that was queued."""
+
+    READS: ClassVar = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__float__,
+             torch.Tensor.__int__, torch.Tensor.__index__, torch.Tensor.cpu, torch.Tensor.numpy,
+             torch.Tensor.nonzero, torch.nonzero}  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function in self.READS
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_one_tensor_back(world, tmp_path, monkeypatch):
+    """Losses, gradient norm and what the ranks wish for come to the host together, and nothing else does. Reading
+    batches is the workers' work, so it is done before."""
+    settings = {"do_eval": False, "do_ckpt": False, "log_freq": 100, "num_microbatches": 2, "batch_size": 1}
+    batches = dataset.get_dataset_iterator
+    ahead = lambda *args, **kwargs: iter(list(itertools.islice(batches(*args, **kwargs), 20)))
+    monkeypatch.setattr(dataset, "get_dataset_iterator", ahead)
+    counts = []
+    for steps in (1, 2, 5):  # the first also fills the cache of voices
+        config = write_config(tmp_path, world, **settings | {"max_steps": steps, "run_dir": str(tmp_path / str(steps))})
+        with HostReads() as reads:
+            assert train_here(config, PERSONAPLEX) == 0
+        counts.append(reads.count)
+    assert counts[2] - counts[1] == 3
 
 
 def test_losses_are_weighted_sums_over_global_weights():

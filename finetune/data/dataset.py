@@ -437,6 +437,8 @@ class Batch:
     problems: list[str]  # why samples were left out
     text: TextStats
     voiceless: int  # windows without the voice that they name
+    tokens: int  # that the model reads, prompts included
+    frames: int  # that carry loss
 
     def to(self, device: torch.device) -> "Batch":
         move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)
@@ -468,7 +470,7 @@ def collate(samples: list[Sample], problems: list[str], delays: list[int], dep_q
     return Batch(
         codes, mask, embeddings, lengths, make_plan(codes, mask, delays, dep_q),
         count_targets(codes, mask, delays, dep_q), [s.name for s in samples], problems, text,
-        sum(s.voiceless for s in samples),
+        sum(s.voiceless for s in samples), int((codes != ZERO).sum()), int(mask.sum()),
     )  # fmt: skip
 
 
