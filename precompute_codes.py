@@ -21,7 +21,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -58,6 +57,7 @@ class Outcome(NamedTuple):
 
     durations: dict[str, float]  # true seconds of each file that has codes, by its codes
     failed: dict[str, str]  # a sentence for each that has none
+    voiceless: dict[str, str]  # by its recording, a sentence for each whose same_speaker voice could not be had
     encoded_sec: float  # of the files encoded now
     wall_sec: float  # for which the codec was there
 
@@ -222,7 +222,7 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
             if args.same_speaker and (item.codes in fresh or not same_speaker_file(Path(item.codes)).is_file())
         ]  # fmt: skip
         if not todo and not voiceless:
-            return Outcome(durations, failures.sentences, 0.0, 0.0)
+            return Outcome(durations, failures.sentences, {}, 0.0, 0.0)
 
         for folder in {os.path.dirname(item.codes) for item in todo}:
             make_folder(Path(folder))
@@ -259,9 +259,9 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
                         durations[item.codes] = seconds
                         encoded_sec += seconds
         pairs = [(Path(item.path), Path(item.codes)) for item in voiceless if item.codes in durations]
-        for path, why in save_same_speaker(pairs, mimi, fingerprint, args.exact).items():
-            print(f"{path}: no same_speaker voice: {why}", file=sys.stderr)
-    return Outcome(durations, failures.sentences, encoded_sec, time.monotonic() - started)
+        problems = save_same_speaker(pairs, mimi, fingerprint, args.exact)
+        without = {str(path): f"{path}: {why}" for path, why in problems.items()}
+    return Outcome(durations, failures.sentences, without, encoded_sec, time.monotonic() - started)
 
 
 def make_folder(folder: Path) -> None:
@@ -331,6 +331,7 @@ def main(argv: list[str] | None = None) -> int:
         outcomes = list(results.values())
     durations = {codes: seconds for outcome in outcomes for codes, seconds in outcome.durations.items()}
     failed = {codes: why for outcome in outcomes for codes, why in outcome.failed.items()}
+    voiceless = {path: why for outcome in outcomes for path, why in outcome.voiceless.items()}
     for item in items.values():
         if dead and item.codes not in durations:  # a shard that died has not told
             failed.setdefault(item.codes, f"{item.path}: was not done")
@@ -358,8 +359,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  {name:<10}{value}")
     show("bad lines:", problems)
     show("failed (repair them or take their lines out):", [failed[codes] for codes in sorted(failed)])
+    show("without same_speaker voice, which training on them needs:", [voiceless[path] for path in sorted(voiceless)])
     show("dead:", dead)
-    return int(bool(dead) or not durations or (args.strict and bool(failed or problems)))
+    return int(bool(dead) or not durations or (args.strict and bool(failed or problems or voiceless)))
 
 
 if __name__ == "__main__":

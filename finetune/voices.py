@@ -18,7 +18,7 @@ import torch
 from moshi.models import MimiModel
 from torch import Tensor
 
-from finetune.cli import UserError
+from finetune.cli import UserError, no_room
 from finetune.data import audio, codec
 from finetune.data.interleaver import read_alignments
 from finetune.data.manifest import sidecar
@@ -254,6 +254,16 @@ def speech_stretches(words: list[tuple[str, float, float]], duration_sec: float)
     return chosen
 
 
+def stretch_sound(path: Path, start: float, end: float) -> np.ndarray | None:
+    """The agent's sound from `start` to `end` (seconds), normalised, float32 [samples] at 24 kHz; None where there is
+    none to speak of: words do not always stand where the sound is. Raises UserError if it cannot be read."""
+    pcm = audio.read(path, start, end - start, channel=0)[0]
+    try:
+        return normalise(pcm, str(path))
+    except UserError:
+        return None
+
+
 def load_voices(
     files: list[Path],
     mimi: Callable[[], MimiModel],
@@ -307,11 +317,12 @@ def save_same_speaker(
         fingerprint: of the codec.
         exact: see finetune.data.codec.
     Returns:
-        {recording: why it has none} of those that could not be read. One without enough speech has an empty list.
+        {recording: why it has none} of those that could not be read. One without enough speech, or whose words stand
+        where it is silent, has an empty list.
     """
     problems: dict[Path, str] = {}
     for i in range(0, len(files), 16):
-        found: list[tuple[Path, list[tuple[float, float]], list[np.ndarray]]] = []
+        found: list[tuple[Path, list[tuple[float, float, np.ndarray]]]] = []
         for recording, codes in files[i : i + 16]:
             target = same_speaker_file(codes)
             try:
@@ -319,14 +330,16 @@ def save_same_speaker(
                     continue
                 words = read_alignments(json.loads(sidecar(recording).read_text(encoding="utf-8"))["alignments"])
                 spans = speech_stretches(words, audio.probe(recording).duration_sec)
-                sounds = [audio.read(recording, start, end - start, channel=0)[0] for start, end in spans]
-                found.append((target, spans, [normalise(sound, str(recording)) for sound in sounds]))
+                heard = [(*span, stretch_sound(recording, *span)) for span in spans]
+                found.append((target, [stretch for stretch in heard if stretch[2] is not None]))
             except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+                if no_room(error):
+                    raise
                 problems[recording] = str(error)
-        encoded = iter(codec.encode(mimi, [sound for _, _, sounds in found for sound in sounds], exact))
-        for target, spans, _ in found:
+        encoded = iter(codec.encode(mimi, [sound for _, heard in found for _, _, sound in heard], exact))
+        for target, heard in found:
             stretches = [
-                {"start": start, "end": end, "codes": next(encoded).to(torch.int16)} for start, end in spans
+                {"start": start, "end": end, "codes": next(encoded).to(torch.int16)} for start, end, _ in heard
             ]
             codec.save(target, {"mimi": fingerprint, "stretches": stretches})
     return problems

@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 import torch
 from conftest import ROOT
+from test_audio import write_wav
 
 from finetune import voices
 from finetune.args import PromptArgs
@@ -389,6 +390,29 @@ def test_same_speaker_is_heard_from_outside_the_window(parts, world, encoded):
                                                             draft.prompt.voice.codes))  # fmt: skip
                 assert used["end"] <= window[0] or used["start"] >= window[1]
     assert voiced
+
+
+@pytest.mark.parametrize("quiet", [3, 6], ids=["first", "all"])
+def test_same_speaker_passes_over_words_in_silence(parts, world, tmp_path, quiet):
+    """The best stretch, or each, stands where the channel is silent."""
+    mimi, _ = parts
+    sound = np.random.default_rng(0).uniform(-0.1, 0.1, (2, 9 * 24_000))
+    sound[0, : quiet * 24_000] = 0
+    write_wav(tmp_path / "a.wav", sound, 24_000)
+    words = [["so", [0.0, 1.9], "SPEAKER_MAIN"], ["and", [3.0, 4.5], "SPEAKER_MAIN"]]
+    (tmp_path / "a.json").write_text(json.dumps({"alignments": words}))
+    assert voices.save_same_speaker([(tmp_path / "a.wav", tmp_path / "a.pt")], mimi, "mimi") == {}
+    kept = voices.load_same_speaker(voices.same_speaker_file(tmp_path / "a.pt"), "mimi")
+    assert [stretch["start"] for stretch in kept] == ([3.0] if quiet == 3 else [])
+
+    line = {"path": "a.wav", "duration": 9, "voice_prompt": voices.SAME_SPEAKER, "text_prompt": "Hi."}
+    line = next(manifest.iterate(write_lines(tmp_path / "m.jsonl", [line]), []))
+    _, _, (live, _) = prompted(parts, world)
+    [sample] = live.encode([live.read(line, 2)])
+    assert sample.voiceless == (not kept)
+    if kept:
+        codes = kept[0]["codes"].long()
+        assert torch.equal(sample.codes[1:9, : codes.shape[1] - 1], codes[:, 1:])
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

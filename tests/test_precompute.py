@@ -173,6 +173,21 @@ def test_a_second_run_does_only_what_is_missing_or_stale(world, data, tmp_path, 
     assert redone() == set()
 
 
+def test_voices_that_cannot_be_had_are_listed(world, data, tmp_path, capsys):
+    """a has words, in silence; b none; c a .json that is broken; one has no .json."""
+    write_wav(data / "calls/a.wav", np.zeros((2, 36_000)), 24_000)
+    (data / "calls/a.json").write_text('{"alignments": [["so", [0, 1.4], "SPEAKER_MAIN"]]}')
+    (data / "calls/b.json").write_text('{"alignments": []}')
+    (data / "calls/c.json").write_text("{")
+    command = (data / "egs.jsonl", "--output-dir", tmp_path / "encoded", "--same-speaker")
+    assert encode(world, *command) == 0
+    made = {path.name for path in (tmp_path / "encoded").rglob("*.voices")}
+    assert made == {"a.wav.pt.voices", "b.wav.pt.voices"}
+    listed = capsys.readouterr().out.split("without same_speaker voice")[1]
+    assert "calls/c.wav: " in listed and "calls/one.wav: " in listed and "a.wav" not in listed
+    assert encode(world, *command, "--strict") == 1
+
+
 def test_another_mimi_makes_all_codes_stale(world, data, tmp_path):
     out, weights = tmp_path / "encoded", tmp_path / "other.safetensors"
     encode(world, data / "egs.jsonl", "--output-dir", out)

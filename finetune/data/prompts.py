@@ -16,7 +16,7 @@ from finetune.data.interleaver import Word
 from finetune.data.manifest import Line
 from finetune.personaplex import Voice, prompt_length
 from finetune.prompt_text import wrap_system_prompt
-from finetune.voices import SAME_SPEAKER, VoiceBook, normalise, speech_stretches
+from finetune.voices import SAME_SPEAKER, VoiceBook, speech_stretches, stretch_sound
 
 
 class PromptParts(NamedTuple):
@@ -149,8 +149,9 @@ class Prompter:
             return None, None
         for start, end in speech_stretches(words, audio.probe(line.path).duration_sec):
             if end <= window[0] or start >= window[1]:
-                pcm = audio.read(line.path, start, end - start, channel=0)[0]
-                return None, normalise(pcm, f"{line.path} at {start:.2f} s")
+                pcm = stretch_sound(line.path, start, end)
+                if pcm is not None:
+                    return None, pcm
         return None, None
 
 
