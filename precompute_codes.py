@@ -36,9 +36,10 @@ import torch
 
 from finetune.cli import Parser, UserError, no_room, run
 from finetune.data import audio, codec, manifest
+from finetune.data.interleaver import MAIN_SPEAKER
 from finetune.jobs import Failures, Progress, device_of, forget_error, replacing, run_shards, sentence, shard, show
 from finetune.model import MOSHI, open_checkpoint
-from finetune.voices import same_speaker_file, save_same_speaker
+from finetune.voices import has_same_speaker, same_speaker_file, save_same_speaker
 
 CHANNELS = 2  # agent, user
 LIE_SEC = 0.01  # a manifest that is off by more did not mean rounding
@@ -83,6 +84,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--same-speaker", action="store_true", help="also encode agents' speech for prompt.voice: same_speaker"
     )
+    parser.add_argument(
+        "--speakers", nargs="+", default=[MAIN_SPEAKER], metavar="LABEL", help="whose words are the agent's, as in "
+        "data.speakers; for --same-speaker",
+    )  # fmt: skip
     parser.add_argument("--num-load-threads", type=int, default=4, help="threads that decode and resample")
     parser.add_argument(
         "-S", "--shards", type=int, default=1, help="jobs of a SLURM task array; without --partition, of this machine"
@@ -206,7 +211,8 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
     """Does all files that are not done yet."""
     checkpoint = open_checkpoint(args.hf_repo, mimi_path=args.mimi_path)
     fingerprint = codec.fingerprint_file(checkpoint.mimi_weights())
-    failures, durations, todo = Failures(), {}, []
+    failures, durations, todo, voiceless = Failures(), {}, [], []
+    has_voice = lambda item: has_same_speaker(Path(item.codes), fingerprint, args.speakers)
     with ThreadPoolExecutor(args.num_load_threads) as pool:
         for start in range(0, len(items), 1000):  # a million futures would be larger than a million files
             some = items[start : start + 1000]
@@ -216,11 +222,9 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
                 else:
                     durations[item.codes] = duration
                     forget_error(Path(item.codes))
-        fresh = {item.codes for item in todo}
-        voiceless = [
-            item for item in items
-            if args.same_speaker and (item.codes in fresh or not same_speaker_file(Path(item.codes)).is_file())
-        ]  # fmt: skip
+            if args.same_speaker:
+                voiced = zip(some, pool.map(has_voice, some))
+                voiceless += [item for item, has in voiced if not has or item.codes not in durations]
         if not todo and not voiceless:
             return Outcome(durations, failures.sentences, {}, 0.0, 0.0)
 
@@ -259,7 +263,7 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
                         durations[item.codes] = seconds
                         encoded_sec += seconds
         pairs = [(Path(item.path), Path(item.codes)) for item in voiceless if item.codes in durations]
-        problems = save_same_speaker(pairs, mimi, fingerprint, args.exact)
+        problems = save_same_speaker(pairs, mimi, fingerprint, args.speakers, args.exact)
         without = {str(path): f"{path}: {why}" for path, why in problems.items()}
     return Outcome(durations, failures.sentences, without, encoded_sec, time.monotonic() - started)
 

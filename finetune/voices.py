@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finetune.cli import UserError, no_room
 from finetune.data import audio, codec
-from finetune.data.interleaver import read_alignments
+from finetune.data.interleaver import MAIN_SPEAKER, read_alignments
 from finetune.data.manifest import sidecar
 from finetune.personaplex import N_STREAMS, Voice
 
@@ -308,13 +308,18 @@ def same_speaker_file(codes: Path) -> Path:
 
 
 def save_same_speaker(
-    files: Sequence[tuple[Path, Path]], mimi: MimiModel, fingerprint: str, exact: bool | None = None
+    files: Sequence[tuple[Path, Path]],
+    mimi: MimiModel,
+    fingerprint: str,
+    speakers: Sequence[str] = (MAIN_SPEAKER,),
+    exact: bool | None = None,
 ) -> dict[Path, str]:
-    """Encodes the `same_speaker` stretches of recordings beside their codes; what is there already is left alone.
+    """Encodes the `same_speaker` stretches of recordings beside their codes.
 
     Args:
         files: (recording, its file of codes) of each.
         fingerprint: of the codec.
+        speakers: whose words show where the agent speaks.
         exact: see finetune.data.codec.
     Returns:
         {recording: why it has none} of those that could not be read. One without enough speech, or whose words stand
@@ -326,9 +331,8 @@ def save_same_speaker(
         for recording, codes in files[i : i + 16]:
             target = same_speaker_file(codes)
             try:
-                if target.is_file() and load_same_speaker(target, fingerprint) is not None:
-                    continue
-                words = read_alignments(json.loads(sidecar(recording).read_text(encoding="utf-8"))["alignments"])
+                rows = json.loads(sidecar(recording).read_text(encoding="utf-8"))["alignments"]
+                words = read_alignments(rows, speakers)
                 spans = speech_stretches(words, audio.probe(recording).duration_sec)
                 heard = [(*span, stretch_sound(recording, *span)) for span in spans]
                 found.append((target, [stretch for stretch in heard if stretch[2] is not None]))
@@ -341,19 +345,38 @@ def save_same_speaker(
             stretches = [
                 {"start": start, "end": end, "codes": next(encoded).to(torch.int16)} for start, end, _ in heard
             ]
-            codec.save(target, {"mimi": fingerprint, "stretches": stretches})
+            codec.save(target, {"mimi": fingerprint, "speakers": list(speakers), "stretches": stretches})
     return problems
 
 
-def load_same_speaker(path: Path, fingerprint: str | None) -> list[dict] | None:
-    """What `save_same_speaker` wrote: [{"start", "end" (sec), "codes": [8, N] int16}]; None if another codec made it.
+def load_same_speaker(path: Path, fingerprint: str | None, speakers: Sequence[str]) -> list[dict]:
+    """What `save_same_speaker` wrote: [{"start", "end" (sec), "codes": [8, N] int16}].
 
-    Raises UserError if the file is missing or damaged.
+    Raises UserError if the file is missing or damaged, if another codec made it (unless `fingerprint` is None), or if
+    it holds the speech of others than `speakers`.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: missing; run precompute_codes.py with --same-speaker")
+    again = "run precompute_codes.py with --same-speaker"
     try:
         raw = torch.load(path, weights_only=True)
-        return raw["stretches"] if fingerprint in (None, raw["mimi"]) else None
-    except Exception:
-        raise UserError(f"{path}: damaged; delete it and run precompute_codes.py with --same-speaker") from None
+        stretches, mimi, whose = raw["stretches"], raw["mimi"], raw["speakers"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; {again}") from None
+    except Exception:  # torch raises nearly anything on nearly a zip file
+        raise UserError(f"{path}: damaged; {again}") from None
+    if fingerprint not in (None, mimi):
+        raise UserError(f"{path}: made by another Mimi; {again} again")
+    if set(whose) != set(speakers):
+        raise UserError(
+            f"{path}: holds the speech of {', '.join(whose)}, and data.speakers is {', '.join(speakers)}; "
+            f"{again} --speakers {' '.join(speakers)}"
+        )
+    return stretches
+
+
+def has_same_speaker(codes: Path, fingerprint: str, speakers: Sequence[str]) -> bool:
+    """Whether the stretches of a file of codes are there and up to date."""
+    try:
+        load_same_speaker(same_speaker_file(codes), fingerprint, speakers)
+        return True
+    except UserError:
+        return False

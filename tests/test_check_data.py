@@ -24,6 +24,7 @@ from finetune.data.interleaver import Interleaver
 from finetune.model import open_checkpoint
 from finetune.personaplex import build_prompt
 from finetune.prompt_text import wrap_system_prompt
+from finetune.voices import same_speaker_file
 
 
 def write_wav(path: Path, pcm: np.ndarray, rate: int = 24_000) -> None:
@@ -506,6 +507,22 @@ def test_codes_of_changed_audio_of_another_codec_or_of_one_side(corpus):
     assert {word for _, text in found for word in ("changed", "Mimi other", "1 channel") if word in text} == {
         "changed", "Mimi other", "1 channel",
     }  # fmt: skip
+
+
+def test_same_speaker_voices_of_codes_are_those_that_training_takes(corpus):
+    with_codes(corpus)
+    stretch = {"start": 0.0, "end": 1.6, "codes": torch.zeros(8, 20, dtype=torch.int16)}
+    for line in corpus.lines["train"]:
+        line["voice_prompt"] = "same_speaker"
+        path = corpus.folder / line["codes_path"]
+        codec.save(same_speaker_file(path), {"mimi": "mimi", "speakers": ["SPEAKER_MAIN"], "stretches": [stretch]})
+    first = corpus.check(duration_sec=1.6).problems  # the stretch is the first window
+    assert len(first) == len(corpus.lines["train"])
+    assert all(problem.kind == "no stretch" and "1 of its " in problem.detail for problem in first)
+    assert "voice" in {problem.kind for problem in corpus.check(**{"data.speakers": ["AGENT"]}).problems}
+    same_speaker_file(path).unlink()
+    (problem,) = [problem for problem in corpus.check().problems if problem.kind == "voice"]
+    assert "missing; run precompute_codes.py with --same-speaker" in problem.detail
 
 
 def test_lines_with_and_without_codes_are_refused_as_training_does(corpus):

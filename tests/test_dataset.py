@@ -383,8 +383,8 @@ def test_same_speaker_is_heard_from_outside_the_window(parts, world, encoded):
             assert a.voiceless == (draft.prompt.voice is None)
             if draft.prompt.voice is not None:
                 voiced += 1
-                spans = voices.load_same_speaker(voices.same_speaker_file(files[0][1].with_name(
-                    line.fields["codes_path"])), None)  # fmt: skip
+                codes = files[0][1].with_name(line.fields["codes_path"])
+                spans = voices.load_same_speaker(voices.same_speaker_file(codes), None, ["SPEAKER_MAIN"])
                 window = (index * 3.2, index * 3.2 + 3.2)
                 used = next(s for s in spans if torch.equal(s["codes"].long()[:, : draft.prompt.voice.frames],
                                                             draft.prompt.voice.codes))  # fmt: skip
@@ -402,7 +402,7 @@ def test_same_speaker_passes_over_words_in_silence(parts, world, tmp_path, quiet
     words = [["so", [0.0, 1.9], "SPEAKER_MAIN"], ["and", [3.0, 4.5], "SPEAKER_MAIN"]]
     (tmp_path / "a.json").write_text(json.dumps({"alignments": words}))
     assert voices.save_same_speaker([(tmp_path / "a.wav", tmp_path / "a.pt")], mimi, "mimi") == {}
-    kept = voices.load_same_speaker(voices.same_speaker_file(tmp_path / "a.pt"), "mimi")
+    kept = voices.load_same_speaker(voices.same_speaker_file(tmp_path / "a.pt"), "mimi", ["SPEAKER_MAIN"])
     assert [stretch["start"] for stretch in kept] == ([3.0] if quiet == 3 else [])
 
     line = {"path": "a.wav", "duration": 9, "voice_prompt": voices.SAME_SPEAKER, "text_prompt": "Hi."}

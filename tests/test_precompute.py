@@ -17,7 +17,9 @@ from test_audio import write_wav
 import precompute_codes
 from finetune.cli import UserError
 from finetune.data import audio, codec, manifest
+from finetune.data.dataset import PrecomputedTokenizer
 from finetune.model import open_checkpoint
+from finetune.voices import load_same_speaker
 
 FRAME = audio.FRAME_SIZE
 
@@ -186,6 +188,33 @@ def test_voices_that_cannot_be_had_are_listed(world, data, tmp_path, capsys):
     listed = capsys.readouterr().out.split("without same_speaker voice")[1]
     assert "calls/c.wav: " in listed and "calls/one.wav: " in listed and "a.wav" not in listed
     assert encode(world, *command, "--strict") == 1
+
+
+def test_voices_are_of_the_speakers_that_training_has(world, mimi, data, tmp_path, capsys):
+    write_wav(data / "calls/a.wav", sound(9), 24_000)
+    (data / "calls/a.json").write_text('{"alignments": [["so", [0, 3], "AGENT"], ["and", [5, 7], "SPEAKER_MAIN"]]}')
+    write(data / "egs.jsonl", [{"path": "calls/a.wav", "duration": 9}])
+    out = tmp_path / "encoded"
+    command = (data / "egs.jsonl", "--output-dir", out, "--same-speaker")
+    path, name = out / "codes/calls/a.wav.pt.voices", codec.fingerprint(mimi)
+    starts = lambda speakers: [each["start"] for each in load_same_speaker(path, name, speakers)]
+    assert encode(world, *command) == 0 and starts(["SPEAKER_MAIN"]) == [5.0]
+    with pytest.raises(UserError, match=r"the speech of SPEAKER_MAIN, and data\.speakers is AGENT; .*--speakers AGENT"):
+        starts(["AGENT"])
+    assert encode(world, *command, "--speakers", "AGENT") == 0 and starts(["AGENT"]) == [0.0]
+    made = path.stat().st_mtime_ns
+    assert encode(world, *command, "--speakers", "AGENT") == 0 and path.stat().st_mtime_ns == made
+    assert "nothing was left to do" in capsys.readouterr().out
+    path.write_bytes(path.read_bytes()[:-50])
+    assert encode(world, *command, "--speakers", "SPEAKER_MAIN", "AGENT") == 0
+    assert starts(["AGENT", "SPEAKER_MAIN"]) == [0.0, 5.0]
+    line = next(manifest.iterate(out / "egs_precomputed.jsonl", []))
+    reader = PrecomputedTokenizer(None, 25, ["AGENT", "SPEAKER_MAIN"], mimi_fingerprint=name)
+    assert len(reader._stretches(line)()) == 2
+    reader.speakers = ["AGENT"]
+    reader.cache = type(reader.cache)(1)
+    with pytest.raises(UserError, match=r"data\.speakers is AGENT"):
+        reader._stretches(line)()
 
 
 def test_another_mimi_makes_all_codes_stale(world, data, tmp_path):

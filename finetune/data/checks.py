@@ -30,7 +30,15 @@ from finetune.data.talk import LEVEL_SEC, Sound, hear, louder_side, response_gap
 from finetune.make_manifest import ALIKE, TOLERANCE_SEC, decodable_sec
 from finetune.personaplex import prompt_length
 from finetune.prompt_text import TAG, wrap_system_prompt
-from finetune.voices import SAME_SPEAKER, VoiceBook, load_embedded, load_recording, speech_stretches
+from finetune.voices import (
+    SAME_SPEAKER,
+    VoiceBook,
+    load_embedded,
+    load_recording,
+    load_same_speaker,
+    same_speaker_file,
+    speech_stretches,
+)
 
 # --- 1. What can be wrong ------------------------------------------------------------------------------------------
 
@@ -406,7 +414,7 @@ class Checker:
             facts.add("no voice prompt", "has no voice prompt")
         elif voice == SAME_SPEAKER:
             facts.voice = SAME_SPEAKER
-            voices = self._same_speaker(facts, words, entry)
+            voices = self._same_speaker(line, facts, words, entry)
         elif isinstance(voice, str):
             try:
                 path = self.prompter.book.find(voice, line.path.parent)
@@ -421,12 +429,18 @@ class Checker:
                 facts.add("voice", f"{line.path}: {error}")
         facts.prompt_frames = [prompt_length(min(frames, max(0, room)), len(ids)) for frames in voices]
 
-    def _same_speaker(self, facts: Facts, words: list[Word], entry: dict | None) -> list[int]:
+    def _same_speaker(self, line: Line, facts: Facts, words: list[Word], entry: dict | None) -> list[int]:
         """Frames of the voice of each window: the first stretch of the agent outside of it, as training takes it."""
         if entry is None:
             found = speech_stretches(words, facts.said_sec)
         else:
-            found = [(stretch["start"], stretch["end"]) for stretch in entry.get("voices", [])]
+            path = same_speaker_file(resolve(line.manifest, line.fields["codes_path"]))
+            try:
+                stretches = load_same_speaker(path, entry["mimi"], self.args.data.speakers)
+            except UserError as error:
+                facts.add("voice", f"{line.path}: {error}")
+                return [0] * len(facts.windows)
+            found = [(stretch["start"], stretch["end"]) for stretch in stretches]
         out = []
         for i, count in enumerate(facts.windows):
             begin = i * self.window_frames / FRAME_RATE

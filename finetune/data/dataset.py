@@ -395,9 +395,7 @@ class PrecomputedTokenizer(Tokenizer):
         path = same_speaker_file(resolve(line.manifest, line.fields["codes_path"]))
 
         def load() -> tuple[list[dict], int]:
-            stretches = load_same_speaker(path, self.mimi_fingerprint)
-            if stretches is None:
-                raise UserError(f"{path}: made by another Mimi; run precompute_codes.py with --same-speaker again")
+            stretches = load_same_speaker(path, self.mimi_fingerprint, self.speakers)
             return stretches, 500 + sum(2 * s["codes"].numel() for s in stretches)
 
         return lambda: self.cache.get(("voices", line.path), load)
