@@ -1,11 +1,14 @@
 import gc
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from moshi.models import loaders
 from safetensors.torch import save_file
 
@@ -326,6 +329,21 @@ def test_damaged_and_foreign_files_are_refused(entry, tmp_path):
             codec.load_codes(bad)
     with pytest.raises(UserError, match=r"none\.pt: no such file"):
         codec.load_codes(tmp_path / "none.pt")
+
+
+def test_a_process_with_too_many_maps_is_told_so(entry):
+    limit = Path("/proc/sys/vm/max_map_count")
+    if not limit.exists() or int(limit.read_text()) > 300_000:
+        pytest.skip("no such limit here")
+    code = (
+        "import ctypes, os, sys\nfrom pathlib import Path\nfrom finetune.data import codec\n"
+        "mmap, file = ctypes.CDLL(None).mmap, os.open(sys.argv[1], os.O_RDONLY)\n"
+        "mmap.restype, mmap.argtypes = ctypes.c_ssize_t, [ctypes.c_void_p, *[ctypes.c_size_t] * 5]\n"
+        "while mmap(None, 4096, 1, 1, file, 0) != -1: pass\n"
+        "codec.load_codes(Path(sys.argv[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, entry[1]], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode and "UserError" in done.stderr and "too many files mapped already" in done.stderr
 
 
 def test_codes_of_another_codec_or_of_changed_audio_are_refused_with_both_names(entry, tmp_path):

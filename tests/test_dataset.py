@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,6 +268,18 @@ def test_the_cache_is_bounded():
     assert cache.used <= 2**20 and cache.get(9, lambda: 1 / 0) == 9
     cache.get(0, lambda: (made.append(0) or 0, 300_000))
     assert made == [*range(10), 0]
+
+
+def test_files_of_codes_that_are_mapped_are_bounded_too(tmp_path):
+    reader = PrecomputedTokenizer(None, 40, cache_mb=1)
+    for i in range(40):
+        codec.save_codes(tmp_path / f"{i}.pt", torch.full((2, 8, 50), i), 4.0, "mimi", "audio")
+        line = manifest.Line(1, tmp_path / f"{i}.wav", {"codes_path": f"{i}.pt"}, tmp_path / "m.jsonl")
+        codes, _ = reader._sound(line, 10)
+        assert codes.shape == (16, 40) and (codes == i).all()
+    rows = Path("/proc/self/maps").read_text().splitlines()
+    mapped = {row.split()[-1] for row in rows if str(tmp_path) in row}
+    assert 1 <= len(mapped) <= 16
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ the default on a CPU. A GPU would spend its time on launching the calls; its def
 float32, because TF32 changes far more codes than batching does.
 """
 
+import errno
 import hashlib
 import itertools
 import os
@@ -430,14 +431,20 @@ def save(path: Path, entry: object) -> None:
 def load_codes(path: Path) -> dict:
     """What `save_codes` wrote. The codes are mapped from disk: only what is used of them is read.
 
-    Raises UserError if the file is missing, damaged or something else.
+    Raises UserError if the file is missing, damaged, something else, or cannot be mapped.
     """
     again = "run precompute_codes.py again"
     try:
         entry = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {again}") from None
-    except Exception:  # torch raises nearly anything on nearly a zip file
+    except Exception as error:  # torch raises nearly anything on nearly a zip file, EINVAL too
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        if os.strerror(errno.ENOMEM) in str(error):
+            raise UserError(
+                f"{path}: cannot be mapped, as this process has too many files mapped already; lower data.cache_mb"
+            ) from None
         raise UserError(f"{path}: damaged, or not a file of codes; {again}") from None
     if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in _FIELDS.items()):
         raise UserError(f"{path}: not a file of codes; {again}")

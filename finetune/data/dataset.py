@@ -36,6 +36,9 @@ from finetune.personaplex import CODEBOOKS, N_STREAMS, ZERO, build_prompt, phase
 from finetune.voices import load_same_speaker, same_speaker_file
 
 LONGEST_SEC = 1e7  # no recording lasts four months; what says so is broken
+# What is charged for a file of codes, which is mapped from disk: Linux allows a process 65,530 maps (vm.max_map_count),
+# and this makes 16 of a MB.
+_MAPPED_BYTES = 64 * 2**10
 PROMPT_FIELDS = ("text_prompt", "voice_prompt")  # of a manifest line or a .json
 
 # --- 1. Which windows there are, and in which order --------------------------------------------------------------
@@ -406,7 +409,7 @@ class PrecomputedTokenizer(Tokenizer):
         codec.check(entry, path=path, mimi_fingerprint=self.mimi_fingerprint, audio_path=line.path)
         if entry["codes"].shape[0] != 2:
             raise UserError(f"{path}: holds {entry['codes'].shape[0]} channel(s); training needs agent and user")
-        return entry, 4096  # the codes themselves are mapped from disk
+        return entry, _MAPPED_BYTES
 
     def encode(self, drafts: list[Draft]) -> list[Sample]:
         return [self._assemble(draft, draft.codes, None) for draft in drafts]
