@@ -121,21 +121,18 @@ def read_items(args: argparse.Namespace, problems: list[str]) -> dict[str, Item]
     taken: set[str] = set()
     for source in args.manifests:
         above = f"{source.parent}{os.sep}"
-        try:
-            for line in manifest.iterate(source, problems):
-                path = os.path.normpath(line.path)
-                if path in items:
-                    continue
-                name = path.removeprefix(above) if path.startswith(above) else path.removeprefix(Path(path).anchor)
-                codes = os.path.join(args.output_dir, "codes", f"{name}.pt")
-                if codes in taken:
-                    codes = f"{codes.removesuffix('.pt')}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.pt"
-                taken.add(codes)
-                duration = line.fields.get("duration")
-                known = isinstance(duration, int | float) and not isinstance(duration, bool) and duration > 0
-                items[path] = Item(path, codes, float(duration) if known else None)
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise UserError(f"{source}: cannot be read to its end ({error})") from None
+        for line in manifest.iterate(source, problems):
+            path = os.path.normpath(line.path)
+            if path in items:
+                continue
+            name = path.removeprefix(above) if path.startswith(above) else path.removeprefix(Path(path).anchor)
+            codes = os.path.join(args.output_dir, "codes", f"{name}.pt")
+            if codes in taken:
+                codes = f"{codes.removesuffix('.pt')}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.pt"
+            taken.add(codes)
+            duration = line.fields.get("duration")
+            known = isinstance(duration, int | float) and not isinstance(duration, bool) and duration > 0
+            items[path] = Item(path, codes, float(duration) if known else None)
     if not items:
         raise UserError("; ".join([f"{args.manifests[0]}: names no audio file", *problems[:1]]))
     return items
@@ -283,8 +280,8 @@ def write_manifest(source: Path, target: Path, items: dict[str, Item], durations
     lines = lies = 0
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as out:
         for line in manifest.iterate(source, problems=[]):
-            item = items[os.path.normpath(line.path)]
-            duration = durations.get(item.codes)
+            item = items.get(os.path.normpath(line.path))  # None: the manifest has grown since this run began
+            duration = None if item is None else durations.get(item.codes)
             if duration is None:
                 continue
             said = line.fields.get("duration")

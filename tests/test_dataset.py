@@ -129,9 +129,31 @@ def test_broken_lines_are_named_by_number(tmp_path, line, sentence):
 
 def test_a_torn_archive_is_named(tmp_path):
     path = write_lines(tmp_path / "m.jsonl.gz", [{"path": "a.wav", "duration": 1}] * 5000, gzip.open)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"m\.jsonl\.gz: cannot be read beyond line"):
-        ManifestIndex(path, 50)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content in (whole[:-20], bytes(flipped), b"no archive"):
+        path.write_bytes(content)
+        for use in (lambda: ManifestIndex(path, 50), lambda: list(manifest.iterate(path, []))):
+            with pytest.raises(UserError, match=r"m\.jsonl\.gz: cannot be read to its end, beyond line \d+ \(.+\)"):
+                use()
+
+
+@pytest.mark.parametrize("suffix, opener", [("", open), (".gz", gzip.open)])
+def test_a_manifest_as_editors_of_windows_write_it(tmp_path, suffix, opener):
+    path = tmp_path / f"m.jsonl{suffix}"
+    with opener(path, "wb") as file:
+        file.write('\ufeff{"path": "ä.wav", "duration": 1}\r\n{"path": "b.wav", "duration": 1}\r\n'.encode())
+    index, problems = ManifestIndex(path, 50), []
+    assert [index.line(i).path.name for i in range(2)] == ["ä.wav", "b.wav"]
+    assert [line.path.name for line in manifest.iterate(path, problems)] == ["ä.wav", "b.wav"] and not problems
+
+
+def test_a_line_that_is_no_utf8_is_a_bad_line(tmp_path):
+    (tmp_path / "m.jsonl").write_bytes(b'{"path": "\xe4.wav", "duration": 1}\n{"path": "b.wav", "duration": 1}\n')
+    problems = []
+    assert [line.number for line in manifest.iterate(tmp_path / "m.jsonl", problems)] == [2]
+    assert "line 1: not JSON" in problems[0]
 
 
 def test_an_empty_manifest_is_an_error_at_once(tmp_path):

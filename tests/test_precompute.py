@@ -229,6 +229,17 @@ def test_another_mimi_makes_all_codes_stale(world, data, tmp_path):
     assert after == {codec.fingerprint_file(weights)} != {before}
 
 
+def test_a_manifest_that_grows_meanwhile(world, data, tmp_path):
+    """Its new lines are left to the next run."""
+    args = precompute_codes.parse_args([str(data / "egs.jsonl"), "--output-dir", str(tmp_path)])
+    items = precompute_codes.read_items(args, [])
+    with (data / "egs.jsonl").open("a") as file:
+        file.write('{"path": "calls/new.wav", "duration": 1}\n')
+    durations = {item.codes: 1.5 for item in items.values()}
+    target = tmp_path / "egs_precomputed.jsonl"
+    assert precompute_codes.write_manifest(data / "egs.jsonl", target, items, durations)[0] == 4
+
+
 def test_fields_names_and_paths_of_several_manifests(world, data, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "calls").mkdir(parents=True)

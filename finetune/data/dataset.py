@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from finetune.cli import UserError
 from finetune.data import audio, codec
 from finetune.data.audio import FRAME_RATE, FRAME_SIZE
 from finetune.data.interleaver import MAIN_SPEAKER, Interleaver, TextStats, Word, read_alignments
-from finetune.data.manifest import Line, open_text, parse_line, resolve, sidecar
+from finetune.data.manifest import Line, parse_line, raw_lines, resolve, sidecar
 from finetune.data.prompts import Prompter, PromptParts, parts_to_voice
 from finetune.fast import Plan, count_targets, make_plan
 from finetune.personaplex import CODEBOOKS, N_STREAMS, ZERO, build_prompt, phase
@@ -62,24 +62,23 @@ class ManifestIndex:
         total = 0
         numbers = array("q")
         position = 0
-        with open_text(path) as text:
-            for number, raw in _raw_lines(path, text.buffer):
-                here, position = position, position + len(raw)
-                if not raw.strip():
-                    continue
-                try:
-                    frames = math.ceil(round(_duration(path, number, raw) * FRAME_RATE, 6))
-                except UserError as error:
-                    problems.append(str(error))
-                    continue
-                self.codes += b'"codes_path"' in raw
-                total += max(1, math.ceil(frames / window_frames))
-                numbers.append(number)
-                windows.append(total)
-                if self._lines is None:
-                    offsets.append(here)
-                else:
-                    self._lines.append(raw)
+        for number, raw in raw_lines(path):
+            here, position = position, position + len(raw)
+            if not raw.strip():
+                continue
+            try:
+                frames = math.ceil(round(_duration(path, number, raw) * FRAME_RATE, 6))
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            self.codes += b'"codes_path"' in raw
+            total += max(1, math.ceil(frames / window_frames))
+            numbers.append(number)
+            windows.append(total)
+            if self._lines is None:
+                offsets.append(here)
+            else:
+                self._lines.append(raw)
         if problems:
             more = f" (and {len(problems) - 3} more such lines)" if len(problems) > 3 else ""
             raise UserError("; ".join(problems[:3]) + more)
@@ -100,24 +99,15 @@ class ManifestIndex:
         """The manifest's line of a file."""
         number = int(self._numbers[file])
         if self._lines is not None:
-            return parse_line(self.path, number, self._lines[file].decode())
+            return parse_line(self.path, number, self._lines[file])
         with self.path.open("rb") as stream:
             stream.seek(int(self._offsets[file]))
-            return parse_line(self.path, number, stream.readline().decode())
+            return parse_line(self.path, number, stream.readline())
 
     def window(self, index: int) -> tuple[int, int]:
         """(file, its how-manieth window) of a window."""
         file = bisect.bisect_right(self._windows, index)
         return file, index - (int(self._windows[file - 1]) if file else 0)
-
-
-def _raw_lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    try:
-        for number, raw in enumerate(stream, start=1):
-            yield number, raw
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read beyond line {number} ({error}); copy it again") from None
 
 
 def _duration(path: Path, number: int, raw: bytes) -> float:

@@ -5,6 +5,7 @@ A relative path is relative to the manifest's own folder, in every tool, and may
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -36,11 +37,12 @@ def resolve(manifest: Path, value: str) -> Path:
     return manifest.parent / path
 
 
-def parse_line(manifest: Path, number: int, text: str) -> Line:
+def parse_line(manifest: Path, number: int, line: str | bytes) -> Line:
     """One line of a manifest. Raises UserError naming manifest and line."""
     try:
-        fields = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        text = line.decode() if isinstance(line, bytes) else line
+        fields = json.loads(text.removeprefix("\ufeff"))  # the mark with which editors of Windows begin a file
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{manifest}, line {number}: not JSON ({error})") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("path"), str) or not Path(fields["path"]).name:
         raise UserError(f'{manifest}, line {number}: needs an object with a "path"')
@@ -50,15 +52,30 @@ def parse_line(manifest: Path, number: int, text: str) -> Line:
         raise UserError(f"{manifest}, line {number}: {error}") from None
 
 
+def raw_lines(manifest: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line with its end) of each line. Raises UserError if the manifest is missing, or broken as a file."""
+    number = 0
+    try:
+        with open_text(manifest) as text:
+            for number, raw in enumerate(text.buffer, start=1):
+                yield number, raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{manifest}: cannot be read to its end, beyond line {number} ({error}); copy it again"
+        ) from None
+
+
 def iterate(manifest: Path, problems: list[str]) -> Iterator[Line]:
-    """The good lines of a manifest, in order; each bad one adds a sentence to `problems`. Blank lines are skipped."""
-    with open_text(manifest) as stream:
-        for number, text in enumerate(stream, start=1):
-            if text.strip():
-                try:
-                    yield parse_line(manifest, number, text)
-                except UserError as error:
-                    problems.append(str(error))
+    """The good lines of a manifest, in order; each bad one adds a sentence to `problems`. Blank lines are skipped.
+
+    Raises UserError as `raw_lines` does.
+    """
+    for number, raw in raw_lines(manifest):
+        if raw.strip():
+            try:
+                yield parse_line(manifest, number, raw)
+            except UserError as error:
+                problems.append(str(error))
 
 
 def sidecar(audio: Path) -> Path:
