@@ -42,6 +42,7 @@ from finetune.model import MOSHI, open_checkpoint
 from finetune.voices import has_same_speaker, same_speaker_file, save_same_speaker
 
 CHANNELS = 2  # agent, user
+SUFFIX = "_precomputed.jsonl"  # of the new manifests
 LIE_SEC = 0.01  # a manifest that is off by more did not mean rounding
 
 
@@ -104,14 +105,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def output_manifest(folder: Path, source: Path) -> Path:
     stem = source.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
-    return folder / f"{stem}_precomputed.jsonl"
+    return folder / f"{stem}{SUFFIX}"
 
 
 def read_items(args: argparse.Namespace, problems: list[str]) -> dict[str, Item]:
     """The files of all manifests by their paths, each once. Lines that are no good become sentences in `problems`.
 
     Codes are named after the audio: its path from the manifest's folder, or all of its path if it lies elsewhere. The
-    same name for another file (of another manifest) gets a hash of its path as well.
+    same name for another file (of another manifest, of this run or an earlier one) gets a hash of its path as well.
     """
     new = [output_manifest(args.output_dir, source) for source in args.manifests]
     for target, source in zip(new, args.manifests):
@@ -119,6 +120,7 @@ def read_items(args: argparse.Namespace, problems: list[str]) -> dict[str, Item]
             raise UserError(f"{source}: two manifests would both become {target.name}; give them different names")
     items: dict[str, Item] = {}
     taken: set[str] = set()
+    others = named_by_others(args.output_dir, new)
     for source in args.manifests:
         above = f"{source.parent}{os.sep}"
         for line in manifest.iterate(source, problems):
@@ -127,7 +129,7 @@ def read_items(args: argparse.Namespace, problems: list[str]) -> dict[str, Item]
                 continue
             name = path.removeprefix(above) if path.startswith(above) else path.removeprefix(Path(path).anchor)
             codes = os.path.join(args.output_dir, "codes", f"{name}.pt")
-            if codes in taken:
+            if codes in taken or (others.get(codes, path) != path and not made_of(codes, path)):
                 codes = f"{codes.removesuffix('.pt')}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.pt"
             taken.add(codes)
             duration = line.fields.get("duration")
@@ -136,6 +138,24 @@ def read_items(args: argparse.Namespace, problems: list[str]) -> dict[str, Item]
     if not items:
         raise UserError("; ".join([f"{args.manifests[0]}: names no audio file", *problems[:1]]))
     return items
+
+
+def named_by_others(folder: Path, new: list[Path]) -> dict[str, str]:
+    """{codes: audio} of the manifests that earlier runs have left in the folder, but for those that this run writes."""
+    named = {}
+    for path in sorted(set(folder.glob(f"*{SUFFIX}")) - set(new)):
+        for line in manifest.iterate(path, problems=[]):
+            if isinstance(line.fields.get("codes_path"), str):
+                named[os.path.join(folder, line.fields["codes_path"])] = os.path.normpath(line.path)
+    return named
+
+
+def made_of(codes: str, path: str) -> bool:
+    """Whether codes are of the very sound in `path`: the recording has been moved, or is there twice."""
+    try:
+        return codec.load_codes(Path(codes))["audio"] == codec.audio_fingerprint(Path(path))
+    except UserError:
+        return False
 
 
 def finished(item: Item, mimi_fingerprint: str) -> float | None:

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,10 +274,34 @@ def test_fields_names_and_paths_of_several_manifests(world, data, tmp_path):
     assert (out / "codes/calls/a.wav.pt").stat().st_mtime_ns == before
     assert lines_of(out / "egs_precomputed.jsonl")[0]["path"] == str(moved / "calls/a.wav")
 
+    # Its manifest under another name shares them, as long as the sound is the same.
+    (moved / "egs.jsonl").rename(moved / "again.jsonl")
+    write_wav(moved / "calls/c.wav", sound(0.4, seed=7), 24_000)
+    assert encode(world, moved / "again.jsonl", "--output-dir", out) == 0
+    named = {Path(line["path"]).stem: line["codes_path"] for line in lines_of(out / "again_precomputed.jsonl")}
+    assert named["a"] == "codes/calls/a.wav.pt" and named["c"].startswith("codes/calls/c.wav-")
+
     (tmp_path / "third").mkdir()
+    shutil.copy(moved / "again.jsonl", moved / "egs.jsonl")
     write(tmp_path / "third/egs.jsonl", [absolute])
     with pytest.raises(UserError, match="two manifests would both become egs_precomputed"):
         encode(world, moved / "egs.jsonl", tmp_path / "third/egs.jsonl", "--output-dir", out)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_later_run_leaves_the_codes_of_another_manifest(world, mimi, data, tmp_path, together):
+    (tmp_path / "more/calls").mkdir(parents=True)
+    write_wav(tmp_path / "more/calls/a.wav", sound(0.3, seed=5), 24_000)
+    write(tmp_path / "more/more.jsonl", [{"path": "calls/a.wav", "duration": 0.3}])
+    out = ("--output-dir", tmp_path / "out")
+    first, second = data / "egs.jsonl", tmp_path / "more/more.jsonl"
+    assert encode(world, first, *([second] if together else []), *out) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/codes").rglob("*.pt")}
+    assert encode(world, second, *out) == 0
+    assert all(path.stat().st_mtime_ns == made for path, made in before.items())
+    for name, wav in (("egs", data / "calls/a.wav"), ("more", tmp_path / "more/calls/a.wav")):
+        codes = lines_of(tmp_path / f"out/{name}_precomputed.jsonl")[0]["codes_path"]
+        assert torch.equal(codec.load_codes(tmp_path / "out" / codes)["codes"].long(), by_hand(mimi, wav))
 
 
 def test_mistakes_of_the_command_line(world, data, tmp_path):
