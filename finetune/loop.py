@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Exit code of a run that a signal ended after a saved step (EX_TEMPFAIL, "try again later"): run the same command.
 EXIT_PREEMPTED = 75
+ALL_BAD = 8  # windows, none of which can be read, after which a run does not go on
 
 
 @dataclass
@@ -179,7 +180,7 @@ def train(
             problems += found
             logger.warning("step %d: skipped %s", step, found[0] + (f" (and {len(found) - 1} more)" * (len(found) > 1)))
         if skipped:
-            _limit_skipped(args, progress, counts, problems, world)
+            _limit_skipped(args, progress, problems, world)
 
         # 5. Metrics.
         since_log.add(micro, waited, time.perf_counter() - began)
@@ -278,14 +279,13 @@ def _refuse(
     )
 
 
-def _limit_skipped(
-    args: TrainArgs, progress: Progress, counts: torch.Tensor, problems: list[str], world: World
-) -> None:
-    nothing = int(counts.sum()) == 0
+def _limit_skipped(args: TrainArgs, progress: Progress, problems: list[str], world: World) -> None:
+    # So many at the start and not one good: the data as a whole are wrong.
+    nothing = progress.skipped == progress.position >= ALL_BAD
     if progress.skipped <= args.data.max_bad_samples and not nothing:
         return
     listed = sorted({problem for own in world.gather(problems) for problem in own})
-    head = "no window of a whole step could be read" if nothing else (
+    head = f"none of the first {progress.position} windows could be read" if nothing else (
         f"{progress.skipped} windows could not be read, more than data.max_bad_samples = {args.data.max_bad_samples}"
     )  # fmt: skip
     more = f"\n  - and {len(listed) - 20} more" if len(listed) > 20 else ""

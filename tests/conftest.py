@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; a network would be waited for
+
 import pytest
 import torch
 import yaml
@@ -26,7 +28,6 @@ def caches(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     os.environ["XDG_CACHE_HOME"] = str(folder)
     os.environ["HF_HOME"] = str(folder / "hub")
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

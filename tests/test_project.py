@@ -9,9 +9,10 @@ import zipfile
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, train_here
 
 from finetune.args import load_args, settings_table
+from finetune.model import MOSHI, PERSONAPLEX
 
 README = (ROOT / "README.md").read_text()
 
@@ -70,17 +71,17 @@ def test_each_command_of_the_readme_has_its_options(command, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("example/*.yaml")), ids=lambda p: p.name)
-def test_example_configs_load(path, tmp_path):
-    """Every example is a valid file of settings once its data are there."""
+def test_example_configs_pass_a_dry_run(path, world, tmp_path, caplog):
+    """Every example on the tiny world's model and recordings: all is checked, loaded, and evaluated once."""
     settings = yaml.safe_load(path.read_text())
-    overrides = []
-    for key in ("train_data", "eval_data"):
-        (tmp_path / f"{key}.jsonl").write_text('{"path": "a.wav", "duration": 1}\n')
-        overrides.append(f"data.{key}={tmp_path / key}.jsonl")
-    if "voices_dir" in settings.get("prompt", {}):
-        overrides.append(f"prompt.voices_dir={tmp_path}")
-    repo = settings["moshi_paths"]["hf_repo_id"]
-    if repo.startswith("runs/") or "/" not in repo:  # a folder that an earlier step makes
-        overrides += [f"moshi_paths.hf_repo_id={tmp_path}", "moshi_paths.moshi_path=null"]
-    args = load_args(path, overrides)
-    assert args.max_steps > 0
+    spec = PERSONAPLEX if "prompt" in settings else MOSHI
+    overrides = [
+        f"run_dir={tmp_path / 'run'}", "max_steps=0", "device=cpu", "eval_max_samples=1", "eval_free_samples=1",
+        "eval_free_sec=0.5", f"moshi_paths.hf_repo_id={world / 'model'}", "moshi_paths.moshi_path=null",
+        f"data.train_data={world / 'data/train.jsonl'}", f"data.eval_data={world / 'data/eval.jsonl'}",
+    ]  # fmt: skip
+    overrides += [f"prompt.voices_dir={world / 'data/voices'}"] * (spec is PERSONAPLEX)
+    with caplog.at_level("INFO"):
+        assert train_here(path, spec, tuple(overrides)) == 0
+    assert "done: 0 steps" in caplog.text and "held-out at step 0" in caplog.text
+    assert load_args(path, overrides).run_dir != settings["run_dir"] and not list(tmp_path.glob("run/checkpoints/*"))

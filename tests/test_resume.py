@@ -298,9 +298,9 @@ def test_too_many_bad_samples_stop_the_run_with_the_list(world, tmp_path):
     lines = (world / "codes/train_precomputed.jsonl").read_text().splitlines()
     gone = lambda i: {"codes_path": "gone.pt", "path": f"gone{i}.wav"}
     bad = [json.dumps(json.loads(line) | gone(i)) for i, line in enumerate(lines)]
-    for name, mixed, sentence in (
-        ("some", [x for pair in zip(lines, bad) for x in pair], "more than data.max_bad_samples = 2"),
-        ("all", bad, "no window of a whole step could be read"),
+    for name, mixed, limit, sentence in (
+        ("some", [x for pair in zip(lines, bad) for x in pair], 2, "3 windows could not be read, more than data.max"),
+        ("all", bad, 100, "none of the first 8 windows could be read"),
     ):
         folder = tmp_path / name
         folder.mkdir()
@@ -310,8 +310,8 @@ def test_too_many_bad_samples_stop_the_run_with_the_list(world, tmp_path):
             with (folder / "train.jsonl").open("a") as file:
                 file.write(json.dumps(fields) + "\n")
         config = write_config(folder, world, **{
-            "data.train_data": str(folder / "train.jsonl"), "batch_size": 2, "data.max_bad_samples": 2, "max_steps": 50,
-            "do_eval": False,
+            "data.train_data": str(folder / "train.jsonl"), "batch_size": 1, "data.max_bad_samples": limit,
+            "max_steps": 50, "do_eval": False,
         })  # fmt: skip
         with pytest.raises(UserError) as error:
             train_here(config, MOSHI)

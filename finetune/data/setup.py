@@ -15,6 +15,7 @@ from finetune.data import codec, dataset
 from finetune.data.audio import FRAME_RATE
 from finetune.data.dataset import Batch, Sample, Share, Tokenizer, Windows
 from finetune.data.interleaver import Interleaver
+from finetune.data.manifest import Line, resolve
 from finetune.data.prompts import Prompter
 from finetune.distributed import World
 from finetune.model import Checkpoint, embed_column
@@ -70,6 +71,8 @@ class Data:
         common = (interleaver, self.window_frames, data.speakers, self.prompter, data.cache_mb)
         if windows.precomputed:
             fingerprint = codec.fingerprint_file(self._checkpoint.mimi_weights())
+            for index in windows.indexes:
+                _check_codec(index.line(0), fingerprint)
             return dataset.PrecomputedTokenizer(*common, mimi_fingerprint=fingerprint)
         return dataset.InterleavedTokenizer(*common, mimi=self.mimi())
 
@@ -95,3 +98,13 @@ class Data:
     def eval_samples(self, count: int) -> list[Sample]:
         """`count` held-out samples, evenly spread; those that cannot be read are left out."""
         return dataset.spread_samples(self.held_out, self._tokenizers[id(self.held_out)], count)
+
+
+def _check_codec(line: Line, fingerprint: str) -> None:
+    """Raises UserError if a file's codes are another codec's. What else may be wrong with it is one window's matter."""
+    path = resolve(line.manifest, str(line.fields["codes_path"]))
+    try:
+        entry = codec.load_codes(path)
+    except UserError:
+        return
+    codec.check(entry, path, fingerprint)
