@@ -164,10 +164,13 @@ def finished(item: Item, mimi_fingerprint: str) -> float | None:
         return None
     try:
         entry = codec.load_codes(Path(item.codes))
+        date = os.stat(item.path).st_mtime_ns if os.path.exists(item.path) else None
         codec.check(entry, None, mimi_fingerprint, Path(item.path), thorough=True)
-        return entry["duration"]
     except UserError:
         return None
+    if date is not None and entry.get("audio_mtime_ns") not in (None, date):
+        codec.save(Path(item.codes), entry | {"audio_mtime_ns": date})  # it was read whole: not again next time
+    return entry["duration"]
 
 
 # --- 2. Encoding ---------------------------------------------------------------------------------------------

@@ -156,7 +156,12 @@ def test_a_second_run_does_only_what_is_missing_or_stale(world, data, tmp_path, 
     (out / "egs_precomputed.jsonl").unlink()
     assert redone() == set() and len(lines_of(out / "egs_precomputed.jsonl")) == 4
     assert "nothing was left to do" in capsys.readouterr().out
-    os.utime(data / "calls/a.wav")  # a new date is no new sound
+    before = torch.load(files["a"], weights_only=True)
+    os.utime(data / "calls/a.wav")  # a new date is no new sound: it is read whole once, and not by the next run
+    assert redone() == {"a"} and "nothing was left to do" in capsys.readouterr().out
+    after = torch.load(files["a"], weights_only=True)
+    assert after.pop("audio_mtime_ns") == (data / "calls/a.wav").stat().st_mtime_ns > before.pop("audio_mtime_ns")
+    assert torch.equal(after.pop("codes"), before.pop("codes")) and after == before
     assert redone() == set()
     files["c"].unlink()
     files["b"].write_bytes(files["b"].read_bytes()[:-50])
