@@ -47,6 +47,10 @@ MOSHI = Spec("moshi", "kyutai/moshiko-pytorch-bf16", dep_q=None, prompts=False)
 PERSONAPLEX = Spec("personaplex", "nvidia/personaplex-7b-v1", dep_q=DEP_Q, prompts=True)
 
 
+class Unreachable(UserError):
+    """A file of the hub that may well be there: without a network, or without leave, nobody can tell."""
+
+
 class Checkpoint:
     """The files of a pretrained model: a hub repository (from the local cache without a network) or a folder.
 
@@ -141,11 +145,11 @@ class Checkpoint:
             return None
 
     def mimi_config(self) -> dict | None:
-        """Arguments of a Mimi that is not the standard one; None for that, also where Mimi's file is given and the rest
+        """Arguments of a Mimi that is not the standard one; None for that, also where Mimi's file is given and the hub
         cannot be reached: with --mimi-path nothing else is needed."""
         try:
             name = self.raw_config.get("mimi_config_name")
-        except UserError:
+        except Unreachable:
             if not self._files.get("mimi_path"):
                 raise
             name = None
@@ -155,9 +159,9 @@ class Checkpoint:
 
     def mimi(self, device: torch.device | str = "cpu") -> MimiModel:
         """Mimi with the 8 codebooks of one channel (`CheckpointInfo.get_mimi` would set 16 for PersonaPlex)."""
-        path = self.mimi_weights()
+        path, config = self.mimi_weights(), self.mimi_config()
         try:
-            return loaders.get_mimi(path, self.mimi_config(), device=device, num_codebooks=CODEBOOKS)
+            return loaders.get_mimi(path, config, device=device, num_codebooks=CODEBOOKS)
         except Exception as error:  # torch raises nearly anything on what is no file of its own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: does not load as a Mimi of this configuration ({reason})") from None
@@ -198,7 +202,7 @@ def _from_hub(repo: str, name: str, required: bool = True) -> Path | None:
         return Path(hf_hub_download(repo, name))
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError):
-            raise UserError(
+            raise Unreachable(
                 f"{repo}: {name} is not in the local hub cache and the hub cannot be reached; "
                 "connect once, or give a local folder in its place (moshi_paths.hf_repo_id, --hf-repo)"
             ) from None
@@ -206,14 +210,14 @@ def _from_hub(repo: str, name: str, required: bool = True) -> Path | None:
             return None
         raise UserError(f"{repo}: the repository has no file {name}") from None
     except GatedRepoError:
-        raise UserError(
+        raise Unreachable(
             f"{repo}: access is gated; accept its licence on huggingface.co and run "
             "`huggingface-cli login` (or set HF_TOKEN)"
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"{repo}: neither a local folder nor a repository of the hub") from None
     except OSError as error:
-        raise UserError(f"{repo}: {name} could not be fetched ({error})") from None
+        raise Unreachable(f"{repo}: {name} could not be fetched ({error})") from None
 
 
 def open_checkpoint(

@@ -170,6 +170,22 @@ def test_mimi_alone_needs_no_hub(tmp_path):
         open_checkpoint("kyutai/not-in-the-cache").mimi_config()
 
 
+def test_a_mimi_beside_a_broken_model_is_not_taken_for_the_standard_one(tmp_path):
+    weights = tmp_path / "mimi.safetensors"
+    weights.write_bytes(b"")
+    config = tmp_path / "config.json"
+    config.write_text('{"mimi_config_name": ')
+    mimi = {"mimi_path": str(weights)}
+    for checkpoint, words in (
+        (open_checkpoint(str(tmp_path), **mimi), r"config\.json: not readable as JSON"),
+        (open_checkpoint("kyutai/not-in-the-cache", config_path=str(config), **mimi), r"config\.json: not readable"),
+        (open_checkpoint(str(tmp_path / "mistyped"), **mimi), "mistyped: neither a local folder nor a repository"),
+    ):
+        for use in (checkpoint.mimi_config, checkpoint.mimi):
+            with pytest.raises(UserError, match=words):
+                use()
+
+
 def test_loading_holds_one_copy_and_a_tensor(tmp_path):
     """A 300 MB model: what the process grows by, against the model's own size."""
     code = (
