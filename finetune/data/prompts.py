@@ -133,8 +133,8 @@ class Prompter:
             raise UserError(f"{line.path}: its text prompt of {len(ids)} tokens does not fit prompt.max_sec")
         if name == SAME_SPEAKER:
             voice, pcm = self._same_speaker(line, words, window, stretches)
-            pcm = None if pcm is None or room == 0 else pcm[: room * audio.FRAME_SIZE]
-            return PromptParts(_cut(voice, room), pcm, ids, voiceless=voice is None and pcm is None)
+            voice, pcm = _cut(voice, room), None if pcm is None or room == 0 else pcm[: room * audio.FRAME_SIZE]
+            return PromptParts(voice, pcm, ids, voiceless=voice is None and pcm is None)
         voice = self.voices[self.book.find(name, line.path.parent)] if name else None
         return PromptParts(_cut(voice, room), None, ids)
 
