@@ -1,0 +1,287 @@
+"""What `finetune.plan` tells against what a step allocates, multiplies, and what the command says."""
+
+import contextlib
+import json
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from conftest import script
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from finetune import cli, lora, model, optim, plan
+from finetune.args import TrainArgs
+from finetune.cli import UserError
+from finetune.data.dataset import Sample
+from finetune.data.interleaver import TextStats
+from finetune.distributed import World, make_mesh, session, shard
+from finetune.evaluate import free_run
+from finetune.fast import TrainingLM, make_plan
+
+CPU = torch.device("cpu")
+CONFIG = {
+    "delays": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1], "n_q": 16, "dep_q": 8, "card": 2048,
+    "text_card": 400, "existing_text_padding_id": 3, "dim": 64, "num_heads": 4, "num_layers": 2, "hidden_scale": 4.125,
+    "causal": True, "context": 1000, "max_period": 10000, "gating": "silu", "norm": "rms_norm_f32",
+    "positional_embedding": "rope", "depformer_dim": 48, "depformer_dim_feedforward": 192, "depformer_num_heads": 2,
+    "depformer_num_layers": 2, "depformer_multi_linear": True, "depformer_pos_emb": "none",
+    "depformer_weights_per_step": True,
+}  # fmt: skip
+LORA = {"lora": {"enable": True, "rank": 8}}
+FULL = {"full_finetuning": True}
+EMBED = {"lora": {"enable": True, "rank": 8, "ft_embed": True}}
+
+
+def settings(**values) -> TrainArgs:
+    base = {"data": {"train_data": "unread"}, "run_dir": "unread", "device": "cpu", "batch_size": 2}
+    return TrainArgs.model_validate(base | values)
+
+
+@contextlib.contextmanager
+def ranks_of(size: int, node: int):
+    """One rank among `size`, alone in its process: collectives move nothing, all else allocates as in a real run."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield World(0, size, 0, node, CPU)
+    finally:
+        dist.destroy_process_group()
+
+
+def build(args: TrainArgs, kwargs: dict, world: World) -> TrainingLM:
+    """As train.run_training does."""
+    dtype = getattr(torch, args.param_dtype)
+    lm = model.build_lm(kwargs, dtype)
+    if args.lora.enable:
+        lora.add_adapters(lm, args.lora.rank, args.lora.scaling)
+    model.set_trainable(lm, args.full_finetuning, args.lora.ft_embed)
+    training = TrainingLM(lm, args.gradient_checkpointing)
+    shard(training, [*lm.transformer.layers, *lm.depformer.layers], make_mesh(world, args.sharding), dtype)
+    return training
+
+
+def fill(training: TrainingLM) -> None:
+    training.to_empty(device="cpu")
+    for parameter in training.parameters():
+        model.local_rows(parameter)[1].normal_(0, 0.02)
+
+
+@contextlib.contextmanager
+def allocator():
+    """Gives a list to which, at the end, is put how many of the bytes made meanwhile existed at one time at most."""
+    peak = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield peak
+
+    def walk(events):
+        for event in events:
+            yield event
+            yield from walk(event.children)
+
+    made: dict[int, int] = {}  # what is freed and was made before does not count
+    live = highest = 0
+    tree = profiler.profiler.kineto_results.experimental_event_tree()
+    for event in sorted(walk(tree), key=lambda e: e.start_time_ns):
+        if event.tag == _EventType.Allocation:
+            address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+            if size > 0:
+                made[address] = size
+            live += size if size > 0 else -made.pop(address, 0)
+            highest = max(highest, live)
+    peak.append(highest)
+
+
+def measured_step(args: TrainArgs, kwargs: dict, group, prompt: int = 0) -> int:
+    """Bytes that a model, its optimizer and two steps really allocate, at their most."""
+    frames = round(args.duration_sec * 12.5) + prompt
+    codes = torch.randint(0, 2048, (args.batch_size, 17, frames))
+    codes[:, 0] = torch.where(torch.arange(frames) % 3 == 0, 7, 3)
+    mask = torch.ones(args.batch_size, frames, dtype=torch.bool)
+    mask[:, :prompt] = False
+    with group as world:
+        training = build(args, kwargs, world)
+        chosen = make_plan(codes, mask, kwargs["delays"], kwargs["dep_q"])
+        with allocator() as peak:
+            fill(training)
+            trained = [p for p in training.parameters() if p.requires_grad]
+            optimizer = optim.build_optimizer(training.lm, args.optim, CPU)
+            for _ in range(2):
+                for i in range(args.num_microbatches):
+                    training.set_requires_gradient_sync(i == args.num_microbatches - 1)
+                    training(codes, mask, plan=chosen).ce.sum().backward()
+                optim.clip_gradients(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    return peak[0]
+
+
+CASES = {
+    "lora": (LORA, {"duration_sec": 6.0}, {}, 1),
+    "lora of 16 steps without checkpointing, float32, prompt, over gloo": (
+        LORA, {"duration_sec": 4.0, "gradient_checkpointing": False, "param_dtype": "float32"}, {"dep_q": 16}, 1,
+    ),
+    "full without checkpointing": (FULL, {"duration_sec": 6.0, "gradient_checkpointing": False}, {}, 1),
+    "full on 4 ranks, 3 microbatches": (FULL, {"duration_sec": 4.0, "num_microbatches": 3}, {"dep_q": 16}, 4),
+    "full on 2 nodes of 2, float32": (
+        FULL, {"duration_sec": 8.0, "sharding": "hybrid", "param_dtype": "float32"}, {}, 4,
+    ),
+    "embeddings on 2 ranks that share nothing": (EMBED, {"duration_sec": 8.0, "sharding": "none"}, {}, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_takes_what_was_planned(case):
+    method, values, config, ranks = CASES[case]
+    args, kwargs, prompts = settings(**method, **values, prompt={"max_sec": 2.0}), CONFIG | config, "prompt" in case
+    # Gloo, unlike NCCL, copies what it reduces, which with adapters is little.
+    group = session("cpu") if "gloo" in case else ranks_of(ranks, 2)
+    measured = measured_step(args, kwargs, group, 25 * prompts)
+    sizes = plan.Run(args, kwargs, prompts, ranks, 2)
+    planned = sizes.total(args.batch_size, args.gradient_checkpointing)
+    assert planned == pytest.approx(measured, rel=0.01)
+    # It is the step, not the update, that was compared.
+    assert sizes.step(2, args.gradient_checkpointing).fullest["activations"] > 0.3 * planned
+
+
+def test_what_stays_is_what_a_rank_keeps():
+    args = settings(**EMBED)
+    with ranks_of(4, 4) as world:
+        training = build(args, CONFIG, world)
+        kept = [(p.requires_grad, p.to_local().nbytes) for p in training.parameters()]
+    state = plan.Run(args, CONFIG, False, 4).state
+    assert state["frozen"] == sum(size for trained, size in kept if not trained)
+    assert state["adapters"] + state["trained weights"] == sum(size for trained, size in kept if trained)
+    assert state["moments"] == 2 * sum(size for trained, size in kept if trained)
+
+
+def test_an_evaluation_takes_what_was_planned():
+    args = settings(**LORA, do_eval=True, eval_free_samples=2)
+    codes = torch.randint(0, 400, (17, 6))
+    sample = Sample(codes, torch.arange(6) >= 2, None, "a", 4, TextStats())
+    with session("cpu") as world:
+        training = build(args, CONFIG, world)
+        fill(training)
+        training(codes[None], torch.ones(1, 6, dtype=torch.bool)).ce.sum().backward()  # FSDP gets ready
+        training.zero_grad()
+        with allocator() as peak:
+            free_run(training, [sample, sample], 0.16, 0)
+    assert plan.Run(args, CONFIG, False).evaluation.total() == pytest.approx(peak[0], rel=0.15)
+
+
+def test_flops_are_those_of_the_products():
+    """Written down: 2 for each weight and row that meets it; two products of attention."""
+    args = settings(**LORA, duration_sec=8.0, num_microbatches=3, prompt={"max_sec": 2.0})
+    lm = model.build_lm(CONFIG, torch.float32)
+    lora.add_adapters(lm, 8, 2.0)
+    rows = {"transformer.": 125, "text_linear.": 100, "depformer": 100, "linears.": 100}  # of a window
+    products = 0
+    for name, p in lm.named_parameters():
+        if p.ndim == 2 and not lora.is_embedding(name):
+            products += 2 * p.numel() * next(n for start, n in rows.items() if name.startswith(start))
+    attention = 2 * 4 * 125**2 * 64 + 2 * 4 * 8**2 * 48 * 100
+    sizes = plan.Run(args, CONFIG, True, 4)
+    assert sizes.parameters == sum(p.numel() for n, p in lm.named_parameters() if not lora.is_adapter(n))
+    assert sizes.trained == sum(p.numel() for n, p in lm.named_parameters() if lora.is_adapter(n))
+    flops = sizes.flops()
+    assert flops["forward"] == (products + attention) * 2 * 3 * 4  # batch, microbatches, ranks
+    assert flops["recompute"] < flops["forward"] < flops["backward"] < 2 * flops["forward"]
+
+
+def test_the_largest_batch_is_the_largest():
+    for checkpointing in (True, False):
+        sizes = plan.Run(settings(**LORA, duration_sec=8.0, device="auto"), CONFIG, True)
+        room = 2**29
+        largest = sizes.largest_batch(room, checkpointing)
+        assert largest > 10
+        assert sizes.total(largest, checkpointing) <= room < sizes.total(largest + 1, checkpointing)
+    assert sizes.largest_batch(2**20, False) == 0
+
+
+# --- The command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config of a model of which only the config.json is there, and of no data."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(CONFIG))
+    values = LORA | {
+        "data": {"train_data": str(tmp_path / "train.jsonl"), "eval_data": str(tmp_path / "eval.jsonl")},
+        "moshi_paths": {"hf_repo_id": str(tmp_path / "model")}, "duration_sec": 8, "batch_size": 400,
+        "run_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def tell(capsys, *arguments) -> tuple[int, str]:
+    code = plan.main([str(a) for a in arguments])
+    return code, capsys.readouterr().out
+
+
+def test_a_plan_that_does_not_fit_says_what_would(config, capsys):
+    room = ("--gpu-memory", 0.5, "--reserve", 0.1)
+    code, text = tell(capsys, config, *room)
+    assert code == 1
+    would = int(re.search(r"batch_size 400 does not fit 0.5 GiB; (\d+) would\n$", text)[1])
+    assert tell(capsys, config, *room, f"batch_size={would}")[0] == 0
+    few = ("batch_size=2", "do_eval=false", "gradient_checkpointing=false", "--gpu-memory", 0.138, "--reserve", 0.1)
+    code, text = tell(capsys, config, *few)
+    assert code == 1 and text.endswith(
+        "batch_size 2 does not fit 0.138 GiB; 1 with gradient_checkpointing: true would\n"
+    )
+    code, text = tell(capsys, config, "eval_free_samples=2000", *room)
+    assert code == 1 and "eval_free_samples: 0" in text
+    assert not (config.parent / "run").exists()
+
+
+def test_the_settings_are_followed(config, capsys):
+    run = (config, "batch_size=2", "--gpu-memory", 1)
+    manifest = config.with_name("train.jsonl")
+    manifest.write_text('\n{"path": "a.wav", "duration": 10}\n')  # Mimi will have to make its codes, beside the model
+    code, text = tell(capsys, *run, "--reserve", 0, "prompt.max_sec=2", "num_microbatches=3", "--gpus", 4)
+    assert code == 0
+    assert "8 codebooks, expanded to 16" in text and "eval.jsonl: no such manifest; taken as pre-computed" in text
+    assert "2 x 3 x 4 windows" in text and "of 125 frames (25 of prompt) = 3,000 frames, 51,000 tokens" in text
+    assert float(re.search(r"Mimi.* ([\d.]+)\n", text)[1]) == pytest.approx(0.36, abs=0.01)  # GiB, float32
+    manifest.write_text('{"path": "a.wav", "duration": 10, "codes_path": "a.safetensors"}\n')
+    text = tell(capsys, *run, "--reserve", 0.9, "prompt.max_sec=2", "--no-personaplex", "do_eval=false")[1]
+    assert "expanded" not in text and "(0 of prompt)" in text and "free-running" not in text and "Mimi" not in text
+
+
+def test_what_cannot_be_used_is_one_sentence(config, capsys):
+    for wrong, message in {
+        "prompt.max_sec=100": "together exceed",
+        "lora.enable=false": "nothing is trained",
+        "optim.lr=0": "optim.lr is 0",
+        "data.train_data=": "train_data is",
+        "moshi_paths.hf_repo_id=nowhere": "neither a folder",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            plan.main([str(config), wrong])
+    for wrong in ("--gpus=0", "--gpu-memory=2", "--gpu-memory=nan"):
+        with pytest.raises(UserError, match=wrong[:6]):
+            plan.main([str(config), wrong])
+    (config.parent / "model/config.json").write_text("{")
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: plan.main([str(config)]))
+    said = capsys.readouterr()
+    assert end.value.code == 2 and not said.out
+    assert said.err.startswith("error: ") and "config.json: not readable as JSON" in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_the_7b_example_is_planned_without_its_weights(tmp_path):
+    measure = (
+        "import runpy, resource, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_module(sys.argv[0], alter_sys=True, "
+    )
+    measure += "run_name='__main__')\nfinally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = script("-c", measure, "finetune.plan", "example/personaplex_config.yaml", "--gpu-memory", 80)
+    assert "\n8,371,408,896 parameters, 498,499,584 trained" in done.stdout
+    assert re.search(r"frozen weights, bfloat16 +15.59 +15.59\n", done.stdout)  # 16.74 GB
+    assert re.search(r"fits 80 GiB +yes +no\n", done.stdout)
+    assert int(done.stdout.split()[-1]) < 1.5e6  # KiB
