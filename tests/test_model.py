@@ -149,7 +149,7 @@ def test_a_warm_hub_cache_needs_no_network(world, tmp_path):
     assert done.stdout.splitlines()[1] == "hf://kyutai/tiny/mimi.safetensors"
     missing = code.replace("kyutai/tiny", "kyutai/other")
     done = subprocess.run([sys.executable, "-c", missing], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert "UserError: kyutai/other: config.json is not in the local hub cache" in done.stderr
+    assert "Unreachable: kyutai/other: config.json is not in the local hub cache" in done.stderr
 
 
 def test_folders_say_what_they_lack(tmp_path):
