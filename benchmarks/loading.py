@@ -3,10 +3,12 @@
     python -m benchmarks.loading
 
 Live encoding uses the real-size Mimi with random weights; pre-computed samples come from files of 10 minutes, each of
-another file than the one before, text included. The share of waiting is `train.py`'s on the tiny model (data_wait).
+another file than the one before, text included. The share of waiting is `train.py`'s (data_wait) on the tiny model and
+on one of some 50 million parameters.
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from moshi.models import loaders
+from safetensors import safe_open
 
 from finetune import toy
 from finetune.cli import Parser, run
@@ -27,6 +30,10 @@ from finetune.data.interleaver import Interleaver
 from finetune.metrics import read_rows
 from finetune.model import open_checkpoint
 
+LARGER = {
+    "dim": 512, "num_heads": 8, "num_layers": 6, "depformer_dim": 192, "depformer_num_heads": 3,
+    "depformer_dim_feedforward": 792, "depformer_num_layers": 3,
+}  # fmt: skip
 WINDOW = 1250  # frames: 100 s
 FILES = 8
 
@@ -82,16 +89,26 @@ def main() -> int:
         python = lambda *command: subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
         python("precompute_codes.py", *split.values(), "--output-dir", folder / "codes", "--hf-repo", folder / "model",
                "--device", "cpu", "--no-exact")  # fmt: skip
-        python("train.py", "example/tiny_moshi.yaml", f"run_dir={folder / 'run'}", f"max_steps={args.steps}",
-               f"data.train_data={folder / 'codes/train_precomputed.jsonl'}", "do_eval=false", "do_ckpt=false",
-               f"moshi_paths.hf_repo_id={folder / 'model'}", "log_freq=1")  # fmt: skip
-        waits = [row["data_wait"] for row in read_rows(folder / "run/metrics.train.jsonl")[5:]]
+        toy.make_model(folder / "larger", **LARGER)
+        waits = {}
+        for model, steps in (("model", args.steps), ("larger", args.steps // 2)):
+            python("train.py", "example/tiny_moshi.yaml", f"run_dir={folder / model / 'run'}", f"max_steps={steps}",
+                   f"data.train_data={folder / 'codes/train_precomputed.jsonl'}", "do_eval=false", "do_ckpt=false",
+                   f"moshi_paths.hf_repo_id={folder / model}", "log_freq=1")  # fmt: skip
+            rows = read_rows(folder / model / "run/metrics.train.jsonl")[5:]
+            with safe_open(folder / model / "model.safetensors", framework="pt") as file:
+                count = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+            waits[count] = statistics.median(row["data_wait"] for row in rows), statistics.median(
+                row["interval_sec"] for row in rows
+            )
 
     print("| sample of 100 s | ms | of live |\n|---|---|---|")
     print(f"| encoded in training ({torch.get_num_threads()} threads) | {1e3 * encoded:,.0f} | 1 |")
     print(f"| pre-computed, a file's first window | {1e3 * first:.2f} | 1/{encoded / first:,.0f} |")
     print(f"| pre-computed, a later window | {1e3 * again:.2f} | 1/{encoded / again:,.0f} |")
-    print(f"\nshare of a step spent waiting for data, tiny model: median {statistics.median(waits):.2%}")
+    print("\n| parameters | s a step | of it waiting for data (medians) |\n|---|---|---|")
+    for count, (wait, seconds) in waits.items():
+        print(f"| {count / 1e6:.1f} M | {seconds:.2f} | {wait:.2%} |")
     return 0
 
 

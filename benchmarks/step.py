@@ -10,7 +10,6 @@ import contextlib
 import os
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,11 +19,10 @@ import torch.nn.functional as F
 from moshi.models.lm import LMModel
 from moshi.modules.lora import replace_all_linear_with_lora
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.cli import Parser, run
 from finetune.fast import Plan, TrainingLM, make_plan
+from finetune.plan import Meter
 
 BATCH = 2
 DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
@@ -144,9 +142,9 @@ def time_steps(dep_q: int, frames: int, paths: list[str], repeats: int) -> list[
 
     flops, values = {}, {}
     for path in paths:  # also warms up
-        with FlopCounterMode(display=False) as counter:
+        with Meter() as meter:
             values[path] = ways[path]().item()
-        flops[path] = counter.get_total_flops()
+        flops[path] = meter.flops
         optimizer.zero_grad()
     spread = max(values.values()) / min(values.values()) - 1
     print(f"dep_q {dep_q}, {frames} frames: losses agree to {spread:.1e} (bf16)", flush=True)
@@ -168,39 +166,10 @@ def gemm_rate(repeats: int = 7, size: int = 2048) -> float:
     return 2 * size**3 / statistics.median(times[1:])
 
 
-class PeakMemory(TorchDispatchMode):
-    """The most bytes that the tensors made under this mode held at one time."""
-
-    def __enter__(self):
-        self.live = self.peak = 0
-        self._storages: dict[int, weakref.finalize] = {}
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {id(t.untyped_storage()) for t in args if isinstance(t, Tensor)}
-        for tensor in out if isinstance(out, list | tuple) else [out]:
-            if isinstance(tensor, Tensor) and not func.is_view and id(tensor.untyped_storage()) not in given:
-                self._add(tensor.untyped_storage())
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if id(storage) in self._storages:
-            return
-        key, size = id(storage), storage.nbytes()
-        self._storages[key] = weakref.finalize(storage, self._remove, key, size)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def _remove(self, key: int, size: int) -> None:
-        del self._storages[key]
-        self.live -= size
-
-
 def peak_memory(dep_q: int, frames: int, path: str) -> int:
     """Bytes above the weights at the fullest point of a forward and backward pass."""
     _, ways = losses(dep_q, frames, "meta")
-    with PeakMemory() as memory:
+    with Meter() as memory:
         ways[path]()
     return memory.peak
 

@@ -325,7 +325,8 @@ def lm_kwargs(checkpoint: Checkpoint, spec: Spec) -> dict:
 def build_lm(kwargs: dict, dtype: torch.dtype) -> LMModel:
     """An LMModel without memory (meta device). Raises UserError if moshi refuses the arguments."""
     try:
-        return LMModel(device="meta", dtype=dtype, **{k: v for k, v in kwargs.items() if k != "device"})
+        with torch.device("meta"):  # parts of moshi make tensors on the default device first: 1 GB at 7B
+            return LMModel(device="meta", dtype=dtype, **{k: v for k, v in kwargs.items() if k != "device"})
     except (TypeError, AssertionError, ValueError) as error:
         raise UserError(f"the LM config does not fit moshi's LMModel: {error}") from None
 
