@@ -280,8 +280,9 @@ def _refuse(
 
 
 def _limit_skipped(args: TrainArgs, progress: Progress, problems: list[str], world: World) -> None:
-    # So many at the start and not one good: the data as a whole are wrong.
-    nothing = progress.skipped == progress.position >= ALL_BAD
+    # So many, or all of the run's, and not one good: the data as a whole are wrong.
+    enough = progress.position >= ALL_BAD or progress.step == args.max_steps
+    nothing = enough and progress.skipped == progress.position
     if progress.skipped <= args.data.max_bad_samples and not nothing:
         return
     listed = sorted({problem for own in world.gather(problems) for problem in own})
