@@ -24,6 +24,7 @@ from moshi.models import MimiModel, loaders
 from safetensors.torch import save_file
 
 import precompute_codes
+from finetune import toy
 from finetune.cli import Parser, UserError, run
 from finetune.data import audio, codec
 from finetune.data.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns of each speed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", choices=["speed", "equality", "memory"], help="default: all")
+    parser.add_argument("--tiny", action="store_true", help="memory with the tiny world's Mimi: 2 hours in minutes")
     args = parser.parse_args()
     parts = args.only or ["speed", "equality", "memory"]
     print(f"{torch.get_num_threads()} threads of {os.cpu_count()}, load average {os.getloadavg()[0]:.2f}")
@@ -217,8 +219,9 @@ def main() -> None:
         if "memory" in parts:
             print("\n| file | decoded audio | peak memory |\n|--|--|--|")
             peaks = []
+            model = toy.make_model(folder / "tiny") if args.tiny else folder
             for seconds in (length * args.scale for length in MEMORY_SEC):
-                peaks.append(peak_memory(make_files(folder, f"{seconds:.0f}s", [seconds]), folder, args.device))
+                peaks.append(peak_memory(make_files(folder, f"{seconds:.0f}s", [seconds]), model, args.device))
                 decoded = seconds * SAMPLE_RATE * 8 / 2**20
                 print(f"| {seconds / 60:.1f} min | {decoded:.0f} MiB | {peaks[-1] / 2**20:.0f} MiB |", flush=True)
             print(f"ratio: {peaks[1] / peaks[0]:.3f}")

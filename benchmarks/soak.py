@@ -71,7 +71,7 @@ def main() -> int:
     moments = {"before the first step": 0, "between steps": 0, "while saving": 0}
     lost = 0
     for kill in range(args.kills):
-        before = checkpoints(folder / "killed")
+        before, started = checkpoints(folder / "killed"), time.time()
         process = subprocess.Popen(
             command(folder, folder / "killed", args.steps), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             start_new_session=True, text=True,
@@ -87,7 +87,8 @@ def main() -> int:
         process.communicate()
         after = checkpoints(folder / "killed")
         steps = [row[0] for row in losses(folder / "killed")] or [0]
-        if any((folder / "killed/checkpoints").glob(".*.tmp")):
+        partial = (folder / "killed/checkpoints").glob(".*.tmp")  # those of earlier kills may lie there still
+        if any(path.stat().st_mtime > started for path in partial):
             moments["while saving"] += 1
         elif steps[-1] <= (before[-1][0] if before else 0):
             moments["before the first step"] += 1
