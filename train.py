@@ -114,6 +114,14 @@ def describe(args: TrainArgs, spec: model.Spec, origin: model.Origin, data: Data
         "%d x %d x %d = %d windows a step (batch x microbatches x processes), up to %s frames of dialogue",
         args.batch_size, args.num_microbatches, world.size, per_step, f"{per_step * window_frames:,}",
     )  # fmt: skip
+    if data.prompter is not None:
+        longest = data.prompter.max_frames
+        logger.info(
+            "before each a prompt of up to %g s (%d frames, at most %.0f %% of a sequence); %d recorded or .pt voices; "
+            "without text in %.0f %% of the windows, without voice in %.0f %%", args.prompt.max_sec, longest,
+            100 * longest / (longest + window_frames), len(data.prompter.voices), 100 * args.prompt.drop_text,
+            100 * args.prompt.drop_voice,
+        )  # fmt: skip
     epochs = args.max_steps * per_step / len(windows)
     logger.info("%.1f steps an epoch; %d steps = %.2f epochs", len(windows) / per_step, args.max_steps, epochs)
 

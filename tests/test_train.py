@@ -150,6 +150,7 @@ def test_personaplex_says_what_it_saw_and_starts_from(personaplex_run):
     run, output = personaplex_run
     assert "Moshi weights (8 codebooks), expanded to 16" in output
     assert "1 x 1 x 2 = 2 windows a step (batch x microbatches x processes)" in output
+    assert "a prompt of up to 30 s (375 frames, at most 91 % of a sequence)" in output
     row = rows(run)[-1]
     assert "user_loss" in row and "codebook_15_loss" in row
     assert list((run / "tensorboard").glob("events*"))
