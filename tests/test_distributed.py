@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, rows, train_here, write_config
 
-from finetune.distributed import _environment
+from finetune.cli import UserError
+from finetune.distributed import _environment, pick_device
 from finetune.model import PERSONAPLEX
 
 SETTINGS = {"max_steps": 2, "do_eval": False, "batch_size": 1, "num_microbatches": 1}
@@ -106,3 +107,17 @@ def test_an_sbatch_shell_is_one_process(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert _environment() == (0, 1, 0, 1)
+
+
+def test_which_gpu_a_process_takes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("SLURM_GPUS_PER_TASK", raising=False)
+    assert str(pick_device("auto")) == "cuda:0" and str(pick_device("cpu")) == "cpu"
+    for name, rank, sentence in (("cuda:1", 0, "no GPU cuda:1"), ("gpu", 0, "neither"), ("cuda", 3, "torch sees 1")):
+        with pytest.raises(UserError, match=sentence):
+            pick_device(name, rank)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")  # each task sees its own as the only one
+    assert str(pick_device("cuda", 3)) == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert str(pick_device("cuda:5")) == "cuda:5" and str(pick_device("auto", 3)) == "cuda:3"
