@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks import BUSY, busy_share, idle_note
 from finetune.cli import Parser, run
 
 COMMANDS = {
@@ -22,16 +23,14 @@ COMMANDS = {
     "Encoding": ["benchmarks.precompute", "--scale", "0.1", "--only", "speed", "equality"],
     "Word times": ["benchmarks.annotate", "--repeats", "1"],
 }
-BUSY = 0.3  # load average
 
 
-def wait_until_idle(limit_sec: float = 120.0) -> str:
-    """Waits for the load of what ran before to fade; says what it found."""
+def wait_until_idle(limit_sec: float = 60.0) -> str:
+    """Waits for whatever else runs to end; says what it found."""
     began = time.monotonic()
-    while os.getloadavg()[0] > BUSY and time.monotonic() - began < limit_sec:
-        time.sleep(5)
-    load = os.getloadavg()[0]
-    return f"load average before: {load:.2f}" + ("" if load <= BUSY else " - NOT IDLE, timings are not to be trusted")
+    while busy_share() > BUSY and time.monotonic() - began < limit_sec:
+        pass
+    return idle_note()
 
 
 def processor() -> str:

@@ -20,6 +20,7 @@ from moshi.models.lm import LMModel
 from moshi.modules.lora import replace_all_linear_with_lora
 from torch import Tensor
 
+from benchmarks import idle_note
 from finetune.cli import Parser, run
 from finetune.fast import Plan, TrainingLM, make_plan
 from finetune.plan import Meter
@@ -33,7 +34,6 @@ CONFIG = {
     "depformer_dim": 256, "depformer_dim_feedforward": 1056, "depformer_num_heads": 4, "depformer_num_layers": 3,
     "depformer_multi_linear": True, "depformer_pos_emb": "none", "depformer_weights_per_step": True,
 }  # fmt: skip
-BUSY = 0.3  # load average above which timings are not to be trusted
 
 
 @dataclass
@@ -45,12 +45,6 @@ class Timing:
     frames: int
     seconds: float
     flops: int
-
-
-def idle_note() -> str:
-    """Whether the machine had something else to do in the last minute."""
-    load = os.getloadavg()[0]
-    return f"load average {load:.2f}: " + ("idle" if load < BUSY else "NOT IDLE, timings are not to be trusted")
 
 
 def build(dep_q: int, device: str) -> LMModel:
