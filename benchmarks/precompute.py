@@ -11,8 +11,6 @@ At --scale 1 a CPU takes hours, nearly all of them for the memory of a 2-hour fi
 
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -24,6 +22,7 @@ from moshi.models import MimiModel, loaders
 from safetensors.torch import save_file
 
 import precompute_codes
+from benchmarks.real_size import process
 from finetune import toy
 from finetune.cli import Parser, UserError, run
 from finetune.data import audio, codec
@@ -185,12 +184,10 @@ def measure_equality(mimi: MimiModel, manifest: Path) -> None:
 def peak_memory(manifest: Path, model: Path, device: str) -> int:
     """Bytes of a process that encodes a manifest."""
     with tempfile.TemporaryDirectory() as out:
-        command = ["precompute_codes.py", manifest, "--output-dir", out, "--hf-repo", model, "--device", device]
-        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise UserError("precompute_codes.py failed; see above")
-    return usage.ru_maxrss * 1024
+        _, _, peak = process(
+            "precompute_codes.py", manifest, "--output-dir", out, "--hf-repo", model, "--device", device
+        )
+    return round(peak * 1e9)
 
 
 def main() -> None:
