@@ -232,6 +232,14 @@ def speakers_missing(content: dict, wanted: dict[str, int]) -> dict[str, int]:
     return {s: c for s, c in wanted.items() if s not in theirs and (s not in done or done[s]["channel"] != c)}
 
 
+def to_hear(item: Item, args: argparse.Namespace) -> bool:
+    """Whether a file needs Whisper. One whose .json cannot be read is told of later."""
+    try:
+        return bool(speakers_missing(load_output(item.output), CHANNELS[args.channel]))
+    except UserError:
+        return False
+
+
 # --- 2. In a worker ------------------------------------------------------------------------------------------
 
 
@@ -484,7 +492,8 @@ def main(argv: list[str] | None = None) -> int:
     items = read_items(args, problems)
     if not args.partition:
         device_of(args.device, 0)
-    args.whisper_model = whisper_file(args.whisper_model)
+    if any(to_hear(item, args) for item in items):
+        args.whisper_model = whisper_file(args.whisper_model)
 
     dead: list[str] = []
     if args.shards == 1 and not args.partition:

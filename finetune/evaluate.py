@@ -124,7 +124,10 @@ def main() -> int:
     args = load_args(given.run / "args.yaml", ["do_eval=true", *given.overrides])
     source = open_source(str(given.run))
     with session(args.device) as world:
-        data = Data(args, source.kwargs["dep_q"] == DEP_Q, source.checkpoint, source.kwargs, source.read, world)
+        prompts = source.kwargs["dep_q"] == DEP_Q
+        data = Data(
+            args, prompts, source.checkpoint, source.kwargs, source.read, world, source.voices_archive
+        )  # fmt: skip
         whole = load_merged(source, world.device, getattr(torch, args.param_dtype), source.kwargs["dep_q"])
         lm = TrainingLM(whole, gradient_checkpointing=False)
         weights = loss.group_weights(args, whole.dep_q)

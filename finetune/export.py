@@ -107,6 +107,15 @@ class Source:
         tables = " and embedding tables" if self.trained_tables else ""
         return f"LoRA (rank {rank}, scaling {scaling:g}){tables}"
 
+    def voices_archive(self) -> Path | None:
+        """`voices.tgz` of the model that all this began with; None if it has none, or cannot be reached."""
+        began = (self.settings.get("moshi_paths.hf_repo_id"), self.lineage.get("base"))
+        for name in (self.checkpoint.source, *filter(None, began)):
+            archive = model.open_checkpoint(str(name)).voices_archive()
+            if archive is not None:
+                return archive
+        return None
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a parameter, by its split name; float32 where an adapter was added, else as stored."""
         shape = self.shapes[name]

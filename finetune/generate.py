@@ -272,7 +272,7 @@ def _prompt(
     voice = None
     if args.voice:
         folder = Path(args.voices_dir) if args.voices_dir else None
-        book = VoiceBook(folder, source.checkpoint.voices_archive, setting="--voices-dir")
+        book = VoiceBook(folder, source.voices_archive, setting="--voices-dir")
         path = book.find(args.voice, beside=Path.cwd())
         embed = lambda column: model.embed_column(source.read, column)
         voice = load_voices([path], lambda: mimi, embed, source.kwargs["delays"], trains_embeddings=False)[path]

@@ -2,8 +2,9 @@
 
     python -m finetune.make_manifest calls data/calls.jsonl --split 0.02
 
-Writes data/calls.jsonl and, of the share --split of the files, data/calls_eval.jsonl. Paths in them are relative to
-their folder, absolute for files outside of it. Training needs stereo: left the agent, right the user.
+Writes data/calls.jsonl and, of the share --split of the files, data/calls_eval.jsonl; beside
+data/train.jsonl it is data/eval.jsonl. Paths in them are relative to their folder, absolute for files outside of it.
+Training needs stereo: left the agent, right the user.
 
 Two mono files of one call become a stereo wav in --pairs-dir; sources are never touched. They are told by the ends of
 their names: call1_agent.wav and call1_user.wav, or _left/_right, _a/_b, .L/.R, or what --left-suffix and
@@ -264,7 +265,8 @@ def _pair_maker(rank: int) -> Callable[[Pair], Made]:
 
 
 def eval_manifest(out: Path) -> Path:
-    return out.with_name(f"{out.stem}_eval.jsonl")
+    name = out.stem.replace("train", "eval") if "train" in out.stem else f"{out.stem}_eval"
+    return out.with_name(f"{name}.jsonl")
 
 
 def known_lines(path: Path) -> dict[Path, dict]:

@@ -1,6 +1,7 @@
 """The tiny world, made once a session, and how scripts are run as a user runs them."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ from finetune.distributed import session
 from finetune.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children would
+# A process's own peak in kB, as code; what getrusage tells of a child counts its parent's, from before it became one.
+PEAK = "int(__import__('re').search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 torch.set_num_threads(1)  # two threads collapse when another process takes a core
 
 

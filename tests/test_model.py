@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PEAK, ROOT
 from moshi.models import loaders
 from safetensors.torch import load_file, save_file
 from test_personaplex import TINY, fused, tiny_lm
@@ -191,7 +191,7 @@ def test_loading_holds_one_copy_and_a_tensor(tmp_path):
     code = (
         "import resource, sys, torch\n"
         "from finetune import model\n"
-        "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        f"rss = lambda: {PEAK} * 1024\n"
         "c = model.open_checkpoint(sys.argv[1])\n"
         "kwargs = model.lm_kwargs(c, model.PERSONAPLEX)\n"
         "source = model.Weights(c.moshi_weights(), 16)\n"

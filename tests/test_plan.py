@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from conftest import script
+from conftest import PEAK, script
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -276,12 +276,10 @@ def test_what_cannot_be_used_is_one_sentence(config, capsys):
 
 
 def test_the_7b_example_is_planned_without_its_weights(tmp_path):
-    measure = (
-        "import runpy, resource, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_module(sys.argv[0], alter_sys=True, "
-    )
-    measure += "run_name='__main__')\nfinally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    measure = "import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_module(sys.argv[0], alter_sys=True, "
+    measure += f"run_name='__main__')\nfinally: print({PEAK})"
     done = script("-c", measure, "finetune.plan", "example/personaplex_config.yaml", "--gpu-memory", 80)
     assert "\n8,371,408,896 parameters, 498,499,584 trained" in done.stdout
     assert re.search(r"frozen weights, bfloat16 +15.59 +15.59\n", done.stdout)  # 16.74 GB
     assert re.search(r"fits 80 GiB +yes +no\n", done.stdout)
-    assert int(done.stdout.split()[-1]) < 1.5e6  # KiB
+    assert int(done.stdout.split()[-1]) < 1.5e6  # kB

@@ -31,6 +31,7 @@ class Data:
         prompts: whether windows begin with a hybrid system prompt.
         lm_kwargs: of the model: its delays and depformer steps.
         read: rows of the model's embedding tables, `read(name, start, stop)`: `.pt` voices are checked against them.
+        voices_archive: gives the archive of shipped voices; the checkpoint's if None.
     Raises:
         UserError: manifests, prompts or codec cannot be used.
     """
@@ -38,6 +39,7 @@ class Data:
     def __init__(
         self, args: TrainArgs, prompts: bool, checkpoint: Checkpoint, lm_kwargs: dict,
         read: Callable[[str, int, int], torch.Tensor], world: World,
+        voices_archive: Callable[[], Path | None] | None = None,
     ):  # fmt: skip
         self.args, self.world = args, world
         self.delays, self.dep_q = lm_kwargs["delays"], lm_kwargs["dep_q"]
@@ -55,7 +57,9 @@ class Data:
             )
         if prompts:
             folder = Path(args.prompt.voices_dir) if args.prompt.voices_dir else None
-            self.prompter = Prompter(args.prompt, self.text_tokenizer, VoiceBook(folder, checkpoint.voices_archive))
+            self.prompter = Prompter(
+                args.prompt, self.text_tokenizer, VoiceBook(folder, voices_archive or checkpoint.voices_archive)
+            )
             embed = lambda column: embed_column(read, column)
             load = lambda files: load_voices(files, self.mimi, embed, self.delays, args.trains_embeddings)
             files = itertools.chain(self.train.prompts(), self.held_out.prompts() if self.held_out else ())

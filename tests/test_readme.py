@@ -1,0 +1,90 @@
+"""README's commands, word for word, from raw recordings to a checkpoint that speaks.
+
+The hub's repositories are in a local cache and hold tiny models; training gets settings that fit these. Everything else
+is as it stands there.
+"""
+
+import re
+import runpy
+import shlex
+import shutil
+import sys
+import tarfile
+
+import huggingface_hub.constants
+import pytest
+from conftest import ROOT
+from test_model import hub_cache
+
+from finetune import export, voice
+from finetune.metrics import read_rows
+
+SMALL = [
+    "max_steps=2", "batch_size=1", "num_microbatches=1", "duration_sec=3", "lora.rank=2", "eval_max_samples=1",
+    "eval_free_samples=1", "eval_free_sec=0.5", "param_dtype=float32", "device=cpu", "data.num_workers=0",
+]  # fmt: skip
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()
+    if line.startswith(("python", "torchrun"))
+]  # fmt: skip
+
+
+def run(monkeypatch, words, *more):
+    """A command of README's in this process; torchrun's as one process."""
+    start = words.index("-m") + 1 if "-m" in words else next(i for i, w in enumerate(words) if w.endswith(".py"))
+    monkeypatch.setattr(sys, "argv", [words[start], *words[start + 1 :], *map(str, more)])
+    with pytest.raises(SystemExit) as end:
+        if "-m" in words:
+            runpy.run_module(words[start], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / words[start]), run_name="__main__")
+    return end.value.code
+
+
+@pytest.fixture
+def evening(world, tmp_path, monkeypatch):
+    """A newcomer's folder: recordings, a question, a voice; and the hub, as far as it is in the cache."""
+    folder = tmp_path / "here"
+    shutil.copytree(world / "data", folder / "recordings", ignore=shutil.ignore_patterns("voices", "*.jsonl"))
+    (folder / "example").symlink_to(ROOT / "example")
+    asked = sorted((folder / "recordings").rglob("*.wav"))[0]
+    shutil.copy(asked, folder / "question.wav")
+    shutil.copy(sorted((world / "data/voices").glob("*.wav"))[0], folder / "me.wav")
+    monkeypatch.chdir(folder)
+
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        assert not module.main()
+
+    call(export, "--expand", world / "model", tmp_path / "personaplex")
+    (tmp_path / "voices").mkdir()
+    call(voice, "make", folder / "me.wav", tmp_path / "voices/NATF2.pt", "--weights", tmp_path / "personaplex")
+    with tarfile.open(tmp_path / "personaplex/voices.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "voices", "voices")
+    hub_cache(tmp_path / "hub", "kyutai/moshiko-pytorch-bf16", list((world / "model").iterdir()))
+    hub_cache(tmp_path / "hub", "nvidia/personaplex-7b-v1", list((tmp_path / "personaplex").iterdir()))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub/hub"))
+    return folder
+
+
+@pytest.mark.slow
+def test_from_recordings_to_a_reply(evening, monkeypatch, capsys):
+    # The first screen takes the manifest for granted; sorting is stable.
+    trained = set()
+    for words in sorted(COMMANDS, key=lambda words: "finetune.make_manifest" not in words):
+        more = []
+        if any(w in ("train.py", "train_personaplex.py") for w in words):
+            more = SMALL + ([f"run_dir=runs/again{len(trained)}"] if words[-2] in trained else [])
+            trained.add(next(w for w in words if w.endswith(".yaml")))
+        code = run(monkeypatch, words, *more)
+        shown = capsys.readouterr()
+        assert code == 0 or "finetune.check_data" in words or "finetune.plan" in words, (words, shown.out, shown.err)
+        assert "Traceback" not in shown.err
+    for product in (
+        "reply.wav", "data_encoded/train_precomputed.jsonl", "runs/personaplex/report.html",
+        "exported/model.safetensors", "exported_moshi/config.json", "moshiko_16/config.json", "me.pt",
+    ):  # fmt: skip
+        assert (evening / product).stat().st_size > 0, product
+    assert len(read_rows(evening / "runs/personaplex/metrics.eval.jsonl")) == 2
