@@ -115,12 +115,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def whisper_file(name: str) -> str:
-    """What the workers load: the absolute path of a file, or a name whose model is downloaded here and now."""
+def whisper_file(name: str, wanted: bool) -> str:
+    """What the workers load: the absolute path of a file, or a name whose model is downloaded here and now if it is
+    `wanted`."""
     if not Path(name).is_file():
-        from finetune.transcriber import download_whisper
+        if wanted:
+            from finetune.transcriber import download_whisper
 
-        download_whisper(name)
+            download_whisper(name)
         return name
     if Path(name).suffix != ".pt":
         raise UserError(f"{name}: a Whisper model file ends with .pt (openai-whisper's format)")
@@ -492,8 +494,7 @@ def main(argv: list[str] | None = None) -> int:
     items = read_items(args, problems)
     if not args.partition:
         device_of(args.device, 0)
-    if any(to_hear(item, args) for item in items):
-        args.whisper_model = whisper_file(args.whisper_model)
+    args.whisper_model = whisper_file(args.whisper_model, any(to_hear(item, args) for item in items))
 
     dead: list[str] = []
     if args.shards == 1 and not args.partition:

@@ -289,7 +289,7 @@ COMMANDS = [
     annotate("--text-prompt", "with --personaplex", lambda d: [d.manifest(d.call()), "--text-prompt", "x"]),
     annotate("--num-workers", "at least 1", lambda d: [d.manifest(d.call()), "--num-workers", "0"]),
     annotate("--device tpu", "neither cpu, nor cuda", lambda d: [d.manifest(d.call()), "--device", "tpu"]),
-    annotate("'huge'", "large-v3", lambda d: [d.manifest(d.call()), "--whisper-model", "huge"]),
+    annotate("'huge'", "large-v3", lambda d: [d.manifest(d.call(words=None)), "--whisper-model", "huge"]),
     annotate("w.bin", "ends with .pt", lambda d: [d.manifest(d.call()), "--whisper-model", d.file("w.bin")]),
     annotate("t.model", "not a SentencePiece model", lambda d: [
         d.manifest(d.call()), "--whisper-model", d.file("w.pt"), "--tokenizer", d.file("t.model", "x")]),
