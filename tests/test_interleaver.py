@@ -124,3 +124,16 @@ def test_words_are_encoded_alone_without_bos(world):
     ids, _ = Interleaver(tokenizer)([(" hello ", 0.08, 0.5)], 0.0, 8)
     expected = tokenizer.encode("hello")
     assert ids.tolist()[: 1 + len(expected)] == [EPAD, *expected] and 1 not in expected
+
+
+def test_a_window_of_a_long_file_takes_the_words_that_touch_it():
+    """What is looked up among 5,000 words is what those near the window alone give."""
+    rng = random.Random(0)
+    starts = sorted(rng.uniform(0, 2000) for _ in range(5000))
+    words = [(f"{i % 9 + 1}:{rng.randint(1, 2)}", t, t + rng.choice((0.1, 0.5, 20.0))) for i, t in enumerate(starts)]
+    place = Interleaver(Pieces())
+    for begin in (0.0, 3.2, 999.36, 1996.8, 2100.0):
+        near = [word for word in words if word[2] > begin - 1 and word[1] < begin + 9]
+        (ids, stats), (alone, stats_alone) = place(words, begin, 100), place(near, begin, 100)
+        assert ids.tolist() == alone.tolist() and stats == stats_alone
+        assert (stats.words > 0) == (begin < 2090)

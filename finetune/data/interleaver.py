@@ -1,7 +1,9 @@
 """Word times -> the text stream (Moshi's inner monologue): one text token per frame, on the agent's words only."""
 
+import bisect
 import math
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import sentencepiece
@@ -14,6 +16,8 @@ from finetune.personaplex import TEXT_EPAD, TEXT_PAD
 
 MAIN_SPEAKER = "SPEAKER_MAIN"  # moshi-finetune's label of the agent
 Word = tuple[str, float, float]  # text, start and end in seconds from the start of the file
+LONGEST_WORD_SEC = 60.0  # what claims to last longer is a mistake, and is not said again in later windows
+_start = operator.itemgetter(1)
 
 
 @dataclass
@@ -80,7 +84,7 @@ class Interleaver:
             ids = self._cache[text] = self.tokenizer.encode(text.strip(), add_bos=False, add_eos=False)
         return ids
 
-    def __call__(self, words: Iterable[Word], start_sec: float, frames: int) -> tuple[Tensor, TextStats]:
+    def __call__(self, words: Sequence[Word], start_sec: float, frames: int) -> tuple[Tensor, TextStats]:
         """The text of the window of `frames` frames that begins at `start_sec`.
 
         Args:
@@ -120,10 +124,13 @@ class Interleaver:
             stats.dropped += len(ids) - count
         return torch.tensor(out, dtype=torch.int64), stats
 
-    def _in_window(self, words: Iterable[Word], start_sec: float, frames: int) -> list[tuple[str, int, int]]:
+    def _in_window(self, words: Sequence[Word], start_sec: float, frames: int) -> list[tuple[str, int, int]]:
         """(text, due frame, frames until its end) of the words that touch the window, counted from its start."""
         found = []
-        for text, start, end in words:
+        # An hour has 10,000 words, a window some hundred.
+        first = bisect.bisect_left(words, start_sec - LONGEST_WORD_SEC, key=_start)
+        last = bisect.bisect_right(words, start_sec + (frames + 1) / self.frame_rate, lo=first, key=_start)
+        for text, start, end in words[first:last]:
             due = math.floor(round((start - start_sec) * self.frame_rate, 6))
             room = math.ceil(round((end - start_sec) * self.frame_rate, 6))
             if due < frames and (due >= 0 or room > 0):
