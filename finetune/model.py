@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -233,6 +234,8 @@ def open_checkpoint(
     return Checkpoint(hf_repo_id, files, config_path)
 
 
+READERS = 2  # one waits for the disk while the kernel clears the memory that the other reads into
+
 # --- Building and filling the LM --------------------------------------------------------------------------------
 
 
@@ -292,6 +295,14 @@ class Weights:
         if source is None:
             return torch.zeros(max(0, min(stop, shape[0]) - start), *shape[1:])
         return self.file.read(source, start, stop)
+
+    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fills `out` with a parameter's rows from `start` on."""
+        source = self.sources[name]
+        if source is None:
+            out.zero_()
+        else:
+            self.file.read_into(source, start, out)
 
 
 def embed_column(read: Callable[[str, int, int], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
@@ -370,15 +381,17 @@ def fill(lm: nn.Module, weights: Weights, seed: int) -> None:
     any number of ranks starts from the same ones. Raises UserError if the file holds other parameters.
     """
     weights.check({base_name(n): p.shape for n, p in lm.named_parameters() if not lora.is_adapter(n)})
-    for name, parameter in lm.named_parameters():
+
+    def fill_one(named: tuple[str, nn.Parameter]) -> None:
+        name, parameter = named
         start, local = local_rows(parameter)
-        stop = start + local.shape[0]
         if lora.is_adapter(name):
-            values = lora.initial(name, parameter.shape, seed)[start:stop]
+            local.copy_(lora.initial(name, parameter.shape, seed)[start : start + local.shape[0]])
         else:
-            values = weights.read(base_name(name), start, stop, parameter.shape)
-        with torch.no_grad():
-            local.copy_(values)
+            weights.read_into(base_name(name), start, local)
+
+    with ThreadPoolExecutor(READERS) as readers:
+        list(readers.map(torch.no_grad()(fill_one), lm.named_parameters()))
 
 
 def local_rows(parameter: torch.Tensor) -> tuple[int, torch.Tensor]:

@@ -32,11 +32,10 @@ _SPLIT_KEY = re.compile(r"^(.*self_attn\.)(in|out)_projs\.(\d+)\.weight$")
 
 
 class Slot(NamedTuple):
-    """Where a tensor lives in a file: rows [start, stop) of `key`, with its shape after the cut."""
+    """Where a tensor lives in a file: its key there (it may be some of its rows), its first byte, shape and dtype."""
 
     key: str
-    start: int
-    stop: int
+    offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -77,7 +76,7 @@ class WeightFile:
         header = read_header(self.path)
         self.dep_q = sum(1 for key in header if re.fullmatch(r"linears\.\d+\.weight", key))
         self.slots: dict[str, Slot] = {}
-        for key, (dtype, shape) in header.items():
+        for key, (dtype, shape, offset) in header.items():
             steps = attention_steps(key, self.dep_q)
             names = split_names(key, steps) or [key]
             if len(names) > 1 and shape[0] % len(names):
@@ -85,32 +84,59 @@ class WeightFile:
                     f"{self.path}: {key} has {shape[0]} rows, which do not divide by {steps} depformer steps, as many "
                     "as it has linears.*; download or copy it again"
                 )
-            rows = shape[0] // len(names) if shape else 0
+            if len(names) > 1:
+                shape = (shape[0] // len(names), *shape[1:])
             for i, name in enumerate(names):
-                self.slots[name] = Slot(key, i * rows, (i + 1) * rows, (rows, *shape[1:]) if shape else (), dtype)
+                self.slots[name] = Slot(key, offset + i * torch.Size(shape).numel() * dtype.itemsize, shape, dtype)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows [start, stop) of a tensor, as a new tensor on the CPU in the file's dtype."""
         slot = self.slots[name]
-        # Opened anew each time: the pages of a mapping stay resident until it is closed.
-        with safe_open(self.path, framework="pt") as file:
-            if not slot.shape:
-                return file.get_tensor(slot.key)
-            stop = slot.shape[0] if stop is None else min(stop, slot.shape[0])
-            return file.get_slice(slot.key)[slot.start + start : slot.start + stop].clone()
+        shape = slot.shape
+        if shape:
+            stop = shape[0] if stop is None else min(stop, shape[0])
+            shape = (max(0, stop - start), *shape[1:])
+        values = torch.empty(shape, dtype=slot.dtype)
+        self.read_into(name, start, values)
+        return values
+
+    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fills `out` with the rows of a tensor from `start` on: straight from the file where `out` is contiguous, on
+        the CPU and of the file's dtype, so that nothing of it is held twice, not even by a mapping of the file."""
+        slot = self.slots[name]
+        values = out
+        if out.device.type != "cpu" or out.dtype != slot.dtype or not out.is_contiguous():
+            values = torch.empty(out.shape, dtype=slot.dtype)
+        if values.numel():
+            row = torch.Size(slot.shape[1:]).numel() * slot.dtype.itemsize
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(slot.offset + start * row)
+                left = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+                while left:
+                    count = file.readinto(left)
+                    if not count:
+                        raise UserError(f"{self.path}: has become shorter while it was read; copy it again")
+                    left = left[count:]
+        if values is not out:
+            out.copy_(values)
 
 
-def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """{key: (dtype, shape)} of a safetensors file. Raises UserError if it is missing, truncated or foreign."""
+def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
+    """{key: (dtype, shape, first byte)} of a safetensors file. Raises UserError if it is missing, truncated or
+    foreign."""
     if not path.is_file():
         raise UserError(f"{path}: no such weight file")
     try:
-        with safe_open(path, framework="pt") as file:
-            out = {}
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                view = file.get_slice(key)
-                out[key] = (DTYPES[view.get_dtype()], tuple(view.get_shape()))
-            return out
+        with safe_open(path, framework="pt"):  # checks the header, and that its tensors fill the file
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {
+            key: (DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for key, entry in header.items()
+        }
     except (SafetensorError, OSError, KeyError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
 
