@@ -12,8 +12,8 @@ A checkpoint is written under a temporary name and renamed when all of it is on 
 import json
 import logging
 import os
+import pickle
 import shutil
-import socket
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from moshi.modules.lora import LoRALinear
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from finetune import lora
@@ -34,9 +35,10 @@ from finetune.weights import write_safetensors
 logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint_"
+# In the order in which they are removed: by args.yaml a folder is known to hold a run, also half removed.
 RUN_FILES = (
-    "args.yaml", "checkpoints", "metrics.*.jsonl", "samples", "evaluation_*.json", "not_finite_step_*.json",
-    "curves.png", "report.html", "tensorboard", "wandb", ".wandb_id", ".launch",
+    "checkpoints", "metrics.*.jsonl", "samples", "evaluation_*.json", "not_finite_step_*.json", "curves.png",
+    "report.html", "tensorboard", "wandb", ".wandb_id", ".launch", "args.yaml",
 )  # fmt: skip
 
 
@@ -57,10 +59,10 @@ def open_run(args: TrainArgs, world: World) -> Path:
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if args.overwrite_run_dir and not _started_again(folder / ".launch"):
+            if args.overwrite_run_dir and not _started_again(folder / ".launch", world):
                 if (folder / "args.yaml").is_file():
                     remove_run(folder)
-                (folder / ".launch").write_text(json.dumps(_launch()))
+                (folder / ".launch").write_text(json.dumps(_launch(world)))
             for key, values in _changed(folder, args).items():
                 logger.info("changed since this run began: %s %s -> %s", key, *values)
             temporary = folder / ".args.yaml.tmp"
@@ -76,23 +78,20 @@ def open_run(args: TrainArgs, world: World) -> Path:
     return folder
 
 
-def _launch() -> dict[str, str | None]:
+def _launch(world: World) -> dict[str, str | None]:
     """What stays the same when torchrun starts its processes again, and when SLURM queues a job again."""
-    torchrun = os.environ.get("TORCHELASTIC_RUN_ID")
-    if torchrun == "none":  # of one node without a rendezvous: its agent is the parent
-        torchrun = f"{socket.gethostname()}/{os.getppid()}"
-    return {"torchrun": torchrun, "slurm": os.environ.get("SLURM_JOB_ID")}
+    return {"process": world.launch, "slurm": os.environ.get("SLURM_JOB_ID")}
 
 
-def _started_again(stored: Path) -> bool:
+def _started_again(stored: Path, world: World) -> bool:
     """Whether the launch that emptied this folder is the present one, come back."""
     try:
         before = json.loads(stored.read_text())
     except (OSError, ValueError):
         return False
-    now = _launch()
+    now = _launch(world)
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and now["slurm"] == before["slurm"]
-    return requeued or (now["torchrun"] is not None and now["torchrun"] == before["torchrun"])
+    return requeued or now["process"] == before.get("process")
 
 
 def remove_run(folder: Path) -> None:
@@ -154,12 +153,13 @@ def newest_complete(folder: Path, world: World) -> tuple[Path, dict] | None:
         problem, state = None, {}
         try:
             state = json.loads((path / "train_state.json").read_text())
-            files = sorted(state["files"].items())
-            for name, (size, crc) in files[world.rank :: world.size]:
-                found = (path / name).stat().st_size
-                if found != size:
-                    problem = f"{name} has {found} bytes instead of {size}"
-                elif crc is not None and _crc(path / name) != crc:
+            # What has no checksum is not read by a resumed run, and its owner may have changed it.
+            files = sorted((name, *known) for name, known in state["files"].items() if known[1] is not None)
+            for name, size, crc in files[world.rank :: world.size]:
+                present = (path / name).stat().st_size
+                if present != size:
+                    problem = f"{name} has {present} bytes instead of {size}"
+                elif _crc(path / name) != crc:
                     problem = f"the contents of {name} have changed"
         except (OSError, ValueError, KeyError) as error:
             problem = str(error)
@@ -219,7 +219,8 @@ def save(
     problem = None
     if world.is_main:
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in final.parent.glob(f".{PREFIX}*.tmp"):  # by a run that was killed while saving
+                shutil.rmtree(left, ignore_errors=True)
             (partial / "consolidated").mkdir(parents=True)
         except OSError as error:
             problem = str(error)
@@ -227,6 +228,9 @@ def save(
     if problem is None:
         problem = _write_state(partial / "state", trained_state(lm, optimizer))
         problem = next(filter(None, world.gather(problem)), None)
+    sums: dict[str, int] = {}
+    if problem is None:
+        sums, problem = _checksums(partial / "state", world)
     if problem is None:
         problem = artefact.write(lm, partial / "consolidated", world.is_main)
         problem = next(filter(None, world.gather(problem)), None)
@@ -234,11 +238,7 @@ def save(
         try:
             if problem is None:
                 files = sorted(p for p in partial.rglob("*") if p.is_file())
-                # Only state/ is read again by a resumed run, so only it is worth a checksum.
-                listed = {
-                    str(p.relative_to(partial)): [p.stat().st_size, _crc(p) if p.parent.name == "state" else None]
-                    for p in files
-                }
+                listed = {str(p.relative_to(partial)): [p.stat().st_size, sums.get(p.name)] for p in files}
                 text = json.dumps(train_state | {"step": step, "files": listed}, indent=1)
                 (partial / "train_state.json").write_text(text)
                 if final.exists():  # of a run that went back before it
@@ -270,6 +270,19 @@ def _write_state(path: Path, state: dict[str, Tensor]) -> str | None:
     return None
 
 
+def _checksums(path: Path, world: World) -> tuple[dict[str, int], str | None]:
+    """{name: checksum} of a folder's files, each read by one of the ranks: at 7B they are 100 GB. Or why not."""
+    names = world.broadcast(sorted(p.name for p in path.iterdir()) if world.is_main else None)
+    own, problem = {}, None
+    try:
+        own = {name: _crc(path / name) for name in names[world.rank :: world.size]}
+    except OSError as error:
+        problem = str(error)
+    parts = world.gather((own, problem))
+    problem = next((problem for _, problem in parts if problem), None)
+    return {name: crc for part, _ in parts for name, crc in part.items()}, problem
+
+
 def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     if failures:
@@ -292,11 +305,42 @@ def load(path: Path, lm: nn.Module, optimizer: torch.optim.Optimizer, step: int)
     """
     state = trained_state(lm, optimizer)
     try:
-        dcp.load(state, checkpoint_id=path / "state")
-    except (dcp.api.CheckpointException, OSError, RuntimeError, KeyError, ValueError) as error:
+        dcp.load(state, storage_reader=_Reader(path / "state"))
+    except (dcp.api.CheckpointException, OSError, RuntimeError, KeyError, ValueError, pickle.PickleError) as error:
         raise UserError(f"{path / 'state'}: cannot be loaded into this model ({_reason(error)})") from None
     for moments in optimizer.state.values():
         moments["step"].fill_(float(step))
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, but for what it unpickles: nothing except the description of tensors that `save` wrote."""
+
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        with path.open("rb") as file:
+            described = _Unpickler(file).load()
+        strange = [n for n, entry in described.state_dict_metadata.items() if type(entry) is not TensorStorageMetadata]
+        if strange:  # torch would unpickle what is no tensor
+            raise pickle.UnpicklingError(f"{path} describes {strange[0]}, which is no tensor")
+        return super().read_metadata(*args, **kwargs)
+
+
+_METADATA = (
+    "Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties", "StorageMeta",
+    "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
+_KNOWN = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA), ("torch", "Size"), ("torch", "float32"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+}  # fmt: skip
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in _KNOWN:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint of a run does")
+        return super().find_class(module, name)
 
 
 # --- 3. What inference loads ------------------------------------------------------------------------------------

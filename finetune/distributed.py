@@ -31,13 +31,14 @@ TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: a rank may be savin
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """This process among its peers. `launch` names the command that started them all: torchrun's restarts keep it."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
+    launch: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -153,8 +154,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def fresh_store(rank: int, size: int) -> dist.Store:
-    """The store that the environment names (MASTER_ADDR, MASTER_PORT), under a prefix that only this start has.
+def fresh_store(rank: int, size: int) -> tuple[dist.Store, str]:
+    """The store that the environment names (MASTER_ADDR, MASTER_PORT), under a prefix that only this start has; and the
+    name of the launch, the same in all starts that share the store.
 
     torchrun keeps its store over restarts (torch 2.9, `_create_c10d_store`), where gloo and nccl would find the
     addresses of processes that are dead. Nothing in the environment numbers the starts of all nodes alike: of several
@@ -164,6 +166,10 @@ def fresh_store(rank: int, size: int) -> dist.Store:
     store = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))[0]
     store.set_timeout(TIMEOUT)
     own = uuid.uuid4().hex
+    shared = store
+    while isinstance(shared, dist.PrefixStore):  # before torch 2.9 each start had a prefix
+        shared = shared.underlying_store
+    launch = shared.compare_set("finetune/launch", "", own).decode()
     store.set(f"finetune/process/{rank}", own)
     if rank:
         start = store.get(f"finetune/start/{own}").decode()
@@ -175,7 +181,7 @@ def fresh_store(rank: int, size: int) -> dist.Store:
                 store.set(f"finetune/start/{store.get(f'finetune/process/{peer}').decode()}", start)
             time.sleep(0.02)
             waiting = {peer for peer in waiting if not store.check([f"finetune/{start}/{peer}"])}
-    return dist.PrefixStore(start, store)
+    return dist.PrefixStore(start, store), launch
 
 
 @contextlib.contextmanager
@@ -186,12 +192,19 @@ def session(device: str = "auto") -> Iterator[World]:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-    store = dist.HashStore() if size == 1 else fresh_store(rank, size)
+    if size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        store, launch = fresh_store(rank, size)
+    else:
+        store, launch = dist.HashStore(), uuid.uuid4().hex
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
-        yield World(rank, size, local_rank, local_size, where)
-    finally:
-        dist.destroy_process_group()
+        yield World(rank, size, local_rank, local_size, where, launch)
+    except BaseException:
+        # nccl would first wait for what the other ranks are to do, who do not know yet that this one is leaving.
+        if where.type == "cpu":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def make_mesh(world: World, sharding: str) -> DeviceMesh:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -9,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
 import sentencepiece
 import torch
 from conftest import ROOT, rows, script, train_here, write_config
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from finetune import checkpointing
 from finetune.cli import UserError
@@ -83,7 +86,8 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(straight, world, tmp_path
     config = copy_of(straight, tmp_path, world, upto=STEPS)
     shard = next((tmp_path / "run/checkpoints/checkpoint_000006/state").glob("*.distcp"))
     data = bytearray(shard.read_bytes())
-    for damage, sentence in ((data[:-7], "bytes instead of"), (data[:5000] + b"!" + data[5001:], "have changed")):
+    flipped = data[:5000] + b"!" + data[5001:]
+    for damage, sentence in ((data[:-7], "bytes instead of"), (b"", "has 0 bytes"), (flipped, "have changed")):
         shard.write_bytes(damage)
         caplog.clear()
         assert train_here(config, PERSONAPLEX) == 0
@@ -92,14 +96,50 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(straight, world, tmp_path
         shard = next((tmp_path / "run/checkpoints/checkpoint_000006/state").glob("*.distcp"))
 
 
-def test_a_run_of_which_no_checkpoint_is_whole_is_not_begun_anew(straight, world, tmp_path):
+@pytest.mark.parametrize("name, content", [("train_state.json", b"{"), ("*.distcp", b""), ("*.distcp", b"short")])
+def test_a_run_of_which_no_checkpoint_is_whole_is_not_begun_anew(straight, world, tmp_path, name, content):
     config = copy_of(straight, tmp_path, world)
     before = (tmp_path / "run/metrics.train.jsonl").read_bytes()
-    for state in (tmp_path / "run").rglob("train_state.json"):
-        state.write_text("{")
+    for path in (tmp_path / "run/checkpoints").rglob(name):
+        path.write_bytes(content)
     with pytest.raises(UserError, match=r"none of its 1 checkpoints is whole .*overwrite_run_dir"):
         train_here(config, PERSONAPLEX)
     assert (tmp_path / "run/metrics.train.jsonl").read_bytes() == before
+
+
+def test_what_inference_loads_is_its_owners(straight, world, tmp_path):
+    """Resuming does not read it, so that an edited or removed one makes no checkpoint a broken one."""
+    config = copy_of(straight, tmp_path, world)
+    own = tmp_path / "run/checkpoints/checkpoint_000003/consolidated"
+    (own / "config.json").write_text("mine")
+    (own / "lora.safetensors").unlink()
+    leftover = tmp_path / "run/checkpoints/.checkpoint_000002.tmp"  # of a process that was killed while saving
+    leftover.mkdir()
+    assert train_here(config, PERSONAPLEX) == 0
+    assert_same_end(tmp_path / "run", straight)
+    assert not leftover.exists()
+
+
+class Crafted:
+    def __reduce__(self):
+        return os.system, ("touch crafted",)
+
+
+@pytest.mark.parametrize("entry", [Crafted(), BytesStorageMetadata()])
+def test_a_foreign_checkpoint_runs_no_code(straight, world, tmp_path, monkeypatch, entry):
+    monkeypatch.chdir(tmp_path)
+    config = copy_of(straight, tmp_path, world)
+    folder = tmp_path / "run/checkpoints/checkpoint_000003"
+    metadata = pickle.loads((folder / "state/.metadata").read_bytes())
+    metadata.state_dict_metadata[next(iter(metadata.state_dict_metadata))] = entry
+    data = pickle.dumps(metadata)
+    (folder / "state/.metadata").write_bytes(data)
+    state = json.loads((folder / "train_state.json").read_text())
+    state["files"]["state/.metadata"] = [len(data), zlib.crc32(data)]
+    (folder / "train_state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="cannot be loaded into this model"):
+        train_here(config, PERSONAPLEX)
+    assert not (tmp_path / "crafted").exists()
 
 
 def test_a_checkpoint_beyond_the_one_gone_on_from_does_not_outlive_new_ones(straight, world, tmp_path):
@@ -146,21 +186,53 @@ def test_overwriting_starts_anew_only_after_everything_was_checked(straight, wor
     assert [r["step"] for r in rows(tmp_path / "run")] == [1]
 
 
-@pytest.mark.parametrize("name, number", [("SLURM", "SLURM_RESTART_COUNT"), ("torchrun", "TORCHELASTIC_RESTART_COUNT")])
-def test_what_comes_back_does_not_overwrite_itself(straight, world, tmp_path, monkeypatch, name, number):
+@pytest.mark.parametrize("launcher", ["SLURM", "torchrun"])
+def test_what_comes_back_does_not_overwrite_itself(straight, world, tmp_path, monkeypatch, launcher):
+    """And what is started anew, by a script that always says the same, does."""
     config = copy_of(straight, tmp_path, world)
     (tmp_path / "run/mine.txt").write_text("not of the run")
     overwrite = ("overwrite_run_dir=true", "ckpt_freq=1", "log_freq=1")
-    monkeypatch.setenv("SLURM_JOB_ID" if name == "SLURM" else "TORCHELASTIC_RUN_ID", "17")
+    agents = []
+
+    def launch(number):
+        if launcher == "SLURM":
+            monkeypatch.setenv("SLURM_JOB_ID", number)
+            monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+            return
+        agents.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True))  # as torchrun's agent has one
+        for name, value in {
+            "TORCHELASTIC_RUN_ID": "always", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(agents[-1].port), "RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+
+    launch("17")
     assert train_here(config, PERSONAPLEX, (*overwrite, "max_steps=1")) == 0
     begun = (tmp_path / "run/checkpoints/checkpoint_000001/train_state.json").stat().st_mtime_ns
-    monkeypatch.setenv(number, "1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT" if launcher == "SLURM" else "TORCHELASTIC_RESTART_COUNT", "1")
     assert train_here(config, PERSONAPLEX, (*overwrite, "max_steps=2")) == 0
     assert (tmp_path / "run/checkpoints/checkpoint_000001/train_state.json").stat().st_mtime_ns == begun
-    monkeypatch.setenv("SLURM_JOB_ID" if name == "SLURM" else "TORCHELASTIC_RUN_ID", "18")
+    launch("18")
     assert train_here(config, PERSONAPLEX, (*overwrite, "max_steps=1")) == 0
     assert [step for step, _ in checkpointing.checkpoints(tmp_path / "run")] == [1]
     assert (tmp_path / "run/mine.txt").exists()
+
+
+def test_a_run_that_was_removed_by_half_is_still_one(straight, world, tmp_path, monkeypatch):
+    config = copy_of(straight, tmp_path, world)
+    rmtree = shutil.rmtree
+
+    def torn(path, *args, **kwargs):
+        if path.name == "checkpoints":
+            raise KeyboardInterrupt
+        rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", torn)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(config, PERSONAPLEX, ("overwrite_run_dir=true", "max_steps=1"))
+    monkeypatch.undo()
+    assert train_here(config, PERSONAPLEX, ("overwrite_run_dir=true", "max_steps=1")) == 0
+    assert [r["step"] for r in rows(tmp_path / "run")] == [1]
 
 
 def test_old_checkpoints_are_pruned_by_step(straight, world, tmp_path):
