@@ -230,7 +230,7 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
     checkpoint = open_checkpoint(args.hf_repo, mimi_path=args.mimi_path)
     fingerprint = codec.fingerprint_file(checkpoint.mimi_weights())
     failures, durations, todo, voiceless = Failures(), {}, [], []
-    has_voice = lambda item: has_same_speaker(Path(item.codes), fingerprint, args.speakers)
+    has_voice = lambda item: has_same_speaker(Path(item.path), Path(item.codes), fingerprint, args.speakers)
     with ThreadPoolExecutor(args.num_load_threads) as pool:
         for start in range(0, len(items), 1000):  # a million futures would be larger than a million files
             some = items[start : start + 1000]
@@ -306,7 +306,7 @@ def write_manifest(source: Path, target: Path, items: dict[str, Item], durations
             if duration is None:
                 continue
             said = line.fields.get("duration")
-            if not isinstance(said, int | float) or abs(said - duration) > LIE_SEC:
+            if not isinstance(said, int | float) or not abs(said - duration) <= LIE_SEC:  # NaN is neither
                 lies += said is not None
                 line.fields["duration"] = round(duration, 6)
             line.fields["path"] = path_from(target.parent, item.path)

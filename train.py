@@ -88,6 +88,12 @@ def run_training(args: TrainArgs, spec: model.Spec, world: World) -> int:
         before, now = state["windows_per_step"], args.batch_size * args.num_microbatches * world.size
         if before != now:
             logger.warning("a step was %d windows until now and is %d from here, at the same rate", before, now)
+        before, now = state.get("windows"), data.train.sizes
+        if before not in (None, now):
+            logger.warning(
+                "the manifests had %s windows until now and have %s: of this epoch some will come twice, and some not",
+                before, now,
+            )  # fmt: skip
     metrics = Metrics(folder, args, world.is_main, progress.step)
     adapters = (args.lora.rank, args.lora.scaling) if args.lora.enable and args.save_adapters else None
     artefact = checkpointing.Artefact(model.inference_config(checkpoint, kwargs), adapters, dtype)

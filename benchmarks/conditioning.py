@@ -70,7 +70,9 @@ def listen(folder: Path, repeats: int, greedy: bool) -> dict:
     mimi, tokenizer = source.checkpoint.mimi(), source.checkpoint.tokenizer()
     lm = load_merged(source, torch.device("cpu"), torch.float32)
     files = {voice: folder / f"data/voices/{voice}.wav" for voice in toy.AGENT_VOICES}
-    voices = load_voices(list(files.values()), lambda: mimi, None, source.kwargs["delays"], False)
+    voices = load_voices(
+        list(files.values()), lambda: mimi, lambda: codec.fingerprint(mimi), None, source.kwargs["delays"], False
+    )
     rng = random.Random(0)
     cases, prompts, sounds = [], [], []
     for (role, voice), _ in itertools.product(itertools.product(toy.ROLES, toy.AGENT_VOICES), range(repeats)):

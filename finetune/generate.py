@@ -275,7 +275,10 @@ def _prompt(
         book = VoiceBook(folder, source.voices_archive, setting="--voices-dir")
         path = book.find(args.voice, beside=Path.cwd())
         embed = lambda column: model.embed_column(source.read, column)
-        voice = load_voices([path], lambda: mimi, embed, source.kwargs["delays"], trains_embeddings=False)[path]
+        voice = load_voices(
+            [path], lambda: mimi, lambda: codec.fingerprint(mimi), embed, source.kwargs["delays"],
+            trains_embeddings=False,
+        )[path]  # fmt: skip
     return build_prompt(voice, tokenizer.encode(text, add_bos=False, add_eos=False))
 
 

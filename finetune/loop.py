@@ -95,8 +95,8 @@ def train(
         began = time.perf_counter()
         path = checkpointing.save(
             folder, progress.step, model.lm, optimizer,
-            vars(progress) | {"seed": args.seed, "windows_per_step": windows_per_step}, world, artefact,
-            args.num_ckpt_keep,
+            vars(progress) | {"seed": args.seed, "windows_per_step": windows_per_step, "windows": data.train.sizes},
+            world, artefact, args.num_ckpt_keep,
         )  # fmt: skip
         saved_at = time.monotonic()
         if path is not None:
@@ -123,7 +123,10 @@ def train(
         if world.is_main:
             words = f" | words {row['text_word_accuracy']:.1%}" if "text_word_accuracy" in row else ""
             text = "".join(f" | {k} {row[f'{k}_loss']:.3f}" for k in ("text", "agent", "user") if f"{k}_loss" in row)
-            logger.info("held-out at step %d: loss %.4f%s%s", progress.step, row["loss"], text, words)
+            if "loss" in row:
+                logger.info("held-out at step %d: loss %.4f%s%s", progress.step, row["loss"], text, words)
+            else:
+                logger.warning("held-out at step %d: there was nothing to judge", progress.step)
             if trouble and progress.step:
                 logger.warning("replies at step %d: %s", progress.step, trouble)
             if row["skipped"]:

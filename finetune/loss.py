@@ -59,7 +59,8 @@ def report(ce: Tensor, correct: Tensor, counts: Tensor, weights: Tensor) -> dict
 
     mean("text_loss", TEXT, True)
     mean("audio_loss", AUDIO, True)
-    out["loss"] = out.get("text_loss", 0.0) + out.get("audio_loss", 0.0)
+    if out:
+        out["loss"] = out.get("text_loss", 0.0) + out.get("audio_loss", 0.0)
     mean("agent_loss", agent, True)
     if dep_q > CODEBOOKS:
         mean("user_loss", user, True)

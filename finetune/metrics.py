@@ -111,7 +111,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def console_line(step: int, max_steps: int, row: dict) -> str:
     """One line for a person."""
-    parts = [f"step {step}/{max_steps}", f"loss {row['loss']:.4f}"]
+    parts = [f"step {step}/{max_steps}", f"loss {row['loss']:.4f}" if "loss" in row else "no targets"]
     parts += [f"{key} {row[f'{key}_loss']:.3f}" for key in ("text", "agent", "user") if f"{key}_loss" in row]
     parts += [f"words {row['text_word_accuracy']:.1%}"] if "text_word_accuracy" in row else []
     parts += [f"lr {row['lr']:.2e}", f"grad {row['grad_norm']:.3f}", f"{row['tokens_per_sec']:,.0f} tokens/s"]

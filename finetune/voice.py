@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.cli import Parser, UserError, run
+from finetune.data import codec
 from finetune.data.audio import FRAME_RATE
 from finetune.distributed import pick_device
 from finetune.export import DTYPES, Source, open_source
@@ -95,7 +96,8 @@ def main() -> None:
     if not args.out.absolute().parent.is_dir():
         raise UserError(f"{args.out.absolute().parent}: no such folder")
     source = open_source(args.weights, args.base)
-    encoded, problems = encode_recordings([args.recording], source.checkpoint.mimi(pick_device(args.device)))
+    mimi = source.checkpoint.mimi(pick_device(args.device))
+    encoded, problems = encode_recordings([args.recording], lambda: mimi, codec.fingerprint(mimi))
     if problems:
         raise UserError(problems[0])
     voice = make(source, encoded[args.recording], DTYPES[args.dtype])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finetune.cli import UserError, no_room
 from finetune.data import audio, codec
-from finetune.data.interleaver import MAIN_SPEAKER, read_alignments
+from finetune.data.interleaver import MAIN_SPEAKER, Word, read_alignments
 from finetune.data.manifest import sidecar
 from finetune.personaplex import N_STREAMS, Voice
 
@@ -198,17 +198,18 @@ def undelay_tail(cache: Tensor, frames: int, delays: list[int]) -> Tensor:
     return tail
 
 
-def encode_recordings(paths: list[Path], mimi: MimiModel) -> tuple[dict[Path, Tensor], list[str]]:
-    """Codes [8, N] int64 of recordings, through a cache on disk that knows the codec and the recording; and a sentence
-    for each that cannot be had."""
-    fingerprint = codec.fingerprint(mimi)
+def encode_recordings(
+    paths: list[Path], mimi: Callable[[], MimiModel], fingerprint: str
+) -> tuple[dict[Path, Tensor], list[str]]:
+    """Codes [8, N] int64 of recordings, through a cache on disk that knows the codec (`fingerprint`) and the recording;
+    and a sentence for each that cannot be had."""
     out: dict[Path, Tensor] = {}
     problems: list[str] = []
     fresh: list[tuple[Path, Path, Tensor]] = []
     cache = codes_folder() if paths else None
 
     def flush() -> None:
-        for (path, cached, _), codes in zip(fresh, codec.encode(mimi, [pcm for _, _, pcm in fresh])):
+        for (path, cached, _), codes in zip(fresh, codec.encode(mimi(), [pcm for _, _, pcm in fresh])):
             out[path] = codes
             codec.save(cached, codes.to(torch.int16))
         fresh.clear()
@@ -267,6 +268,7 @@ def stretch_sound(path: Path, start: float, end: float) -> np.ndarray | None:
 def load_voices(
     files: list[Path],
     mimi: Callable[[], MimiModel],
+    fingerprint: Callable[[], str],
     embed: Callable[[Tensor], Tensor],
     delays: list[int],
     trains_embeddings: bool,
@@ -274,7 +276,8 @@ def load_voices(
     """The voices of files: recordings encoded (or from the cache), `.pt` checked against the model.
 
     Args:
-        mimi: gives the codec; called only if there is a recording.
+        mimi, fingerprint: give the codec and its name; called only if there is a recording, and the codec only if its
+            codes are not in the cache.
         embed: see `load_embedded`.
         trains_embeddings: then a `.pt`, which holds the tables of before, is refused.
     Raises:
@@ -294,7 +297,7 @@ def load_voices(
             except UserError as error:
                 problems.append(str(error))
     if recordings:
-        encoded, failed = encode_recordings(recordings, mimi())
+        encoded, failed = encode_recordings(recordings, mimi, fingerprint())
         problems += failed
         voices |= {path: Voice(path.name, codes=codes) for path, codes in encoded.items()}
     if problems:
@@ -327,26 +330,35 @@ def save_same_speaker(
     """
     problems: dict[Path, str] = {}
     for i in range(0, len(files), 16):
-        found: list[tuple[Path, list[tuple[float, float, np.ndarray]]]] = []
+        found: list[tuple[Path, str, list[tuple[float, float, np.ndarray]]]] = []
         for recording, codes in files[i : i + 16]:
             target = same_speaker_file(codes)
             try:
-                rows = json.loads(sidecar(recording).read_text(encoding="utf-8"))["alignments"]
-                words = read_alignments(rows, speakers)
+                words = _words(recording, speakers)
                 spans = speech_stretches(words, audio.probe(recording).duration_sec)
                 heard = [(*span, stretch_sound(recording, *span)) for span in spans]
-                found.append((target, [stretch for stretch in heard if stretch[2] is not None]))
+                found.append((target, _digest(words), [stretch for stretch in heard if stretch[2] is not None]))
             except (UserError, OSError, ValueError, KeyError, TypeError) as error:
                 if no_room(error):
                     raise
                 problems[recording] = str(error)
-        encoded = iter(codec.encode(mimi, [sound for _, heard in found for _, _, sound in heard], exact))
-        for target, heard in found:
+        encoded = iter(codec.encode(mimi, [sound for *_, heard in found for *_, sound in heard], exact))
+        for target, words, heard in found:
             stretches = [
                 {"start": start, "end": end, "codes": next(encoded).to(torch.int16)} for start, end, _ in heard
             ]
-            codec.save(target, {"mimi": fingerprint, "speakers": list(speakers), "stretches": stretches})
+            kept = {"mimi": fingerprint, "speakers": list(speakers), "words": words, "stretches": stretches}
+            codec.save(target, kept)
     return problems
+
+
+def _words(recording: Path, speakers: Sequence[str]) -> list[Word]:
+    rows = json.loads(sidecar(recording).read_text(encoding="utf-8"))["alignments"]
+    return read_alignments(rows, speakers)
+
+
+def _digest(words: list[Word]) -> str:
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 
 
 def load_same_speaker(path: Path, fingerprint: str | None, speakers: Sequence[str]) -> list[dict]:
@@ -373,10 +385,11 @@ def load_same_speaker(path: Path, fingerprint: str | None, speakers: Sequence[st
     return stretches
 
 
-def has_same_speaker(codes: Path, fingerprint: str, speakers: Sequence[str]) -> bool:
-    """Whether the stretches of a file of codes are there and up to date."""
+def has_same_speaker(recording: Path, codes: Path, fingerprint: str, speakers: Sequence[str]) -> bool:
+    """Whether the stretches of a file of codes are there, and of the words that stand beside the recording now."""
+    path = same_speaker_file(codes)
     try:
-        load_same_speaker(same_speaker_file(codes), fingerprint, speakers)
-        return True
-    except UserError:
+        load_same_speaker(path, fingerprint, speakers)
+        return torch.load(path, weights_only=True).get("words") == _digest(_words(recording, speakers))
+    except (UserError, OSError, ValueError, KeyError, TypeError):
         return False

@@ -126,7 +126,7 @@ def run_workers(
 
 
 def _serve(connection: Connection, start: Callable, rank: int, verbose: bool) -> None:
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     try:
         work = start(rank)
     except Exception as error:
@@ -147,7 +147,8 @@ def _serve(connection: Connection, start: Callable, rank: int, verbose: bool) ->
             connection.send((None, _sentence(error, verbose), False))
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Ends this process when its parent has ended, however that came; for a thread."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

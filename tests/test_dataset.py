@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -312,7 +313,9 @@ def prompted(parts, world, **settings):
     mimi, pieces = parts
     args = PromptArgs(voices_dir=str(world / "data/voices"), **settings)
     prompter = Prompter(args, pieces, VoiceBook(world / "data/voices", lambda: None))
-    load = lambda files: voices.load_voices(files, lambda: mimi, None, DELAYS, False)
+    load = lambda files: voices.load_voices(
+        files, lambda: mimi, lambda: codec.fingerprint(mimi), None, DELAYS, False
+    )  # fmt: skip
     common = (Interleaver(pieces), 40, ["SPEAKER_MAIN"], prompter)
     both = (InterleavedTokenizer(*common, mimi=mimi),
             PrecomputedTokenizer(*common, mimi_fingerprint=codec.fingerprint(mimi)))  # fmt: skip
@@ -323,7 +326,7 @@ def test_each_window_begins_with_its_own_prompt(parts, world, encoded):
     mimi, pieces = parts
     prompter, load, both = prompted(parts, world)
     windows = open_windows(str(encoded), 40)
-    prompter.voices = load(prompter.scan(windows.prompts()))
+    prompter.voices = load(prompter.check([prompter.scan(windows.prompts())]))
     for line in manifest.iterate(encoded, []):
         about = json.loads(line.path.with_suffix(".json").read_text())
         voice = world / "data/voices" / about["voice_prompt"]
@@ -345,7 +348,7 @@ def test_each_window_begins_with_its_own_prompt(parts, world, encoded):
 def test_prompts_are_dropped_by_position_and_their_silences_stay(parts, world, encoded):
     prompter, load, (_, stored) = prompted(parts, world, drop_text=0.5, drop_voice=0.5)
     windows = open_windows(str(encoded), 40)
-    prompter.voices = load(prompter.scan(windows.prompts()))
+    prompter.voices = load(prompter.check([prompter.scan(windows.prompts())]))
     line = next(manifest.iterate(encoded, []))
     draw = lambda position: stored.encode([stored.read(line, 0, np.random.default_rng([0, 2, position]))])[0]
     lengths = [int((~draw(position).loss_mask).sum()) for position in range(40)]
@@ -358,12 +361,12 @@ def test_prompts_are_dropped_by_position_and_their_silences_stay(parts, world, e
 def test_long_voices_are_cut_and_long_texts_refused(parts, world, encoded):
     windows = open_windows(str(encoded), 40)
     prompter, load, (_, stored) = prompted(parts, world, max_sec=4.0)
-    prompter.voices = load(prompter.scan(windows.prompts()))
+    prompter.voices = load(prompter.check([prompter.scan(windows.prompts())]))
     line = next(manifest.iterate(encoded, []))
     assert int((~stored.encode([stored.read(line, 0)])[0].loss_mask).sum()) == 50
     prompter, load, _ = prompted(parts, world, max_sec=2.0)
     with pytest.raises(UserError, match=r"\d+ tokens, and prompt.max_sec 2 has room for 2 beside 12 frames"):
-        prompter.voices = load(prompter.scan(windows.prompts()))
+        prompter.voices = load(prompter.check([prompter.scan(windows.prompts())]))
 
 
 def test_an_empty_prompt_in_a_manifest_leaves_it_to_the_json(parts, world, tmp_path):
@@ -382,21 +385,81 @@ def test_all_missing_voices_are_listed_at_once(parts, world, tmp_path):
     windows = open_windows(str(write_lines(tmp_path / "m.jsonl", lines)), 40)
     prompter, load, _ = prompted(parts, world)
     with pytest.raises(UserError) as error:
-        prompter.voices = load(prompter.scan(windows.prompts()))
+        prompter.voices = load(prompter.check([prompter.scan(windows.prompts())]))
     assert all(f"NAT{i}" in str(error.value) for i in range(3))
 
 
 def test_a_torn_voice_in_the_cache_is_made_anew(parts, world, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     paths = sorted((world / "data/voices").glob("*.wav"))[:2]
-    made, problems = voices.encode_recordings(paths, parts[0])
+    made, problems = voices.encode_recordings(paths, lambda: parts[0], codec.fingerprint(parts[0]))
     kept = list(voices.codes_folder().iterdir())
     assert len(kept) == 2 and not problems
     kept[0].write_bytes(b"")
     kept[1].write_bytes(kept[1].read_bytes()[:-100])
-    again, _ = voices.encode_recordings(paths, parts[0])
+    again, _ = voices.encode_recordings(paths, lambda: parts[0], codec.fingerprint(parts[0]))
     assert all(torch.equal(again[path], made[path]) for path in paths)
     assert all(torch.load(path).dtype == torch.int16 for path in kept)
+    cached, _ = voices.encode_recordings(paths, lambda: pytest.fail("no codec is wanted"), codec.fingerprint(parts[0]))
+    assert all(torch.equal(cached[path], made[path]) for path in paths)
+
+
+def test_ranks_share_the_reading_of_prompts(parts, world, encoded):
+    windows = open_windows(str(encoded), 40)
+    prompter, *_ = prompted(parts, world)
+    alone = prompter.check([prompter.scan(windows.prompts())])
+    shares = [list(windows.prompts(rank, 3)) for rank in range(3)]
+    assert sum(map(len, shares)) == windows.indexes[0].files and max(map(len, shares)) < windows.indexes[0].files
+    assert sorted(prompter.check(map(prompter.scan, shares))) == sorted(alone)
+
+
+def test_a_voice_that_comes_after_the_start_is_one_bad_window(parts, world, encoded):
+    prompter, _, (_, stored) = prompted(parts, world)
+    assert not prompter.voices
+    with pytest.raises(UserError, match="was not there when the run began"):
+        stored.read(next(manifest.iterate(encoded, [])), 0)
+
+
+def test_batches_are_pinned_for_a_gpu(parts, encoded, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 0)
+    stored = PrecomputedTokenizer(Interleaver(parts[1]), 40)
+    batch = collate(stored.encode([stored.read(line, 0) for line in manifest.iterate(encoded, [])]), [], DELAYS, 16)
+    pinned = batch.pin_memory()
+    for a, b in zip((batch.codes, batch.loss_mask, *batch.plan), (pinned.codes, pinned.loss_mask, *pinned.plan)):
+        assert torch.equal(a.long(), b.long()) and a.data_ptr() != b.data_ptr()
+
+
+def test_a_manifest_that_is_replaced_stays_what_it_was(tmp_path):
+    lines = [{"path": f"{i}.wav", "duration": 8.0, "note": "x" * (300 * i)} for i in range(20)]
+    path = write_lines(tmp_path / "m.jsonl", lines)
+    index = ManifestIndex(path, 40)
+    write_lines(tmp_path / "new.jsonl", lines[5:]).replace(path)
+    assert [index.line(i).fields for i in range(20)] == lines
+
+
+def test_workers_do_not_outlive_a_killed_run(tmp_path):
+    """Not even those that have more to hand over than a pipe holds."""
+    code = (
+        "import numpy as np, os, time\n"
+        "from torch.utils.data import IterableDataset\n"
+        "from finetune.data.dataset import _load\n"
+        "class Large(IterableDataset):\n"
+        "    def __iter__(self):\n"
+        "        while True: yield os.getpid(), np.zeros(2**20)\n"
+        "batches = _load(Large(), 2)\n"
+        "print(next(batches)[0], next(batches)[0], flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    workers = list(map(int, parent.stdout.readline().split()))
+    time.sleep(1)
+    parent.kill()
+    parent.wait()
+    alive = lambda pid: Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    deadline = time.monotonic() + 15
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(workers) == 2 and not any(map(alive, workers))
 
 
 def test_same_speaker_is_heard_from_outside_the_window(parts, world, encoded):

@@ -181,6 +181,13 @@ def test_a_second_run_does_only_what_is_missing_or_stale(world, data, tmp_path, 
     assert redone() == set()
 
 
+def test_a_duration_that_is_no_number_is_corrected(world, data, tmp_path):
+    (data / "egs.jsonl").write_text('{"path": "calls/a.wav", "duration": NaN}\n')
+    assert encode(world, data / "egs.jsonl", "--output-dir", tmp_path / "encoded") == 0
+    [line] = lines_of(tmp_path / "encoded/egs_precomputed.jsonl")
+    assert line["duration"] > 0
+
+
 def test_voices_that_cannot_be_had_are_listed(world, data, tmp_path, capsys):
     """a has words, in silence; b none; c a .json that is broken; one has no .json."""
     write_wav(data / "calls/a.wav", np.zeros((2, 36_000)), 24_000)
@@ -211,6 +218,10 @@ def test_voices_are_of_the_speakers_that_training_has(world, mimi, data, tmp_pat
     made = path.stat().st_mtime_ns
     assert encode(world, *command, "--speakers", "AGENT") == 0 and path.stat().st_mtime_ns == made
     assert "nothing was left to do" in capsys.readouterr().out
+    words = (data / "calls/a.json").read_text()
+    (data / "calls/a.json").write_text(words.replace("[0, 3]", "[1, 4]"))
+    assert encode(world, *command, "--speakers", "AGENT") == 0 and starts(["AGENT"]) == [1.0], "words have moved"
+    (data / "calls/a.json").write_text(words)
     path.write_bytes(path.read_bytes()[:-50])
     assert encode(world, *command, "--speakers", "SPEAKER_MAIN", "AGENT") == 0
     assert starts(["AGENT", "SPEAKER_MAIN"]) == [0.0, 5.0]

@@ -107,6 +107,16 @@ def test_a_run_of_which_no_checkpoint_is_whole_is_not_begun_anew(straight, world
     assert (tmp_path / "run/metrics.train.jsonl").read_bytes() == before
 
 
+def test_a_manifest_that_has_grown_is_said(straight, world, tmp_path, caplog):
+    config = copy_of(straight, tmp_path, world)
+    path = tmp_path / "run/checkpoints/checkpoint_000003/train_state.json"
+    state = json.loads(path.read_text())
+    windows = state["windows"]
+    path.write_text(json.dumps(state | {"windows": [windows[0] - 1]}))
+    assert train_here(config, PERSONAPLEX) == 0
+    assert f"the manifests had {[windows[0] - 1]} windows until now and have {windows}" in caplog.text
+
+
 def test_what_inference_loads_is_its_owners(straight, world, tmp_path):
     """Resuming does not read it, so that an edited or removed one makes no checkpoint a broken one."""
     config = copy_of(straight, tmp_path, world)

@@ -251,6 +251,7 @@ def test_losses_are_weighted_sums_over_global_weights():
     report = loss.report(counts * 2.0, counts * 0.5, counts, weights)
     assert report["text_loss"] == pytest.approx(2) and report["text_perplexity"] == pytest.approx(7.389, abs=1e-3)
     assert report["text_word_accuracy"] == 0.5
+    assert loss.report(*torch.zeros(3, 18), weights) == {}, "of nothing there is no loss, least of all 0"
 
 
 def load_args_with(**settings):

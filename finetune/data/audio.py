@@ -163,9 +163,16 @@ def _whole(path: str, size: int, mtime_ns: int) -> np.ndarray:
     pcm = _decoded(path, reader.decode_all).reshape(reader.channels, -1)
     if pcm.size == 0:
         return pcm
-    with tempfile.TemporaryFile() as file:
-        file.write(pcm)
-        return np.memmap(file, np.float32, "r", shape=pcm.shape)
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(pcm)
+            file.flush()
+            return np.memmap(file, np.float32, "r", shape=pcm.shape)
+    except OSError as error:
+        raise UserError(
+            f"{path}: decoded it needs {pcm.nbytes / 1e9:.1f} GB in {tempfile.gettempdir()} ({error.strerror}); make "
+            "room, set TMPDIR to a larger disk, or keep recordings as wav or flac"
+        ) from None
 
 
 def _open(path: str | Path) -> sphn.FileReader:

@@ -10,7 +10,9 @@ import copy
 import itertools
 import json
 import math
+import os
 import signal
+import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -34,11 +36,13 @@ from finetune.data.prompts import Prompter, PromptParts, parts_to_voice
 from finetune.fast import Plan, count_targets, make_plan
 from finetune.personaplex import CODEBOOKS, N_STREAMS, ZERO, build_prompt, phase
 from finetune.voices import load_same_speaker, same_speaker_file
+from finetune.workers import die_with_parent
 
 LONGEST_SEC = 1e7  # no recording lasts four months; what says so is broken
 # What is charged for a file of codes, which is mapped from disk: Linux allows a process 65,530 maps (vm.max_map_count),
 # and this makes 16 of a MB.
 _MAPPED_BYTES = 64 * 2**10
+_LINE_BYTES = 2048  # read at once of a manifest; a longer line takes several
 PROMPT_FIELDS = ("text_prompt", "voice_prompt")  # of a manifest line or a .json
 
 # --- 1. Which windows there are, and in which order --------------------------------------------------------------
@@ -59,6 +63,8 @@ class ManifestIndex:
         offsets, windows, problems = array("q"), array("q"), []
         self.codes = 0  # lines that name pre-computed codes
         self._lines: list[bytes] | None = [] if path.suffix == ".gz" else None  # gzip cannot be read from the middle
+        # Kept open: a manifest that is replaced meanwhile (by another precompute) stays what it was to this run.
+        self._file = path.open("rb", buffering=0) if path.is_file() else None
         total = 0
         numbers = array("q")
         position = 0
@@ -100,9 +106,10 @@ class ManifestIndex:
         number = int(self._numbers[file])
         if self._lines is not None:
             return parse_line(self.path, number, self._lines[file])
-        with self.path.open("rb") as stream:
-            stream.seek(int(self._offsets[file]))
-            return parse_line(self.path, number, stream.readline())
+        raw, start = b"", int(self._offsets[file])
+        while b"\n" not in raw and (more := os.pread(self._file.fileno(), _LINE_BYTES, start + len(raw))):
+            raw += more
+        return parse_line(self.path, number, raw.partition(b"\n")[0])
 
     def window(self, index: int) -> tuple[int, int]:
         """(file, its how-manieth window) of a window."""
@@ -145,9 +152,12 @@ class Order:
 
     def __call__(self, position: int) -> tuple[int, int]:
         epoch, index = divmod(position, self.epoch_size)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, *self._labels(epoch))
-        source, rank = int(self._epoch[1][index]), int(self._epoch[2][index])
+        if len(self.quotas) == 1:  # as the labels of one source would say, in 16 bytes a window
+            source, rank = 0, index
+        else:
+            if self._epoch is None or self._epoch[0] != epoch:
+                self._epoch = (epoch, *self._labels(epoch))
+            source, rank = int(self._epoch[1][index]), int(self._epoch[2][index])
         through, index = divmod(epoch * self.quotas[source] + rank, self.sizes[source])
         if not self.shuffle:
             return source, index
@@ -432,10 +442,17 @@ class Batch:
     frames: int  # that carry loss
 
     def to(self, device: torch.device) -> "Batch":
-        move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """In pinned memory, out of which a GPU copies while its host goes on (DataLoader calls this by its name)."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        optional = lambda tensor: None if tensor is None else move(tensor)
         return replace(
-            self, codes=move(self.codes), loss_mask=move(self.loss_mask), embeddings=move(self.embeddings),
-            lengths=move(self.lengths), plan=self.plan.to(device),
+            self, codes=move(self.codes), loss_mask=move(self.loss_mask), embeddings=optional(self.embeddings),
+            lengths=optional(self.lengths), plan=Plan(*map(move, self.plan)),
         )  # fmt: skip
 
 
@@ -533,21 +550,23 @@ class Finish:
         return collate(samples, problems, self.delays, self.dep_q)
 
 
-def _ignore_signals(_: int) -> None:
+def _begin_worker(_: int) -> None:
     # The training process decides when to end; a Ctrl-C at the terminal reaches its workers too.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # One whose result nobody takes any more would wait for ever to hand it over.
+    threading.Thread(target=die_with_parent, daemon=True).start()
 
 
 def _as_is(item: object) -> object:  # the default would turn arrays into tensors
     return item
 
 
-def _load(stream: Microbatches, workers: int) -> Iterator:
+def _load(stream: Microbatches, workers: int, pin: bool = False) -> Iterator:
     prefetch = 4 if workers else None
     return iter(DataLoader(
-        stream, batch_size=None, num_workers=workers, prefetch_factor=prefetch, worker_init_fn=_ignore_signals,
-        collate_fn=_as_is,
+        stream, batch_size=None, num_workers=workers, prefetch_factor=prefetch, worker_init_fn=_begin_worker,
+        collate_fn=_as_is, pin_memory=pin,
     ))  # fmt: skip
 
 
@@ -559,18 +578,25 @@ class Windows(NamedTuple):
     precomputed: bool
 
     def __len__(self) -> int:
-        return sum(len(index) for index in self.indexes)
+        return sum(self.sizes)
 
-    def prompts(self) -> Iterator[tuple[Line, dict]]:
-        """Each file's line and the prompts of its `.json`. A broken `.json` counts as one without: its windows will be
-        skipped, and counted, when their turn comes."""
+    @property
+    def sizes(self) -> list[int]:
+        """Windows of each manifest. The order of windows depends on them."""
+        return [len(index) for index in self.indexes]
+
+    def prompts(self, rank: int = 0, size: int = 1) -> Iterator[tuple[Line, dict]]:
+        """Each file's line and the prompts of its `.json`, a rank's share of the files. A broken `.json` counts as one
+        without: its windows will be skipped, and counted, when their turn comes."""
         for index in self.indexes:
-            for file in range(index.files):
+            for file in range(rank, index.files, size):
                 line, extra = index.line(file), {}
                 if not all(line.fields.get(key) for key in PROMPT_FIELDS):
                     try:
-                        raw = json.loads(sidecar(line.path).read_text(encoding="utf-8"))
-                        extra = {key: raw[key] for key in PROMPT_FIELDS if key in raw}
+                        raw = sidecar(line.path).read_bytes()
+                        if any(key.encode() in raw for key in PROMPT_FIELDS):  # word times alone are not worth parsing
+                            raw = json.loads(raw)
+                            extra = {key: raw[key] for key in PROMPT_FIELDS if key in raw}
                     except (OSError, ValueError, TypeError, RecursionError):
                         pass
                 yield line, extra
@@ -597,15 +623,15 @@ def get_live_encoding_iterator(stream: Microbatches, finish: Finish, workers: in
         yield finish(drafts, problems)
 
 
-def get_precomputed_iterator(stream: Microbatches, finish: Finish, workers: int) -> Iterator[Batch]:
-    """Batches that workers read whole from pre-computed codes."""
+def get_precomputed_iterator(stream: Microbatches, finish: Finish, workers: int, pin: bool = False) -> Iterator[Batch]:
+    """Batches that workers read whole from pre-computed codes; `pin`: for a GPU."""
     stream.finish = finish
-    yield from _load(stream, workers)
+    yield from _load(stream, workers, pin)
 
 
 def spread_samples(windows: Windows, tokenizer: Tokenizer, count: int) -> list[Sample]:
     """`count` samples, evenly spread over the windows; those that cannot be read are left out."""
-    order = EvalOrder([len(index) for index in windows.indexes], count)
+    order = EvalOrder(windows.sizes, count)
     stream = Microbatches(windows.indexes, order, Share(count, stop=len(order)), tokenizer, None, None)
     drafts = next(iter(stream))[0]
     return tokenizer.encode(drafts) if drafts else []
@@ -614,6 +640,7 @@ def spread_samples(windows: Windows, tokenizer: Tokenizer, count: int) -> list[S
 def get_dataset_iterator(
     windows: Windows, tokenizer: Tokenizer, share: Share, delays: list[int], dep_q: int, *,
     seed: int = 0, shuffle: bool = False, workers: int = 0, evaluation: bool = False, eval_samples: int | None = None,
+    pin: bool = False,
 ) -> Iterator[Batch]:  # fmt: skip
     """This rank's batches.
 
@@ -621,18 +648,20 @@ def get_dataset_iterator(
         windows, tokenizer: of the same kind: PrecomputedTokenizer for windows with codes, else InterleavedTokenizer.
         share: where in the stream, and which part of it.
         evaluation: each window once, in order, none dropped of its prompt; `eval_samples` evenly spread ones.
+        pin: for a GPU to copy from; of batches out of pre-computed codes.
     """
     if evaluation:
-        order = EvalOrder([len(index) for index in windows.indexes], eval_samples)
+        order = EvalOrder(windows.sizes, eval_samples)
         share = replace(share, position=0, stop=len(order))
     else:
         mixed = windows.weights if len(windows.indexes) > 1 else None
-        order = Order([len(index) for index in windows.indexes], mixed, seed, shuffle)
+        order = Order(windows.sizes, mixed, seed, shuffle)
     finish = Finish(tokenizer, delays, dep_q)
     reader = tokenizer
     if isinstance(tokenizer, InterleavedTokenizer):
         reader = copy.copy(tokenizer)
         reader.mimi = None  # workers decode only
     stream = Microbatches(windows.indexes, order, share, reader, None if evaluation else seed, None)
-    make = get_precomputed_iterator if windows.precomputed else get_live_encoding_iterator
-    return make(stream, finish, workers)
+    if windows.precomputed:
+        return get_precomputed_iterator(stream, finish, workers, pin)
+    return get_live_encoding_iterator(stream, finish, workers)

@@ -37,7 +37,7 @@ class Prompter:
 
     A window's text and voice are those of its manifest line, else of the `.json` beside the audio, else the settings'.
 
-    Before it is used, and handed to workers, the files that `scan` returns have to be loaded into `voices`.
+    Before it is used, and handed to workers, the files that `check` returns have to be loaded into `voices`.
     """
 
     def __init__(
@@ -59,13 +59,11 @@ class Prompter:
         voice = line.fields.get("voice_prompt") or extra.get("voice_prompt") or self.args.voice
         return text, voice
 
-    def scan(self, files: Iterable[tuple[Line, dict]]) -> list[Path]:
-        """Checks the prompts of all files and returns the files of their voices, each once.
+    def scan(self, files: Iterable[tuple[Line, dict]]) -> tuple[list[Path], dict[str, str]]:
+        """The files of the voices that recordings name, each once, and a sentence for each prompt that cannot be used.
 
         Args:
             files: (manifest line, prompt fields of the .json) of each.
-        Raises:
-            UserError: lists the prompts that cannot be used.
         """
         problems: dict[str, str] = {}
         wanted: dict[Path, None] = {}
@@ -90,11 +88,18 @@ class Prompter:
                     wanted[self.book.find(voice, line.path.parent)] = None
                 except UserError as error:
                     problems.setdefault(voice, f"{line.path}: {error}")
+        return list(wanted), problems
+
+    @staticmethod
+    def check(scans: Iterable[tuple[list[Path], dict[str, str]]]) -> list[Path]:
+        """The voices of several `scan`s together. Raises UserError listing the prompts that cannot be used."""
+        scans = list(scans)
+        problems = {key: sentence for _, found in scans for key, sentence in found.items()}
         if problems:
             listed = "".join(f"\n  - {p}" for p in list(problems.values())[:20])
             more = f"\n  - and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise UserError(f"prompts cannot be used:{listed}{more}")
-        return list(wanted)
+        return list(dict.fromkeys(path for wanted, _ in scans for path in wanted))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text prompt, wrapped once; an empty text gives none."""
@@ -135,7 +140,12 @@ class Prompter:
             voice, pcm = self._same_speaker(line, words, window, stretches)
             voice, pcm = _cut(voice, room), None if pcm is None or room == 0 else pcm[: room * audio.FRAME_SIZE]
             return PromptParts(voice, pcm, ids, voiceless=voice is None and pcm is None)
-        voice = self.voices[self.book.find(name, line.path.parent)] if name else None
+        voice = None
+        if name:
+            path = self.book.find(name, line.path.parent)
+            if path not in self.voices:
+                raise UserError(f"{line.path}: its voice {name!r} was not there when the run began; start it again")
+            voice = self.voices[path]
         return PromptParts(_cut(voice, room), None, ids)
 
     def _same_speaker(

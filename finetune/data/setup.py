@@ -61,11 +61,15 @@ class Data:
                 args.prompt, self.text_tokenizer, VoiceBook(folder, voices_archive or checkpoint.voices_archive)
             )
             embed = lambda column: embed_column(read, column)
-            load = lambda files: load_voices(files, self.mimi, embed, self.delays, args.trains_embeddings)
-            files = itertools.chain(self.train.prompts(), self.held_out.prompts() if self.held_out else ())
-            wanted = world.from_main(lambda: self.prompter.scan(files))
+            fingerprint = functools.cache(lambda: codec.fingerprint_file(checkpoint.mimi_weights()))
+            load = lambda files: load_voices(files, self.mimi, fingerprint, embed, self.delays, args.trains_embeddings)
+            sources = [windows for windows in (self.train, self.held_out) if windows is not None]
+            files = itertools.chain.from_iterable(windows.prompts(world.rank, world.size) for windows in sources)
+            wanted = self.prompter.check(world.gather(self.prompter.scan(files)))
             with world.main_first():  # whoever comes first fills the cache of encoded voices
                 self.prompter.voices = load(wanted)
+            if all(windows.precomputed for windows in sources):
+                self.mimi.cache_clear()  # it was wanted for new voices only
         self._checkpoint = checkpoint
         self._tokenizers = {id(w): self._tokenizer(w) for w in (self.train, self.held_out) if w is not None}
 
@@ -84,7 +88,7 @@ class Data:
         share = Share(self.args.batch_size, self.world.rank, self.world.size, position)
         return dataset.get_dataset_iterator(
             windows, self._tokenizers[id(windows)], share, self.delays, self.dep_q,
-            workers=self.args.data.num_workers, **settings,
+            workers=self.args.data.num_workers, pin=self.world.device.type == "cuda", **settings,
         )  # fmt: skip
 
     def batches(self, position: int) -> Iterator[Batch]:
