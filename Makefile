@@ -10,7 +10,8 @@ export OMP_NUM_THREADS ?= 1
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import pip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
+		|| $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
@@ -34,4 +35,4 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
 
 clean:
-	rm -rf .venv build *.egg-info runs
+	rm -rf .venv build *.egg-info runs/demo runs/tutorial

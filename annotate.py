@@ -81,7 +81,7 @@ class Item(NamedTuple):
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("egs", type=Path, metavar="MANIFEST", help="the .jsonl or .jsonl.gz")
-    parser.add_argument("-l", "--local", action="store_true", help="on this machine: so it is without --partition")
+    parser.add_argument("-l", "--local", action="store_true", help="run on this machine, as without --partition")
     parser.add_argument("--num-workers", type=int, help="processes, one model each; default: one per GPU, or 1")
     parser.add_argument(
         "-S", "--shards", type=int, default=1, help="jobs of a SLURM task array; without --partition, of this machine"
@@ -90,8 +90,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lang", help="language code such as en; default: heard in each file")
     parser.add_argument("--whisper-model", default="medium", help="name (downloaded once) or path of a .pt")
     parser.add_argument(
-        "--channel", choices=CHANNELS, default="0", help="the agent's; both: also the user's, as SPEAKER_USER"
-    )
+        "--channel", choices=CHANNELS, default="0",
+        help="of the agent's words (in training the agent is left); both: also the user's, as SPEAKER_USER",
+    )  # fmt: skip
     parser.add_argument("--personaplex", action="store_true", help="write the prompts into the .json, too")
     parser.add_argument("--text-prompt", help="role of the agent, for lines without one; <system> tags are added")
     parser.add_argument("--voice-prompt", help="voice file (.pt or .wav) of the agent, for lines without one")

@@ -16,10 +16,11 @@ from finetune import checkpointing, lora, model, optim
 from finetune.args import TrainArgs, load_args
 from finetune.cli import Parser, UserError, run
 from finetune.data.setup import Data
-from finetune.distributed import World, make_mesh, session, shard
+from finetune.distributed import World, make_mesh, multiplies_bfloat16, session, shard
 from finetune.fast import TrainingLM
 from finetune.loop import Progress, Stop, train
 from finetune.metrics import Metrics
+from finetune.personaplex import N_STREAMS
 
 logger = logging.getLogger("train")
 
@@ -112,13 +113,16 @@ def describe(args: TrainArgs, spec: model.Spec, origin: model.Origin, data: Data
     trained = "all parameters" if args.full_finetuning else f"LoRA rank {args.lora.rank}"
     logger.info("%s: %s", spec.name, origin)
     logger.info("%s, %s, %d process(es) on %s", trained, args.param_dtype, world.size, world.device.type)
+    if args.param_dtype == "bfloat16" and not multiplies_bfloat16(world.device):
+        logger.warning("this CPU has no bfloat16 products and imitates them slowly: set param_dtype: float32")
     logger.info(
         "%s windows of up to %g s (%d frames), codes %s", f"{len(windows):,}", args.duration_sec, window_frames,
         "pre-computed" if windows.precomputed else "made by Mimi in training",
     )  # fmt: skip
     logger.info(
-        "%d x %d x %d = %d windows a step (batch x microbatches x processes), up to %s frames of dialogue",
-        args.batch_size, args.num_microbatches, world.size, per_step, f"{per_step * window_frames:,}",
+        "%d x %d x %d = %d windows a step (batch x microbatches x processes), up to %s frames of dialogue x %d = %s "
+        "tokens", args.batch_size, args.num_microbatches, world.size, per_step, f"{per_step * window_frames:,}",
+        N_STREAMS, f"{per_step * window_frames * N_STREAMS:,}",
     )  # fmt: skip
     if data.prompter is not None:
         longest = data.prompter.max_frames

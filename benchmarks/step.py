@@ -1,9 +1,9 @@
 """Training steps: moshi's forward, the same with contiguous depformer inputs, ours, and the machine's limit.
 
-Each line is the median of steps taken in turns in one process (LoRA rank 16, gradient checkpointing, bf16, the real
-vocabularies, a model of 6 temporal and 3 depformer layers). A step is forward, loss, backward and AdamW. The limit is
-the rate of one large bf16 matrix product. Peak memory is that of all tensors of a forward and backward pass, counted on
-the meta device with the chunk sizes of a GPU.
+Each line is the median of steps taken in turns in one process (LoRA rank 16, gradient checkpointing, the real
+vocabularies, a model of 6 temporal and 3 depformer layers; bf16, or fp32 on a CPU that does not multiply bf16). A step
+is forward, loss, backward and AdamW. The limit is the rate of one large product in that dtype. Peak memory is that
+of all tensors of a forward and backward pass, counted on the meta device in bf16 with the chunk sizes of a GPU.
 """
 
 import contextlib
@@ -22,10 +22,12 @@ from torch import Tensor
 
 from benchmarks import idle_note
 from finetune.cli import Parser, run
+from finetune.distributed import multiplies_bfloat16
 from finetune.fast import Plan, TrainingLM, make_plan
 from finetune.plan import Meter
 
 BATCH = 2
+DTYPE = torch.bfloat16 if multiplies_bfloat16(torch.device("cpu")) else torch.float32
 DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
 CONFIG = {
     "delays": DELAYS, "n_q": 16, "card": 2048, "text_card": 32000, "existing_text_padding_id": 3,
@@ -49,7 +51,8 @@ class Timing:
 
 def build(dep_q: int, device: str) -> LMModel:
     torch.manual_seed(0)
-    lm = LMModel(dep_q=dep_q, device=device, dtype=torch.bfloat16, gradient_checkpointing=True, **CONFIG)
+    dtype = DTYPE if device == "cpu" else torch.bfloat16
+    lm = LMModel(dep_q=dep_q, device=device, dtype=dtype, gradient_checkpointing=True, **CONFIG)
     replace_all_linear_with_lora(lm, rank=16, scaling=2.0)
     for name, parameter in lm.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -141,7 +144,7 @@ def time_steps(dep_q: int, frames: int, paths: list[str], repeats: int) -> list[
         flops[path] = meter.flops
         optimizer.zero_grad()
     spread = max(values.values()) / min(values.values()) - 1
-    print(f"dep_q {dep_q}, {frames} frames: losses agree to {spread:.1e} (bf16)", flush=True)
+    print(f"dep_q {dep_q}, {frames} frames: losses agree to {spread:.1e} ({DTYPE})", flush=True)
     seconds: dict[str, list[float]] = {path: [] for path in paths}
     for _ in range(repeats):
         for path in paths:
@@ -150,8 +153,8 @@ def time_steps(dep_q: int, frames: int, paths: list[str], repeats: int) -> list[
 
 
 def gemm_rate(repeats: int = 7, size: int = 2048) -> float:
-    """FLOP/s of a square bf16 product, the machine's limit."""
-    a, b = torch.randn(2, size, size).bfloat16()
+    """FLOP/s of a square product, the machine's limit."""
+    a, b = torch.randn(2, size, size).to(DTYPE)
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -178,7 +181,7 @@ def table(timings: list[Timing], limit: float) -> str:
             f"| {t.dep_q} | {BATCH} x {t.frames} | {t.path} | {t.seconds:.3f} | {BATCH * t.frames / t.seconds:.0f} "
             f"| {t.seconds / ours[t.dep_q, t.frames]:.2f} | {rate / 1e9:.0f} | {rate / limit:.0%} |"
         )
-    lines.append(f"\nLimit: {limit / 1e9:.0f} GFLOP/s (bf16, 2048 x 2048 x 2048).")
+    lines.append(f"\nLimit: {limit / 1e9:.0f} GFLOP/s ({DTYPE}, 2048 x 2048 x 2048).")
     return "\n".join(lines)
 
 

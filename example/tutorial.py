@@ -182,7 +182,8 @@ run(
 
 # %% [markdown]
 # What counts is the loss on the calls that were held out: while it falls the model learns something that holds beyond
-# its data; when it rises again, an earlier checkpoint is the better one. All curves are in `run/curves.png`.
+# its data; when it rises again, an earlier checkpoint is the better one (`num_ckpt_keep: null` keeps them all). All
+# curves are in `run/curves.png`.
 
 # %%
 rows = [json.loads(line) for line in (FOLDER / "run/metrics.eval.jsonl").read_text().splitlines()]

@@ -81,7 +81,9 @@ class OptimArgs(Settings):
 class PromptArgs(Settings):
     text: str | None = Field(None, description="Role prompt of files that bring none.")
     voice: str | None = Field(
-        None, description="Voice of files that bring none: a wav, a .pt, a shipped name, or `same_speaker`."
+        None,
+        description="Voice of files that bring none: `same_speaker`, a shipped name, or a wav or .pt (an absolute "
+        "path, or a name in voices_dir).",
     )
     voices_dir: File = Field(None, description="Folder of voices; the repository's voices.tgz if absent.")
     drop_text: Share = Field(0.0, description="Probability that a window goes without its text prompt.")
@@ -110,7 +112,7 @@ class TrainArgs(Settings):
     duration_sec: Positive = Field(10.0, description="Length of a window of dialogue.")
     batch_size: Count = Field(1, description="Windows of one microbatch on one rank.")
     num_microbatches: Count = Field(1, description="Microbatches of one step.")
-    max_steps: CountOrZero = Field(100, description="Steps of the run; 0 checks everything and trains nothing.")
+    max_steps: CountOrZero = Field(100, description="Steps of the run; 0 only checks, loads and evaluates.")
     max_norm: Positive = Field(1.0, description="Clips the global gradient norm.")
     seed: Seed = Field(0, description="Of order, adapters and prompt drop-out.")
 
@@ -121,7 +123,7 @@ class TrainArgs(Settings):
     user_audio_loss_weight: NonNegative = Field(1.0, description="Loss weight of the user's codebooks (dep_q 16).")
 
     log_freq: Count = Field(1, description="Steps between metrics.")
-    do_eval: bool = Field(False, description="Evaluate through training; absent: if there is eval_data.")
+    do_eval: bool = Field(False, description="Evaluate during training; if not set: on where there is eval_data.")
     eval_freq: CountOrZero = Field(0, description="Steps between evaluations; 0: only at the start and the end.")
     eval_free_samples: CountOrZero = Field(4, description="Held-out users that an evaluation replies to, freely.")
     eval_free_sec: Positive = Field(20.0, description="Longest such reply, in seconds.")
@@ -136,7 +138,7 @@ class TrainArgs(Settings):
     param_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of frozen weights and of computation.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU if there is one.")
     sharding: Literal["full", "hybrid", "none"] = Field(
-        "full", description="Parameters cut over ranks, over a node, or not."
+        "full", description="`full`: parameters cut over all ranks; `hybrid`: within a node; `none`: not cut."
     )
     compile: bool = Field(False, description="torch.compile on each layer of the training forward.")
     overwrite_run_dir: bool = Field(False, description="Start anew where run_dir holds a run.")
@@ -324,6 +326,9 @@ def _sentence(error: dict) -> str:
         about = TrainArgs.model_fields[where].description or "a section of settings"
         return f"{where} is missing; name it ({about.rstrip('.').lower()})"
     message = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    message = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}.get(
+        message.partition(",")[0], message
+    )
     found = "of the wrong type" if where == "wandb.key" else repr(error["input"])  # never show a key
     return f"{where} is {found}; it must be {message}"
 
@@ -416,7 +421,8 @@ def parse_sources(value: str) -> list[tuple[Path, float]]:
         elif source.is_file():
             sources.append((source, weight))
         else:
-            raise UserError(f"{source}: no such manifest")
+            made = "precompute_codes.py" if source.stem.endswith("_precomputed") else "python -m finetune.make_manifest"
+            raise UserError(f"{source}: no such manifest; `{made}` makes it")
     if not sources:
         raise UserError("names no manifest")
     total = sum(weight for _, weight in sources)

@@ -377,6 +377,7 @@ def _arithmetic(result: Result) -> list[str]:
         f"an epoch: ({train.dialogue_frames:,} frames of dialogue + {train.prompt_frames:,} of prompts) x {N_STREAMS} "
         f"= {N_STREAMS * train.frames:,} tokens",
         f"the run: {epochs:.2f} epochs = {N_STREAMS * train.frames * epochs:,.0f} tokens",
+        "memory, FLOPs and the largest batch that fits: python -m finetune.plan with this config",
     ]
     if result.held_out is not None and result.held_out.windows:
         evaluated = min(args.eval_max_samples or result.held_out.windows, result.held_out.windows)

@@ -19,7 +19,10 @@ def no_room(error: Exception) -> bool:
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:  # the text says what happens then
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,6 +66,15 @@ def run(main: Callable[[], int | None]) -> None:
             print(f"error: {place}: {error.strerror}; is it the right place, and may it be used?", file=sys.stderr)
         else:
             raise
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; most commands need no torch to start
+            raise
+        print(
+            "error: the GPU's memory is full; lower batch_size (num_microbatches up) or duration_sec, in replies "
+            "--batch-size; `python -m finetune.plan config.yaml` tells what fits",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -154,6 +154,12 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 itself: a CPU without AVX-512 falls back to loops, in large products 400
+    times slower than float32 (NOTES.md)."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def fresh_store(rank: int, size: int) -> tuple[dist.Store, str]:
     """The store that the environment names (MASTER_ADDR, MASTER_PORT), under a prefix that only this start has; and the
     name of the launch, the same in all starts that share the store.

@@ -26,7 +26,7 @@ from finetune import dialogue, model
 from finetune.cli import Parser, UserError, run
 from finetune.data import audio, codec
 from finetune.data.audio import FRAME_SIZE, SAMPLE_RATE
-from finetune.distributed import pick_device
+from finetune.distributed import multiplies_bfloat16, pick_device
 from finetune.export import DTYPES, Source, open_source
 from finetune.jobs import replacing
 from finetune.personaplex import CODEBOOKS, DEP_Q, N_STREAMS, Prompt, build_prompt
@@ -211,7 +211,9 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, default=Sampling.top_k, help="audio tokens to draw from")
     parser.add_argument("--top-k-text", type=int, default=Sampling.top_k_text, help="text tokens to draw from")
     parser.add_argument("--batch-size", type=int, default=8, help="users at once; at 7B each takes 1.6 GB")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and computation")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of weights and computation; default: bf16, on a CPU without bf16 products fp32"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = parser.parse_args()
     if args.batch_size < 1:
@@ -236,7 +238,7 @@ def main() -> int:
     mimi = source.checkpoint.mimi(device)
     tokenizer = source.checkpoint.tokenizer()
     prompt = _prompt(args, source, mimi, tokenizer)
-    lm = load_merged(source, device, DTYPES[args.dtype])
+    lm = load_merged(source, device, DTYPES[args.dtype or ("bf16" if multiplies_bfloat16(device) else "fp32")])
     sampling = Sampling(args.greedy, args.temp, args.temp_text, args.top_k, args.top_k_text)
     tail = np.zeros(int(args.tail_sec * SAMPLE_RATE), np.float32)
     for start in range(0, len(wavs), args.batch_size):

@@ -85,7 +85,7 @@ class VoiceBook:
         self._named: list[tuple[str, dict[str, Path]]] = []
 
     def find(self, name: str, beside: Path | None = None) -> Path:
-        """The file of a voice: a path, absolute or beside the manifest (`beside`), or a name in one of the folders.
+        """The file of a voice: a path, absolute or in the folder `beside` (the recording's), or a name in the folders.
 
         Raises UserError saying what was looked for and where.
         """
@@ -102,7 +102,10 @@ class VoiceBook:
                 if name in files:
                     return files[name]
         places = " or ".join(looked) or "any folder"
-        raise UserError(f"no voice {name!r} in {places}; put the file there, or set {self._setting}")
+        remedy = f"put the file there, or set {self._setting}"
+        if Path(name).name != name:
+            remedy = f"give an absolute path, or a bare name of a file in {self._setting}"
+        raise UserError(f"no voice {name!r} in {places}; {remedy}")
 
     def _places(self) -> Iterator[tuple[str, dict[str, Path]]]:
         """(place, {name with and without suffix: file}), each listed when it is first needed."""

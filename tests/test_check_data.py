@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import script, write_config
+from safetensors.torch import load_file, save_file
 
 from finetune import check_data
 from finetune.args import load_args
@@ -47,6 +48,10 @@ class Corpus:
             shutil.copytree(world / "data" / name, folder / name)
         self.wav = folder / self.line["path"]
         self.json = self.wav.with_suffix(".json")
+
+    @property
+    def mimi(self) -> str:
+        return codec.fingerprint_file(open_checkpoint(str(self.world / "model")).mimi_weights())
 
     @property
     def line(self) -> dict:
@@ -476,7 +481,7 @@ def with_codes(corpus: Corpus) -> None:
         frames = math.ceil(line["duration"] * 12.5)
         line["codes_path"] = line["path"].replace(".wav", ".pt")
         codec.save_codes(
-            path.with_suffix(".pt"), torch.randint(0, 2048, (2, 8, frames)), line["duration"], "mimi",
+            path.with_suffix(".pt"), torch.randint(0, 2048, (2, 8, frames)), line["duration"], corpus.mimi,
             codec.audio_fingerprint(path),
         )  # fmt: skip
 
@@ -493,10 +498,25 @@ def test_codes_are_enough_and_are_checked(corpus):
     assert without.train.dialogue_frames == clean.train.dialogue_frames
 
 
+def test_codes_of_another_model_are_refused_as_training_does(corpus):
+    """Also where all files agree."""
+    with_codes(corpus)
+    other = corpus.folder / "other"
+    shutil.copytree(corpus.world / "model", other)
+    mimi = open_checkpoint(str(other)).mimi_weights()
+    state = load_file(mimi)
+    state["quantizer.rvq_first.vq.layers.0._codebook.embedding_sum"][0, 0] += 1
+    save_file(state, mimi)
+    found = corpus.check(**{"moshi_paths.hf_repo_id": str(other)})
+    assert found.failed and len(found.problems) == 6 and {problem.kind for problem in found.problems} == {"codes"}
+    mimi.unlink()
+    assert not corpus.check(**{"moshi_paths.hf_repo_id": str(other)}).problems, "what cannot be had is not asked for"
+
+
 def test_codes_of_changed_audio_of_another_codec_or_of_one_side(corpus):
     with_codes(corpus)
     write_wav(corpus.wav, corpus.sound() * 0.5)
-    for line, shape, mimi in ((2, (2, 8, 50), "other"), (3, (1, 8, 50), "mimi")):
+    for line, shape, mimi in ((2, (2, 8, 50), "other"), (3, (1, 8, 50), corpus.mimi)):
         path = corpus.folder / corpus.lines["train"][line]["codes_path"]
         wav = path.with_suffix(".wav")
         codec.save_codes(
@@ -515,7 +535,7 @@ def test_same_speaker_voices_of_codes_are_those_that_training_takes(corpus):
     for line in corpus.lines["train"]:
         line["voice_prompt"] = "same_speaker"
         path = corpus.folder / line["codes_path"]
-        codec.save(same_speaker_file(path), {"mimi": "mimi", "speakers": ["SPEAKER_MAIN"], "stretches": [stretch]})
+        codec.save(same_speaker_file(path), {"mimi": corpus.mimi, "speakers": ["SPEAKER_MAIN"], "stretches": [stretch]})
     first = corpus.check(duration_sec=1.6).problems  # the stretch is the first window
     assert len(first) == len(corpus.lines["train"])
     assert all(problem.kind == "no stretch" and "1 of its " in problem.detail for problem in first)

@@ -20,11 +20,22 @@ import torch
 from conftest import ROOT, live, script, train_here, write_config
 from safetensors.torch import load_file, save_file
 
-from finetune import model
+from finetune import cli, model
 
 SCRIPTS = {"train", "train_personaplex", "annotate", "precompute_codes"}
 WORDS = {"alignments": [["hello", [0.2, 0.6], "SPEAKER_MAIN"]]}
 NOWHERE = "/proc/nowhere"  # where nobody can make a folder, not even root
+
+
+def test_a_full_gpu_is_said_in_a_sentence(capsys):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.2 GiB")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(full)
+    assert end.value.code == 2 and "finetune.plan" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="shape"):  # a defect keeps its traceback
+        cli.run(lambda: torch.zeros(2).view(3))
 
 
 # --- How to make a mess --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, train_here
 
+import train
 from finetune.args import load_args, settings_table
 from finetune.model import MOSHI, PERSONAPLEX
 
@@ -71,7 +72,7 @@ def test_each_command_of_the_readme_has_its_options(command, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("example/*.yaml")), ids=lambda p: p.name)
-def test_example_configs_pass_a_dry_run(path, world, tmp_path, caplog):
+def test_example_configs_pass_a_dry_run(path, world, tmp_path, caplog, monkeypatch):
     """Every example on the tiny world's model and recordings: all is checked, loaded, and evaluated once."""
     settings = yaml.safe_load(path.read_text())
     spec = PERSONAPLEX if "prompt" in settings else MOSHI
@@ -81,7 +82,9 @@ def test_example_configs_pass_a_dry_run(path, world, tmp_path, caplog):
         f"data.train_data={world / 'data/train.jsonl'}", f"data.eval_data={world / 'data/eval.jsonl'}",
     ]  # fmt: skip
     overrides += [f"prompt.voices_dir={world / 'data/voices'}"] * (spec is PERSONAPLEX)
+    monkeypatch.setattr(train, "multiplies_bfloat16", lambda device: False)
     with caplog.at_level("INFO"):
         assert train_here(path, spec, tuple(overrides)) == 0
+    assert ("no bfloat16 products" in caplog.text) == (load_args(path, overrides).param_dtype == "bfloat16")
     assert "done: 0 steps" in caplog.text and "held-out at step 0" in caplog.text
     assert load_args(path, overrides).run_dir != settings["run_dir"] and not list(tmp_path.glob("run/checkpoints/*"))

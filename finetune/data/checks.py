@@ -25,7 +25,7 @@ from finetune.data import audio, codec, dataset
 from finetune.data.audio import FRAME_RATE, FRAME_SIZE
 from finetune.data.interleaver import Interleaver, TextStats, Word
 from finetune.data.manifest import Line, resolve, sidecar
-from finetune.data.prompts import Prompter
+from finetune.data.prompts import MIN_VOICE_FRAMES, Prompter
 from finetune.data.talk import LEVEL_SEC, Sound, hear, louder_side, response_gaps, talking
 from finetune.make_manifest import ALIKE, TOLERANCE_SEC, decodable_sec
 from finetune.personaplex import prompt_length
@@ -61,8 +61,9 @@ KINDS = {
                      "files; one mixed recording needs a diarisation tool first (pyannote.audio, NVIDIA NeMo)"),
     "same channels": Kind(ERROR, "the same sound in both channels", "it is a mono recording: get both sides apart, or "
                           "separate the speakers with a diarisation tool (pyannote.audio, NVIDIA NeMo)"),
-    "swapped": Kind(ERROR, "channels swapped: the agent's words are loud on the right", "swap the channels (sox in.wav "
-                    "out.wav remix 2 1), or annotate the other one (annotate.py --channel 1) if the labels are wrong"),
+    "swapped": Kind(ERROR, "channels swapped: the agent's words are loud on the right", "training takes the left one "
+                    "as the agent: swap them (sox in.wav out.wav remix 2 1); if left is the agent already, these words "
+                    "are the user's: annotate the left channel (annotate.py --channel 0)"),
     "duration": Kind(ERROR, "duration that costs windows", "write the duration that finetune.make_manifest finds"),
     "no words file": Kind(ERROR, "missing word times", "run annotate.py on the manifest"),
     "bad words file": Kind(ERROR, "word times that cannot be read", "remove the .json and run annotate.py again"),
@@ -72,8 +73,10 @@ KINDS = {
                     "(often Whisper squeezed words together); annotate again, or take the words out"),
     "no agent": Kind(ERROR, "no words of the agent in any file", "set data.speakers to the label of the agent's words"),
     "prompt": Kind(ERROR, "prompt that cannot be used", "write a string that fits: shorten it, or raise "
-                   "prompt.max_sec"),
-    "voice": Kind(ERROR, "voice that cannot be used", "put the file there, or set prompt.voices_dir"),
+                   "prompt.max_sec (for train.py, which reads no prompts, check with --no-personaplex)"),
+    "voice": Kind(ERROR, "voice that cannot be used", "put the file there, set prompt.voices_dir, or, for "
+                  "same_speaker, run precompute_codes.py --same-speaker (for train.py, which reads no prompts, check "
+                  "with --no-personaplex)"),
     "codes": Kind(ERROR, "codes that cannot be used", "run precompute_codes.py again"),
     "failed": Kind(ERROR, "file that could not be checked", "look at it; training may stop there"),
     "off": Kind(WARNING, "duration that is not quite true", "write the duration that finetune.make_manifest finds"),
@@ -199,6 +202,8 @@ class Checker:
         self.reader = dataset.InterleavedTokenizer(
             self.interleaver, self.window_frames, args.data.speakers, self.prompter
         )
+        # None where the codec cannot be reached: training will say so.
+        self.mimi = functools.cache(lambda: _outcome(lambda: codec.fingerprint_file(checkpoint.mimi_weights())))
         self.voice_frames = functools.cache(lambda path: _outcome(functools.partial(self._voice_frames, path)))
 
     def __call__(self, task: Task) -> Facts:
@@ -242,7 +247,7 @@ class Checker:
         try:
             path = resolve(line.manifest, line.fields["codes_path"])
             entry = codec.load_codes(path)
-            codec.check(entry, path=path, audio_path=line.path)
+            codec.check(entry, path=path, mimi_fingerprint=self.mimi()[0], audio_path=line.path)
             if entry["codes"].shape[0] != 2:
                 raise UserError(f"{path}: holds {entry['codes'].shape[0]} channel(s); training needs agent and user")
         except (UserError, TypeError) as error:
@@ -399,9 +404,11 @@ class Checker:
         elif isinstance(text, str):
             facts.prompt = text
             ids = self.prompter.encode(text)
-            room = self.prompter.max_frames - prompt_length(0, 0)
+            least = 0 if voice is None else MIN_VOICE_FRAMES
+            room = max(0, self.prompter.max_frames - prompt_length(least, 0))
             if len(ids) > room:
-                facts.add("prompt", f"its text prompt has {len(ids)} tokens; {room} fit in prompt.max_sec = "
+                beside = f" beside {least} frames of voice" if least else ""
+                facts.add("prompt", f"its text prompt has {len(ids)} tokens; {room}{beside} fit in prompt.max_sec = "
                           f"{self.args.prompt.max_sec:g} s: {text[:60]!r}")  # fmt: skip
             bare = wrap_system_prompt(text).removeprefix(TAG).removesuffix(TAG)
             if TAG in bare or "</system>" in bare:
