@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyloudnorm
 import torch
 from moshi.models import MimiModel
 from torch import Tensor
@@ -137,6 +136,8 @@ def normalise(pcm: np.ndarray, name: str) -> np.ndarray:
     if pcm.shape[0] < 0.4 * audio.SAMPLE_RATE:
         seconds = pcm.shape[0] / audio.SAMPLE_RATE
         raise UserError(f"{name}: a voice prompt needs at least 0.4 s, this has {seconds:.2f} s")
+    import pyloudnorm  # half a second, for recordings only
+
     loudness = pyloudnorm.Meter(audio.SAMPLE_RATE).integrated_loudness(pcm.astype(np.float64))
     if not np.isfinite(loudness):
         raise UserError(f"{name}: is silent, so it cannot be a voice prompt")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy.signal
 import sphn
 
 from finetune.cli import UserError
@@ -213,8 +212,11 @@ class _Rate:
         self.reach = 0
         if self.up == self.down:
             return
+        import scipy.signal  # takes almost a second, which is spared where nothing is resampled
+
         widest = max(self.up, self.down)
         half = _ZERO_CROSSINGS * widest
+        self._upfirdn = scipy.signal.upfirdn
         taps = scipy.signal.firwin(2 * half + 1, _CUTOFF / widest, window=("kaiser", _KAISER_BETA)) * self.up
         # With its centre at a multiple of `down`, and pieces that begin at one, every output falls on its own tap.
         self._delay = -(-half // self.down)
@@ -238,7 +240,7 @@ class _Rate:
         if low < first:
             pcm = np.pad(pcm, ((0, 0), (first - low, 0)))
             first = low
-        made = scipy.signal.upfirdn(self._taps, pcm[:, low - first : high - first], self.up, self.down, axis=1)
+        made = self._upfirdn(self._taps, pcm[:, low - first : high - first], self.up, self.down, axis=1)
         offset = start + self._delay - low // self.down * self.up
         made = made[:, offset : offset + out.shape[1]]
         out[:, : made.shape[1]] = made
