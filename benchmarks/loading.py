@@ -4,7 +4,7 @@
 
 Live encoding uses the real-size Mimi with random weights; pre-computed samples come from files of 10 minutes, each of
 another file than the one before, text included. The share of waiting is `train.py`'s (data_wait) on the tiny model and
-on one of some 50 million parameters.
+on one of some 50 million parameters. The first step is that of a fresh process on the tiny model.
 """
 
 import json
@@ -23,7 +23,7 @@ from moshi.models import loaders
 from safetensors import safe_open
 
 from finetune import toy
-from finetune.cli import Parser, run
+from finetune.cli import Parser, UserError, run
 from finetune.data import codec, manifest
 from finetune.data.dataset import InterleavedTokenizer, PrecomputedTokenizer
 from finetune.data.interleaver import Interleaver
@@ -56,6 +56,18 @@ def corpus(folder: Path) -> list[manifest.Line]:
         fields = {"path": path.name, "duration": 600.0, "codes_path": f"{i}.pt"}
         lines.append(manifest.Line(i + 1, path, fields, folder / "m.jsonl"))
     return lines
+
+
+def first_step(command: list[str], run: Path) -> float:
+    """Seconds from the start of a training process until its first step is in its metrics."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any("loss" in row for row in read_rows(run / "metrics.train.jsonl")) and process.poll() is None:
+        time.sleep(0.02)
+    seconds = time.perf_counter() - began
+    if process.wait():
+        raise UserError(f"{' '.join(command)} failed")
+    return seconds
 
 
 def main() -> int:
@@ -91,10 +103,14 @@ def main() -> int:
                "--device", "cpu", "--no-exact")  # fmt: skip
         toy.make_model(folder / "larger", **LARGER)
         waits = {}
+        training = lambda model, run, steps: [
+            sys.executable, "train.py", "example/tiny_moshi.yaml", f"run_dir={run}", f"max_steps={steps}",
+            f"data.train_data={folder / 'codes/train_precomputed.jsonl'}", "do_eval=false", "do_ckpt=false",
+            f"moshi_paths.hf_repo_id={folder / model}", "log_freq=1",
+        ]  # fmt: skip
+        starts = [first_step(training("model", folder / f"start{i}", 1), folder / f"start{i}") for i in range(5)]
         for model, steps in (("model", args.steps), ("larger", args.steps // 2)):
-            python("train.py", "example/tiny_moshi.yaml", f"run_dir={folder / model / 'run'}", f"max_steps={steps}",
-                   f"data.train_data={folder / 'codes/train_precomputed.jsonl'}", "do_eval=false", "do_ckpt=false",
-                   f"moshi_paths.hf_repo_id={folder / model}", "log_freq=1")  # fmt: skip
+            subprocess.run(training(model, folder / model / "run", steps), check=True, capture_output=True)
             rows = read_rows(folder / model / "run/metrics.train.jsonl")[5:]
             with safe_open(folder / model / "model.safetensors", framework="pt") as file:
                 count = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
@@ -109,6 +125,7 @@ def main() -> int:
     print("\n| parameters | s a step | of it waiting for data (medians) |\n|---|---|---|")
     for count, (wait, seconds) in waits.items():
         print(f"| {count / 1e6:.1f} M | {seconds:.2f} | {wait:.2%} |")
+    print(f"\nFrom the start of train.py to the end of its first step: {statistics.median(starts):.1f} s")
     return 0
 
 

@@ -614,3 +614,19 @@ def test_no_worker_outlives_a_run(world, parts, encoded):
     stream.close()
     resumed.close()
     assert len(workers) == 4 and set(multiprocessing.active_children()) == before
+
+
+def test_a_batch_is_taken_while_the_one_before_is_in_use():
+    taken = []
+
+    def source():
+        for i in range(3):
+            taken.append(i)
+            yield i
+
+    ahead = dataset._ahead(source())
+    assert next(ahead) == 0
+    deadline = time.monotonic() + 5
+    while taken != [0, 1] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert taken == [0, 1] and list(ahead) == [1, 2]
