@@ -13,8 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from benchmarks import BUSY, busy_share, idle_note
 from finetune.cli import Parser, run
+from finetune.distributed import multiplies_bfloat16
 
 COMMANDS = {
     "Training step": ["benchmarks.step", "--no-stock"],
@@ -35,7 +38,9 @@ def wait_until_idle(limit_sec: float = 60.0) -> str:
 
 def processor() -> str:
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
+    name = names[0].split(":", 1)[1].strip() if names else platform.processor()
+    bfloat16 = "multiplies" if multiplies_bfloat16(torch.device("cpu")) else "does not multiply"
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {bfloat16} bfloat16)"
 
 
 def main() -> int:
