@@ -161,7 +161,7 @@ def newest_complete(folder: Path, world: World) -> tuple[Path, dict] | None:
                     problem = f"{name} has {present} bytes instead of {size}"
                 elif _crc(path / name) != crc:
                     problem = f"the contents of {name} have changed"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             problem = str(error)
         problems = [p for p in world.gather(problem) if p]
         if not problems:

@@ -97,6 +97,19 @@ def test_truncated_weights_are_named(tmp_path):
         filled(checkpoint, MOSHI)
 
 
+def test_a_file_that_becomes_shorter_while_it_is_read_is_named(tmp_path):
+    save_file({"a.weight": torch.arange(12.0).view(4, 3), "s": torch.tensor(2.0)}, tmp_path / "w.safetensors")
+    file = weights.WeightFile(tmp_path / "w.safetensors")
+    assert torch.equal(file.read("a.weight", 1, 3), torch.arange(3.0, 9.0).view(2, 3))
+    assert file.read("a.weight", 3, 9).tolist() == [[9, 10, 11]] and file.read("s").tolist() == 2
+    for out in (torch.empty(2, 3), torch.empty(2, 3, dtype=torch.float64), torch.empty(3, 2).t()):
+        file.read_into("a.weight", 2, out)
+        assert out.tolist() == [[6, 7, 8], [9, 10, 11]]
+    os.truncate(tmp_path / "w.safetensors", (tmp_path / "w.safetensors").stat().st_size - 30)
+    with pytest.raises(UserError, match=r"w\.safetensors: has become shorter"):
+        file.read("a.weight")
+
+
 def test_the_hubs_personaplex_config_is_enough(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "personaplex", "version": "7b-v1"}')
     kwargs = model.lm_kwargs(open_checkpoint(str(tmp_path)), PERSONAPLEX)

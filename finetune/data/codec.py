@@ -7,9 +7,9 @@ and memory does not depend on how long a stream is.
 Floating-point sums depend on the shape of the matrices that they are part of. A batch therefore gives other last bits
 than one stream alone, and once in a while another code where two are about equally near. `exact` avoids that: every
 sum is made in the order in which one stream alone would make it, and every code then equals that of a server with one
-stream on the same machine, whatever else is in the batch. This is the default on a CPU, where it costs next to nothing
-(see `_LaneByLane`). A GPU would spend its time on launching calls for single lanes; its default is the plain batch, in
-full float32, because TF32 changes far more codes than batching does.
+stream on the same machine, whatever else is in the batch. This is the default on a CPU, where many lanes take half as
+long again by it (`_LaneByLane`, NOTES.md). A GPU would spend its time on launching calls for single lanes; its default
+is the plain batch, in full float32, because TF32 changes far more codes than batching does.
 """
 
 import errno
