@@ -44,6 +44,7 @@ from finetune.voices import has_same_speaker, same_speaker_file, save_same_speak
 CHANNELS = 2  # agent, user
 SUFFIX = "_precomputed.jsonl"  # of the new manifests
 LIE_SEC = 0.01  # a manifest that is off by more did not mean rounding
+LOST_SEC = 1.0  # that a file is shorter than its manifest says by more is worth a look: it may be cut off
 
 
 class Item(NamedTuple):
@@ -296,9 +297,12 @@ def make_folder(folder: Path) -> None:
 # --- 3. The new manifests ------------------------------------------------------------------------------------
 
 
-def write_manifest(source: Path, target: Path, items: dict[str, Item], durations: dict[str, float]) -> tuple[int, int]:
-    """Writes the lines whose files have codes. Returns how many, and how many had a duration that was wrong."""
-    lines = lies = 0
+def write_manifest(
+    source: Path, target: Path, items: dict[str, Item], durations: dict[str, float]
+) -> tuple[int, int, list[str]]:
+    """Writes the lines whose files have codes. Returns how many, how many had a duration that was wrong, and a sentence
+    for each file that is much shorter than it was said to be."""
+    lines, lies, lost = 0, 0, []
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as out:
         for line in manifest.iterate(source, problems=[]):
             item = items.get(os.path.normpath(line.path))  # None: the manifest has grown since this run began
@@ -308,12 +312,14 @@ def write_manifest(source: Path, target: Path, items: dict[str, Item], durations
             said = line.fields.get("duration")
             if not isinstance(said, int | float) or not abs(said - duration) <= LIE_SEC:  # NaN is neither
                 lies += said is not None
+                if isinstance(said, int | float) and said - duration > LOST_SEC:
+                    lost.append(f"{item.path}: {duration:.2f} s, and its manifest says {said:.2f} s")
                 line.fields["duration"] = round(duration, 6)
             line.fields["path"] = path_from(target.parent, item.path)
             line.fields["codes_path"] = path_from(target.parent, item.codes)
             out.write(json.dumps(line.fields, ensure_ascii=False) + "\n")
             lines += 1
-    return lines, lies
+    return lines, lies, lost
 
 
 def path_from(folder: Path, path: str) -> str:
@@ -358,11 +364,11 @@ def main(argv: list[str] | None = None) -> int:
         if dead and item.codes not in durations:  # a shard that died has not told
             failed.setdefault(item.codes, f"{item.path}: was not done")
 
-    lines = lies = 0
+    lines, lies, lost = 0, 0, []
     for source in args.manifests:
         target = output_manifest(args.output_dir, source)
         written = write_manifest(source, target, items, durations)
-        lines, lies = lines + written[0], lies + written[1]
+        lines, lies, lost = lines + written[0], lies + written[1], lost + written[2]
         print(f"{target}: {written[0]} lines")
 
     encoded_sec = sum(outcome.encoded_sec for outcome in outcomes)
@@ -380,6 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in rows.items():
         print(f"  {name:<10}{value}")
     show("bad lines:", problems)
+    show("much shorter than their manifest says (cut off?):", lost)
     show("failed (repair them or take their lines out):", [failed[codes] for codes in sorted(failed)])
     show("without same_speaker voice, which training on them needs:", [voiceless[path] for path in sorted(voiceless)])
     show("dead:", dead)

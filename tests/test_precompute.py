@@ -181,6 +181,13 @@ def test_a_second_run_does_only_what_is_missing_or_stale(world, data, tmp_path, 
     assert redone() == set()
 
 
+def test_a_file_that_was_cut_off_is_named(world, data, tmp_path, capsys):
+    write(data / "egs.jsonl", [{"path": "calls/a.wav", "duration": 6.0}, {"path": "calls/b.wav", "duration": 1.0}])
+    assert encode(world, data / "egs.jsonl", "--output-dir", tmp_path / "encoded") == 0
+    listed = capsys.readouterr().out.split("much shorter than their manifest says")[1]
+    assert "calls/a.wav: 1.50 s, and its manifest says 6.00 s" in listed and "b.wav" not in listed
+
+
 def test_a_duration_that_is_no_number_is_corrected(world, data, tmp_path):
     (data / "egs.jsonl").write_text('{"path": "calls/a.wav", "duration": NaN}\n')
     assert encode(world, data / "egs.jsonl", "--output-dir", tmp_path / "encoded") == 0
