@@ -27,7 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from finetune import model
+from finetune import model, plan
 from finetune.args import PromptArgs, TrainArgs, load_args, parse_sources
 from finetune.cli import Parser, UserError, run
 from finetune.data import dataset
@@ -221,6 +221,7 @@ class Result(NamedTuple):
     problems: list[Problem]
     train: Totals
     held_out: Totals | None
+    memory: int | None = None  # bytes that training needs, on one process; None: not asked for
 
     @property
     def failed(self) -> bool:
@@ -297,6 +298,13 @@ def check(args: TrainArgs, prompts: bool | None = None, workers: int | None = No
     train = total([own for own in facts if not own.held_out], len(sources[0]), weights, args)
     held_out = total([own for own in facts if own.held_out], len(sources[1]), None, args) if sources[1] else None
     return Result(args, prompts, facts, problems, train, held_out)
+
+
+def planned_memory(result: Result) -> int:
+    """Bytes that a process needs which trains alone, evaluation included (finetune.plan)."""
+    live = any("codes_path" not in own.line.fields for own in result.facts)
+    sizes, *_ = plan.open_run(result.args, live, result.prompts, ranks=1, node=1)
+    return sizes.total(result.args.batch_size, result.args.gradient_checkpointing)
 
 
 # --- 2. The report -------------------------------------------------------------------------------------------------
@@ -377,8 +385,12 @@ def _arithmetic(result: Result) -> list[str]:
         f"an epoch: ({train.dialogue_frames:,} frames of dialogue + {train.prompt_frames:,} of prompts) x {N_STREAMS} "
         f"= {N_STREAMS * train.frames:,} tokens",
         f"the run: {epochs:.2f} epochs = {N_STREAMS * train.frames * epochs:,.0f} tokens",
-        "memory, FLOPs and the largest batch that fits: python -m finetune.plan with this config",
     ]
+    if result.memory is not None:
+        out.append(
+            f"memory: {result.memory / plan.GIB:.1f} GiB on one process at batch_size {args.batch_size}; python -m "
+            "finetune.plan has its parts, the largest batch that fits, and several GPUs"
+        )
     if result.held_out is not None and result.held_out.windows:
         evaluated = min(args.eval_max_samples or result.held_out.windows, result.held_out.windows)
         out.append(f"an evaluation: {evaluated:,} of {result.held_out.windows:,} windows")
@@ -472,6 +484,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--report {given.report}: must be a .png in a folder that exists")
     args = load_args(given.config, given.overrides)
     result = check(args, given.personaplex, given.workers)
+    result = result._replace(memory=planned_memory(result))
     encoding = sys.stdout.encoding or "utf-8"  # names of files may hold what the terminal cannot show
     print(tell(result).encode(encoding, "backslashreplace").decode(encoding))
     draw(result, given.report)

@@ -585,7 +585,10 @@ def test_worker_processes_find_what_this_one_finds(corpus):
     done = script(*command, "--workers", 1, check=False)
     assert done.returncode == 1, done.stderr
     alone = check_data.tell(check_data.check(load_args(config), workers=0))
-    assert done.stdout.strip() == alone.strip()
+    shown = done.stdout.strip().split("\n")
+    [memory] = [line for line in shown if line.startswith("memory: ")]
+    assert "GiB on one process at batch_size" in memory
+    assert [line for line in shown if line != memory] == alone.strip().split("\n")
 
 
 def test_whatever_the_files_hold_the_report_comes(corpus, tmp_path):
