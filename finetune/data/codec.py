@@ -276,8 +276,9 @@ class _LaneByLane(TorchFunctionMode):
             together, worth = self._tried(function, args, kwargs)
             if len(self.busy) >= worth:
                 if together is _LaneByLane._distances:
-                    return self._distances(*args, **kwargs)
-                return together(*args, **kwargs)
+                    together = self._distances
+                # Laid out as lane by lane: what sums over it next would else add in the order of another layout.
+                return together(*args, **kwargs).contiguous()
         return self._apart(self.busy, function, args, kwargs)
 
     def _apart(self, busy: Sequence[int], function: Callable, args: tuple, kwargs: dict) -> Tensor:
@@ -297,7 +298,10 @@ class _LaneByLane(TorchFunctionMode):
             lanes, own = args[0].shape[_SUMS[function]], _of_lanes(function, args)
             noise = torch.Generator().manual_seed(0)
             draw = lambda a: torch.empty_like(a).normal_(generator=noise) if a.is_floating_point() else a | True
-            drawn = (*map(draw, args[:own]), *args[own:])  # an attention mask hides nothing then
+            drawn = [*map(draw, args[:own]), *args[own:]]  # an attention mask hides nothing then
+            if function is torch.cdist:  # near entries, where differences of large numbers show how they were added
+                entries = args[1][:, torch.arange(lanes) % args[1].shape[1]]
+                drawn[0] = torch.add(entries, drawn[0], alpha=0.1 * float(entries.std()))
             apart = lambda *args, **kwargs: self._apart(range(lanes), function, args, kwargs)
             ways = {function: function}
             if function is torch.cdist:
