@@ -98,25 +98,6 @@ def test_the_plain_batch_gives_a_stream_the_same_codes_whatever_is_beside_it(mim
         assert torch.equal(codes, together[i])
 
 
-WAYS = ["linear", "conv1d", "scaled_dot_product_attention", "cdist", "_distances"]
-WAYS += [(name, (group,)) for name in ("_linear", "_conv1d") for group in codec._GROUPS]
-
-
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_whatever_sums_for_all_lanes_at_once_gives_the_same_codes(mimi, wavs, alone, monkeypatch, way):
-    """Which is fastest is a matter of chance: each has to be right."""
-
-    def seconds(function, args, kwargs):
-        name = (function.func.__name__, function.args) if hasattr(function, "func") else function.__name__
-        return 1e-9 if name == way else 1.0
-
-    monkeypatch.setattr(codec, "_seconds", seconds)
-    monkeypatch.setattr(codec, "_together", {})
-    for lanes in (2, 4):
-        for place, codes in codec.encode_streams(mimi, ([wav] for wav in wavs), lanes, exact=True):
-            assert torch.equal(codes[0].long(), alone[place])
-
-
 def test_lanes_may_wait_for_each_other(mimi, wavs, alone, monkeypatch):
     monkeypatch.setitem(codec._REFILL_FRAMES, "cpu", 8)  # as on a GPU
     ended = dict(codec.encode_streams(mimi, ([wav] for wav in wavs), lanes=3))

@@ -5,22 +5,19 @@ lanes of one streaming batch: a lane whose stream ends is reset and takes the ne
 and memory does not depend on how long a stream is.
 
 Floating-point sums depend on the shape of the matrices that they are part of. A batch therefore gives other last bits
-than one stream alone, and once in a while another code where two are about equally near. `exact` avoids that: every
-sum is made in the order in which one stream alone would make it, and every code then equals that of a server with one
-stream on the same machine, whatever else is in the batch. This is the default on a CPU, where many lanes take half as
-long again by it (`_LaneByLane`, NOTES.md). A GPU would spend its time on launching calls for single lanes; its default
-is the plain batch, in full float32, because TF32 changes far more codes than batching does.
+than one stream alone, and once in a while another code where two are about equally near. `exact` avoids that: sums
+are made lane by lane, in the very calls that one stream alone would make, and only the rest for all lanes at once.
+Every code then equals that of a server with one stream on the same machine, whatever else is in the batch. This is
+the default on a CPU. A GPU would spend its time on launching the calls; its default is the plain batch, in full
+float32, because TF32 changes far more codes than batching does.
 """
 
 import errno
 import hashlib
 import itertools
-import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,7 +38,8 @@ CODEBOOKS = 8  # of Mimi's 32: what Moshi hears and says per channel (moshi/mode
 
 # --- 1. Encoding -----------------------------------------------------------------------------------------------
 
-LANES = {"cpu": 32, "cuda": 64}  # more gain little
+EXACT_LANES = 8  # on a CPU, where more gain nothing
+LANES = {"cpu": 32, "cuda": 64}  # of the plain batch
 _TRAINING_LANES = 32  # on a GPU that also trains: 1.3 GB. Always as many, so that codes depend on the sound alone
 _LANE_BYTES = 40 * 2**20  # of GPU memory, with the real Mimi: 16 MB are keys and values, the rest activations
 _COLLECT_FRAMES = 32  # codes stay in batches for so long: fetching them makes the host of a GPU wait
@@ -49,11 +47,11 @@ _COLLECT_FRAMES = 32  # codes stay in batches for so long: fetching them makes t
 _REFILL_FRAMES = {"cpu": 1, "cuda": 8}
 
 
-def default_lanes(device: torch.device | str) -> int:
+def default_lanes(device: torch.device | str, exact: bool | None = None) -> int:
     """How many channels to encode at once where nothing else runs: as many as pay, on a GPU also as many as fit."""
     device = torch.device(device)
     if device.type != "cuda":
-        return LANES["cpu"]
+        return LANES["cpu"] if exact is False else EXACT_LANES
     # What torch keeps for later is not free to others, but it is to torch.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + kept
@@ -76,7 +74,7 @@ def encode(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | N
         return []
     order = sorted(range(len(wavs)), key=lambda i: -len(wavs[i]))  # so that lanes end together
     plain_on_gpu = _device(mimi).type == "cuda" and not exact
-    lanes = _TRAINING_LANES if plain_on_gpu else min(len(wavs), LANES["cpu"])
+    lanes = _TRAINING_LANES if plain_on_gpu else min(len(wavs), default_lanes("cpu", exact))
     codes = {}
     # Recording a CUDA graph, two for each call of this function, would hand all memory that torch keeps back first.
     with no_cuda_graph(), closing(encode_streams(mimi, ([wavs[i]] for i in order), lanes, exact)) as results:
@@ -106,7 +104,6 @@ def encode_streams(
     """
     on_cuda = _device(mimi).type == "cuda"
     exact = not on_cuda if exact is None else exact
-    apart = _LaneByLane() if exact and lanes > 1 else None
     refill_frames = _REFILL_FRAMES["cuda" if on_cuda else "cpu"]
     recordings = (_Recording(index, source) for index, source in enumerate(sources))
     waiting = next(recordings, None)
@@ -153,9 +150,10 @@ def encode_streams(
             frame = np.zeros((lanes, 1, FRAME_SIZE), dtype=np.float32)
             for recording in active:
                 frame[recording.lanes, 0] = recording.frame
-            if apart is not None:  # CUDA graphs keep the calls that they were recorded with: there all lanes are
-                apart.busy = list(range(lanes)) if on_cuda else [lane for each in active for lane in each.lanes]
-            made.append(_encode_frame(mimi, torch.from_numpy(frame), apart))
+            busy = None
+            if exact and lanes > 1:  # CUDA graphs keep the calls that they were recorded with: there all lanes are
+                busy = list(range(lanes)) if on_cuda else [lane for each in active for lane in each.lanes]
+            made.append(_encode_frame(mimi, torch.from_numpy(frame), busy))
 
 
 class _Recording:
@@ -210,8 +208,8 @@ def _device(mimi: MimiModel) -> torch.device:
 
 
 @torch.inference_mode()
-def _encode_frame(mimi: MimiModel, frame: Tensor, exact: "_LaneByLane | None") -> Tensor:
-    """Codes int16 [lanes, codebooks] of a frame [lanes, 1, 1920]; exact for its `busy` lanes if `exact` is given."""
+def _encode_frame(mimi: MimiModel, frame: Tensor, busy: list[int] | None) -> Tensor:
+    """Codes int16 [lanes, codebooks] of a frame [lanes, 1, 1920]; exact for the lanes in `busy` if that is given."""
     device = _device(mimi)
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -220,8 +218,8 @@ def _encode_frame(mimi: MimiModel, frame: Tensor, exact: "_LaneByLane | None") -
             stack.enter_context(torch.cuda.device(device))
             stack.enter_context(_full_float32())
             frame = frame.pin_memory().to(device, non_blocking=True)
-        if exact is not None:
-            stack.enter_context(exact)
+        if busy is not None:
+            stack.enter_context(_LaneByLane(busy))
         return mimi.encode(frame)[:, :, 0].short()
 
 
@@ -247,123 +245,31 @@ def _collect(made: list[Tensor], recordings: list[_Recording]) -> None:
 
 # Functions, and the dimension of the lanes in their first argument (a row of `cdist` is one lane's frame).
 _SUMS = {F.linear: 0, F.conv1d: 0, F.scaled_dot_product_attention: 0, torch.cdist: 1}
-_GROUPS = (0, 1, 2, 4, 8, 16)  # lanes that may be columns of one product
-_together: dict[tuple, tuple[Callable | None, float]] = {}  # what was tried out: see `_LaneByLane`
 
 
 class _LaneByLane(TorchFunctionMode):
-    """Whatever sums over channels, positions or weights does it as one stream alone would.
+    """Calls whatever sums over channels, positions or weights once per lane, with tensors of one stream's shape.
 
-    A call per lane, with tensors of one stream's shape, is certain to. Often a call for all lanes at once adds in the
-    same order and takes a third of the time. Which one does is a matter of the machine and of its libraries, so that
-    on a CPU candidates are tried on random numbers, once a shape, and the fastest of those that give every bit of
-    the calls lane by lane is taken.
-
-    Elementwise operations and norms are the same for a row whatever is beside it. Lanes that are not `busy` get any
-    result.
+    Elementwise operations and norms are the same for a row whatever is beside it. Lanes that are not `busy` get the
+    result of one that is.
     """
 
-    def __init__(self):
+    def __init__(self, busy: list[int]):
         super().__init__()
-        self.busy: list[int] = []
-        self._codebooks: dict[int, tuple[Tensor, Tensor]] = {}
+        self.busy = busy
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function not in _SUMS:
+        dim = _SUMS.get(function)
+        if dim is None:
             return function(*args, **kwargs)
-        if args[0].device.type == "cpu":
-            together, worth = self._tried(function, args, kwargs)
-            if len(self.busy) >= worth:
-                if together is _LaneByLane._distances:
-                    together = self._distances
-                # Laid out as lane by lane: what sums over it next would else add in the order of another layout.
-                return together(*args, **kwargs).contiguous()
-        return self._apart(self.busy, function, args, kwargs)
-
-    def _apart(self, busy: Sequence[int], function: Callable, args: tuple, kwargs: dict) -> Tensor:
-        dim, own = _SUMS[function], _of_lanes(function, args)
+        split = len(args) if function is F.scaled_dot_product_attention else 1  # the rest are weights
         done = {
-            lane: function(*(tensor.narrow(dim, lane, 1) for tensor in args[:own]), *args[own:], **kwargs)
-            for lane in busy
+            lane: function(*(tensor.narrow(dim, lane, 1) for tensor in args[:split]), *args[split:], **kwargs)
+            for lane in self.busy
         }
-        idle = done[busy[0]]
+        idle = done[self.busy[0]]
         return torch.cat([done.get(lane, idle) for lane in range(args[0].shape[dim])], dim=dim)
-
-    def _tried(self, function: Callable, args: tuple, kwargs: dict) -> tuple[Callable | None, float]:
-        """The fastest call for all lanes with the bits of a call per lane, and for how many busy lanes it is faster."""
-        described = ((a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args)
-        key = (function, *described, *kwargs.items(), torch.get_num_threads())
-        if key not in _together:
-            lanes, own = args[0].shape[_SUMS[function]], _of_lanes(function, args)
-            noise = torch.Generator().manual_seed(0)
-            draw = lambda a: torch.empty_like(a).normal_(generator=noise) if a.is_floating_point() else a | True
-            drawn = [*map(draw, args[:own]), *args[own:]]  # an attention mask hides nothing then
-            if function is torch.cdist:  # near entries, where differences of large numbers show how they were added
-                entries = args[1][:, torch.arange(lanes) % args[1].shape[1]]
-                drawn[0] = torch.add(entries, drawn[0], alpha=0.1 * float(entries.std()))
-            apart = lambda *args, **kwargs: self._apart(range(lanes), function, args, kwargs)
-            ways = {function: function}
-            if function is torch.cdist:
-                ways[_LaneByLane._distances] = self._distances
-            groups = [group for group in _GROUPS if group == 0 or lanes % group == 0]
-            if function is F.linear and args[0].dim() == 3:
-                ways |= {way: way for way in (partial(_linear, group) for group in groups)}
-            if function is F.conv1d and args[4:] in ((), ((0,), (1,), 1)):
-                ways |= {way: way for way in (partial(_conv1d, group) for group in groups[1:])}
-            wanted, best = apart(*drawn, **kwargs), (None, math.inf)
-            slowest = _seconds(apart, drawn, kwargs) / lanes
-            for name, way in ways.items():
-                if torch.equal(way(*drawn, **kwargs), wanted):
-                    best = min(best, (name, _seconds(way, drawn, kwargs) / slowest), key=lambda found: found[1])
-            _together[key] = best
-        return _together[key]
-
-    def _distances(self, x: Tensor, entries: Tensor, **_: object) -> Tensor:
-        """torch.cdist as it is made of one product (aten/src/ATen/native/Distance.cpp, `_euclidean_dist`), here of one
-        for each lane. What depends on the codebook alone, most of the work, is made once."""
-        held = self._codebooks.get(entries.data_ptr())
-        if held is None:
-            norm = entries.pow(2).sum(-1, keepdim=True)
-            held = entries, torch.cat([entries, torch.ones_like(norm), norm], -1).mT
-            self._codebooks[entries.data_ptr()] = held
-        norm = x.pow(2).sum(-1, keepdim=True)
-        ours = torch.cat([x * -2, norm, torch.ones_like(norm)], -1)
-        lanes = x.shape[1]
-        return torch.bmm(ours.transpose(0, 1), held[1].expand(lanes, -1, -1)).transpose(0, 1).clamp_min_(0).sqrt_()
-
-
-def _seconds(way: Callable, args: tuple, kwargs: dict) -> float:
-    began = time.perf_counter()
-    way(*args, **kwargs)
-    return time.perf_counter() - began
-
-
-def _of_lanes(function: Callable, args: tuple) -> int:
-    """How many of the arguments have lanes; the others are weights."""
-    return sum(isinstance(a, Tensor) for a in args) if function is F.scaled_dot_product_attention else 1
-
-
-def _linear(group: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear on x [lanes, T, in], a product for each `group` of lanes; 0: one for each lane, the other way round."""
-    lanes, _, channels = x.shape
-    if group:
-        grouped = x.reshape(lanes // group, -1, channels)
-        y = torch.bmm(weight.expand(len(grouped), -1, -1), grouped.mT).mT.reshape(lanes, -1, len(weight))
-    else:
-        y = torch.bmm(x, weight.t().expand(lanes, -1, -1))
-    return y if bias is None else y + bias
-
-
-def _conv1d(group: int, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int], *_: object) -> Tensor:
-    """F.conv1d without padding, dilation and groups on x [lanes, in, T], a product for each `group` of lanes."""
-    columns = x.unfold(2, weight.shape[2], stride[0]).transpose(2, 3).flatten(1, 2)  # [lanes, in * kernel, T]
-    lanes, height, frames = columns.shape
-    grouped = columns.reshape(-1, group, height, frames).transpose(1, 2).reshape(-1, height, group * frames)
-    start = x.new_zeros(1, 1, 1) if bias is None else bias[:, None]
-    start = start.expand(len(grouped), len(weight), group * frames)
-    y = torch.baddbmm(start, weight.flatten(1).expand(len(grouped), -1, -1), grouped)
-    return y.unflatten(2, (group, frames)).transpose(1, 2).reshape(lanes, -1, frames)
 
 
 @contextmanager
