@@ -13,6 +13,7 @@ learn one speaker's words on the other's voice. 2: the config cannot be used.
 
 import argparse
 import collections
+import contextlib
 import functools
 import os
 import sys
@@ -484,7 +485,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--report {given.report}: must be a .png in a folder that exists")
     args = load_args(given.config, given.overrides)
     result = check(args, given.personaplex, given.workers)
-    result = result._replace(memory=planned_memory(result))
+    with contextlib.suppress(UserError):  # of a model that cannot be trained; the data's report is not lost by it
+        result = result._replace(memory=planned_memory(result))
     encoding = sys.stdout.encoding or "utf-8"  # names of files may hold what the terminal cannot show
     print(tell(result).encode(encoding, "backslashreplace").decode(encoding))
     draw(result, given.report)
