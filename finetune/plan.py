@@ -9,8 +9,7 @@ tensors. What FSDP keeps beside them is added where it would gather, free and re
 read (the built-in 7B configuration where the hub's is not in the cache). The data need not be there yet.
 
 Every window counts at its longest: duration_sec, and for PersonaPlex prompt.max_sec before it. --reserve stands for
-what is not counted: the CUDA context, NCCL, fragmentation, `compile: true`. Where activations are few, full fine-tuning
-on a CPU takes up to a third more: there gloo and the kernels copy what they reduce.
+what is not counted: the CUDA context, NCCL, fragmentation, `compile: true`.
 
 Exit code 0: it fits. 1: it does not. 2: the config cannot be used.
 """
@@ -129,13 +128,19 @@ def cut(parameter: Tensor, shards: int) -> int:
 
 class Unit:
     """The parameters that FSDP gathers and frees together: a layer's, or all others'. `size`: bytes when whole, in the
-    dtype of the computation; `gradient`: of the trained ones, whole and in float32."""
+    dtype of the computation; `gradient`: of the trained ones, whole and in float32; `uneven`: of gradients whose rows
+    cannot be shared out evenly."""
 
     def __init__(self, parameters: list[nn.Parameter], shards: int):
         self.trained = [p for p in parameters if p.requires_grad]
         self.size = sum(shards * cut(p, shards) * p.element_size() for p in parameters)
         self.gradient = 4 * sum(shards * cut(p, shards) for p in self.trained)
+        self.uneven = [p for p in self.trained if p.shape[0] % shards]
         self.is_whole = False
+
+    def forget_gradients(self) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
 
 
 class Fsdp:
@@ -146,10 +151,15 @@ class Fsdp:
 
     Args:
         accumulated: microbatches before have left their gradients: whole ones, in float32, until the last is reduced.
+        on_cpu: there uneven gradients are copied to be filled up (torch._chunk_cat).
+        over_gloo: which works on a copy of what it gathers or reduces, unlike NCCL.
     """
 
-    def __init__(self, lm: TrainingLM, shards: int, meter: Meter, accumulated: bool):
+    def __init__(
+        self, lm: TrainingLM, shards: int, meter: Meter, accumulated: bool, on_cpu: bool, over_gloo: bool
+    ):
         self.meter, self.shards, self.accumulated = meter, shards, accumulated
+        self.on_cpu, self.over_gloo = on_cpu, over_gloo
         self.layers = [*lm.lm.transformer.layers, *lm.lm.depformer.layers]
         inside = {id(p) for layer in self.layers for p in layer.parameters()}
         others = [p for p in lm.parameters() if id(p) not in inside]
@@ -178,8 +188,13 @@ class Fsdp:
     def _gather(self, unit: Unit) -> None:
         copy = unit.size * (self.shards > 1)
         self.meter.hold("gathered", copy)
+        self._copy(copy * self.over_gloo)
         self.meter.hold("gathered", unit.size - self.flat)
         self.flat, unit.is_whole = copy, True
+
+    def _copy(self, size: int) -> None:
+        self.meter.hold("gathered", size)
+        self.meter.hold("gathered", -size)
 
     def _enter(self, i: int, layer: nn.Module, args: tuple[Tensor]) -> None:
         self._gather(self.units[i])
@@ -208,12 +223,15 @@ class Fsdp:
             return
         self._free(unit)
         if unit.trained:
+            if self.accumulated:  # they were added to those before
+                unit.forget_gradients()
             self.meter.hold("gathered", -self.reducing)
             self.reducing = unit.gradient
             self.meter.hold("gathered", self.reducing)
-            for parameter in unit.trained:
-                parameter.grad = None
+            self._copy(self.on_cpu * sum(4 * p.numel() if self.accumulated else p.nbytes for p in unit.uneven))
+            unit.forget_gradients()
             self.meter.hold("gradients", unit.gradient // self.shards - unit.gradient * self.accumulated)
+            self._copy(unit.gradient * self.over_gloo)
 
 
 # --- 2. A run ----------------------------------------------------------------------------------------------------
@@ -266,6 +284,7 @@ class Run:
         # Beside the gradients: without a fused kernel the roots of a group's second moments exist at once.
         self.update = self.state["moments"] // 2 + max(groups.values()) * on_cpu
 
+        self.on_cpu = self.over_gloo = on_cpu
         self._fake = FakeTensorMode() if on_cpu else GpuAttention()
         self._tensor = functools.partial(torch.empty, device="cpu" if on_cpu else "meta")
         self.most = MOST["cpu" if on_cpu else "meta"]
@@ -294,7 +313,9 @@ class Run:
             with (
                 self._fake,
                 Meter() as meter,
-                Fsdp(self.lm, self.shards, meter, self.args.num_microbatches > 1).follow(),
+                Fsdp(
+                    self.lm, self.shards, meter, self.args.num_microbatches > 1, self.on_cpu, self.over_gloo
+                ).follow(),
             ):
                 self._forward(batch).backward()
             self._steps[batch, checkpointing] = meter

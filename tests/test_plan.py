@@ -123,6 +123,12 @@ CASES = {
     "lora of 16 steps without checkpointing, float32, prompt, over gloo": (
         LORA, {"duration_sec": 4.0, "gradient_checkpointing": False, "param_dtype": "float32"}, {"dep_q": 16}, 1,
     ),
+    "full, few frames, over gloo": (FULL, {"duration_sec": 1.0}, {}, 1),
+    "full without checkpointing, few frames, float32, over gloo": (
+        FULL, {"duration_sec": 1.0, "gradient_checkpointing": False, "param_dtype": "float32"}, {}, 1,
+    ),
+    "full of few frames on 2 ranks": (FULL, {"duration_sec": 1.0}, {}, 2),
+    "full of few frames on 4 ranks, 3 microbatches": (FULL, {"duration_sec": 1.0, "num_microbatches": 3}, {}, 4),
     "full without checkpointing": (FULL, {"duration_sec": 6.0, "gradient_checkpointing": False}, {}, 1),
     "full on 4 ranks, 3 microbatches": (FULL, {"duration_sec": 4.0, "num_microbatches": 3}, {"dep_q": 16}, 4),
     "full on 2 nodes of 2, float32": (
@@ -136,14 +142,16 @@ CASES = {
 def test_a_step_takes_what_was_planned(case):
     method, values, config, ranks = CASES[case]
     args, kwargs, prompts = settings(**method, **values, prompt={"max_sec": 2.0}), CONFIG | config, "prompt" in case
-    # Gloo, unlike NCCL, copies what it reduces, which with adapters is little.
-    group = session("cpu") if "gloo" in case else ranks_of(ranks, 2)
-    measured = measured_step(args, kwargs, group, 25 * prompts)
+    over_gloo = "gloo" in case
+    measured = measured_step(args, kwargs, session("cpu") if over_gloo else ranks_of(ranks, 2), 25 * prompts)
     sizes = plan.Run(args, kwargs, prompts, ranks, 2)
+    sizes.over_gloo = over_gloo
     planned = sizes.total(args.batch_size, args.gradient_checkpointing)
-    assert planned == pytest.approx(measured, rel=0.01)
+    few = "few frames" in case  # there one tensor more or less of an optimizer's kernels is seen
+    assert planned == pytest.approx(measured, rel=0.05 if few else 0.01)
     # It is the step, not the update, that was compared.
-    assert sizes.step(2, args.gradient_checkpointing).fullest["activations"] > 0.3 * planned
+    step = sizes.step(2, args.gradient_checkpointing)
+    assert step.peak > sizes.update and (few or step.fullest["activations"] > 0.3 * planned)
 
 
 def test_what_stays_is_what_a_rank_keeps():
