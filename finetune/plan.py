@@ -21,7 +21,7 @@ import json
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -126,6 +126,11 @@ def cut(parameter: Tensor, shards: int) -> int:
     return -(-parameter.shape[0] // shards) * math.prod(parameter.shape[1:])
 
 
+def gathered(parameters: Iterable[nn.Parameter], shards: int) -> list[nn.Parameter]:
+    """Those that FSDP takes part in (see distributed.shard)."""
+    return [p for p in parameters if p.requires_grad or shards > 1]
+
+
 class Unit:
     """The parameters that FSDP gathers and frees together: a layer's, or all others'. `size`: bytes when whole, in the
     dtype of the computation; `gradient`: of the trained ones, whole and in float32; `uneven`: of gradients whose rows
@@ -163,7 +168,8 @@ class Fsdp:
         self.layers = [*lm.lm.transformer.layers, *lm.lm.depformer.layers]
         inside = {id(p) for layer in self.layers for p in layer.parameters()}
         others = [p for p in lm.parameters() if id(p) not in inside]
-        self.units = [Unit(list(layer.parameters()), shards) for layer in self.layers] + [Unit(others, shards)]
+        parts = [*(layer.parameters() for layer in self.layers), others]
+        self.units = [Unit(gathered(part, shards), shards) for part in parts]
         self.flat = self.reducing = 0
 
     @contextlib.contextmanager
@@ -346,14 +352,14 @@ class Run:
 
     @functools.cached_property
     def evaluation(self) -> Counter[str]:
-        """What a free-running evaluation has beside the state: the whole model on each rank (evaluate.free_run), and
-        the attention caches of eval_free_samples conversations. Empty without one."""
+        """What a free-running evaluation has beside the state: all that is gathered at once on each rank
+        (evaluate.free_run), and the attention caches of eval_free_samples conversations. Empty without one."""
         if not (self.args.do_eval and self.args.eval_free_samples):
             return Counter()
         lm, samples = self.lm.lm, self.args.eval_free_samples
         with self._fake, listening(lm), Meter() as meter, LMGen(lm).streaming(samples):
             pass  # a step would take seconds even without memory
-        return Counter(whole=sum(p.nbytes for p in lm.parameters()), caches=meter.peak)
+        return Counter(whole=sum(p.nbytes for p in gathered(lm.parameters(), self.shards)), caches=meter.peak)
 
     def total(self, batch: int, checkpointing: bool) -> int:
         """Bytes at the fullest point of the run. Mimi's streams take what is free, so they are no part of it."""
@@ -444,7 +450,7 @@ def tell(sizes: Run, name: str, memory: int, reserve: int) -> tuple[str, bool]:
         ("    gradients, float32", *(step.fullest["gradients"] for step in steps)),
         ("or AdamW's update", sizes.update),
         ("or a free-running evaluation", evaluation.total()),
-        (f"    the whole model, {args.param_dtype}", evaluation["whole"]),
+        (f"    what it gathers of the model, {args.param_dtype}", evaluation["whole"]),
         (f"    caches of {args.eval_free_samples} conversations", evaluation["caches"]),
         ("reserve", reserve),
         ("sum: what stays, the fullest of the others, reserve", *totals),

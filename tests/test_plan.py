@@ -166,7 +166,8 @@ def test_what_stays_is_what_a_rank_keeps():
 
 
 def test_an_evaluation_takes_what_was_planned():
-    args = settings(**LORA, do_eval=True, eval_free_samples=2)
+    # In bfloat16 a CPU's attention packs a layer's keys and values anew for itself.
+    args = settings(**LORA, do_eval=True, eval_free_samples=2, param_dtype="float32")
     codes = torch.randint(0, 400, (17, 6))
     sample = Sample(codes, torch.arange(6) >= 2, None, "a", 4, TextStats())
     with session("cpu") as world:
@@ -237,10 +238,10 @@ def test_a_plan_that_does_not_fit_says_what_would(config, capsys):
     assert code == 1
     would = int(re.search(r"batch_size 400 does not fit 0.5 GiB; (\d+) would\n$", text)[1])
     assert tell(capsys, config, *room, f"batch_size={would}")[0] == 0
-    few = ("batch_size=2", "do_eval=false", "gradient_checkpointing=false", "--gpu-memory", 0.138, "--reserve", 0.1)
+    few = ("batch_size=2", "do_eval=false", "gradient_checkpointing=false", "--gpu-memory", 0.131, "--reserve", 0.1)
     code, text = tell(capsys, config, *few)
     assert code == 1 and text.endswith(
-        "batch_size 2 does not fit 0.138 GiB; 1 with gradient_checkpointing: true would\n"
+        "batch_size 2 does not fit 0.131 GiB; 1 with gradient_checkpointing: true would\n"
     )
     code, text = tell(capsys, config, "eval_free_samples=2000", *room)
     assert code == 1 and "eval_free_samples: 0" in text
