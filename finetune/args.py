@@ -138,7 +138,9 @@ class TrainArgs(Settings):
     param_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of frozen weights and of computation.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU if there is one.")
     sharding: Literal["full", "hybrid", "none"] = Field(
-        "full", description="`full`: parameters cut over all ranks; `hybrid`: within a node; `none`: not cut."
+        "full",
+        description="`full`: parameters cut over all ranks; `hybrid`: within a node; `none`: not cut (with LoRA only "
+        "adapters' gradients travel).",
     )
     compile: bool = Field(False, description="torch.compile on each layer of the training forward.")
     overwrite_run_dir: bool = Field(False, description="Start anew where run_dir holds a run.")

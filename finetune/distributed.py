@@ -227,8 +227,8 @@ def make_mesh(world: World, sharding: str) -> DeviceMesh:
 def shard(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, param_dtype: torch.dtype) -> None:
     """FSDP2 on each of `layers` and on `model` itself; gradients are reduced in float32.
 
-    Frozen parameters, which are in the dtype of the computation already, are left alone where nothing is cut: FSDP would
-    gather copies of them, of a layer in each pass and of the whole model in a free-running evaluation.
+    Frozen parameters, which are in the dtype of the computation already, are left alone where nothing is cut: FSDP
+    would gather copies of them, of a layer in each pass and of the whole model in a free-running evaluation.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     is_cut = mesh.size(-1) > 1
