@@ -5,7 +5,8 @@
 Random weights in Moshi's shape are expanded to PersonaPlex's (8.37 billion parameters, 16.7 GB in bfloat16), read into
 a model, and LoRA-trained for two steps of 25 frames of dialogue. 33 GB of disk are needed, and 20 GB of memory.
 Prints a table: seconds, GB/s, peak resident memory in GB. "Reading" is the file read once in blocks of 16 MB; each
-reader finds the page cache empty.
+reader finds the page cache empty. On a CPU that does not multiply bfloat16 the training multiplies in float32, with
+copies of the matrices of one product at a time, and rounds; all else is as ever.
 """
 
 import json
@@ -37,6 +38,29 @@ lm = model.build_lm(model.lm_kwargs(checkpoint, model.PERSONAPLEX), torch.bfloat
 began = time.perf_counter()
 model.fill(lm, weights, 0)
 print(time.perf_counter() - began)
+"""
+
+_TRAIN = """
+import contextlib, torch, train
+from torch.utils._python_dispatch import TorchDispatchMode
+from finetune.cli import run
+from finetune.distributed import multiplies_bfloat16
+from finetune.model import PERSONAPLEX
+
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
+
+class InFloat32(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, kind = kwargs or {}, function._overloadpacket
+        if args and isinstance(args[-1], torch.Tensor) and args[-1].dtype == torch.bfloat16:
+            if kind is torch.ops.aten.baddbmm_:
+                return args[0].copy_(torch.baddbmm(*(tensor.float() for tensor in args), **kwargs))
+            if kind in PRODUCTS:
+                return function(*(tensor.float() for tensor in args), **kwargs).bfloat16()
+        return function(*args, **kwargs)
+
+with contextlib.nullcontext() if multiplies_bfloat16(torch.device("cpu")) else InFloat32():
+    run(lambda: train.main(PERSONAPLEX, ""))
 """
 
 
@@ -110,8 +134,9 @@ def main() -> None:
         precompute_codes.main([*manifests, "--output-dir", str(work / "codes"), "--hf-repo", str(work / "base"),
                                "--device", "cpu", "--no-exact"])  # fmt: skip
         forget(weights)
+        (work / "two_steps.py").write_text(_TRAIN)
         _, seconds, peak = process(
-            "train_personaplex.py", "example/tiny.yaml", f"run_dir={work / 'run'}", "max_steps=2", "duration_sec=2",
+            work / "two_steps.py", "example/tiny.yaml", f"run_dir={work / 'run'}", "max_steps=2", "duration_sec=2",
             "batch_size=1", "param_dtype=bfloat16", "gradient_checkpointing=true", "lora.rank=8", "log_freq=1",
             "prompt.drop_text=1", "prompt.drop_voice=1", "do_eval=false", "do_ckpt=false", "num_ckpt_keep=1",
             f"data.train_data={work / 'codes/train_precomputed.jsonl'}", f"prompt.voices_dir={work / 'data/voices'}",
