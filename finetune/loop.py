@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,10 @@ class Stop:
             os.kill(os.getpid(), number)
 
 
+class Interrupted(Exception):
+    """A signal came during an evaluation."""
+
+
 def train(
     args: TrainArgs,
     world: World,
@@ -105,9 +110,15 @@ def train(
             if world.is_main:
                 logger.info("saved %s in %.1f s", path, time.perf_counter() - began)
 
+    def until_stopped(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
+            if world.sum(torch.tensor(stop.signal or 0)):  # on any rank: all leave together
+                raise Interrupted
+
     def hold_out() -> None:
         began = time.perf_counter()
-        row = evaluate(model, data.eval_batches(), weights, world)
+        row = evaluate(model, until_stopped(data.eval_batches()), weights, world)
         trouble = None
         samples = []
         if args.eval_free_samples:  # one rank's reading for all: replying is a collective
@@ -134,7 +145,10 @@ def train(
 
     # At the start, and where a run was stopped between a checkpoint and its evaluation.
     if args.do_eval and _evaluation_due(args, progress.step) and not metrics.evaluated(progress.step, world):
-        hold_out()
+        try:
+            hold_out()
+        except Interrupted:
+            return _stopped(stop, world, progress.step, True, args.do_ckpt)
 
     stream = data.batches(progress.position) if progress.step < args.max_steps else iter(())
     since_log = Interval()
@@ -204,7 +218,12 @@ def train(
         if args.do_ckpt and (last or frequent or wants_save or signalled):
             save()
         if args.do_eval and _evaluation_due(args, step) and not signalled:
-            hold_out()
+            try:
+                hold_out()
+            except Interrupted:  # made up for when the run goes on
+                signalled = True
+                if args.do_ckpt and saved_step != step:
+                    save()
         if signalled:
             return _stopped(stop, world, step, saved_step == step, args.do_ckpt)
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from finetune import checkpointing
 from finetune.cli import UserError
+from finetune.data.setup import Data
 from finetune.loop import EXIT_PREEMPTED
 from finetune.model import MOSHI, PERSONAPLEX
 
@@ -160,6 +161,28 @@ def test_a_checkpoint_beyond_the_one_gone_on_from_does_not_outlive_new_ones(stra
     (later / "train_state.json").write_text("{")
     assert train_here(config, PERSONAPLEX, ("num_ckpt_keep=1",)) == 0
     assert [step for step, _ in checkpointing.checkpoints(tmp_path / "run")] == [STEPS]
+
+
+def test_a_signal_does_not_wait_for_an_evaluation_to_end(world, tmp_path, monkeypatch):
+    config = write_config(tmp_path, world, **SETTINGS | {"do_eval": True, "eval_freq": 2, "ckpt_freq": 0})
+    evaluations, batches = [], Data.eval_batches
+
+    def eval_batches(data):
+        evaluations.append(0)
+        for batch in batches(data):
+            evaluations[-1] += 1
+            if len(evaluations) in (1, 3):  # at the start, and of the second run at step 2
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Data, "eval_batches", eval_batches)
+    assert train_here(config, PERSONAPLEX) == EXIT_PREEMPTED
+    assert train_here(config, PERSONAPLEX) == EXIT_PREEMPTED
+    assert [step for step, _ in checkpointing.checkpoints(tmp_path / "run")] == [2]
+    assert train_here(config, PERSONAPLEX) == 0
+    assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [0, 2, 4, 6]
+    whole = evaluations[-1]
+    assert whole > 1 and evaluations == [1, whole, 1, whole, whole, whole]
 
 
 def test_an_evaluation_that_a_signal_left_out_is_made_up_for(world, tmp_path):
