@@ -100,7 +100,7 @@ def run_training(args: TrainArgs, spec: model.Spec, world: World) -> int:
     artefact = checkpointing.Artefact(model.inference_config(checkpoint, kwargs), adapters, dtype)
 
     # 5. The loop.
-    with Stop() as stop, contextlib.closing(metrics):
+    with Stop() as stop, contextlib.closing(metrics), contextlib.closing(data):
         return train(
             args, world, folder, training_lm, optimizer, data, artefact, progress, metrics, stop
         )  # fmt: skip

@@ -276,3 +276,13 @@ def test_evaluation_is_the_same_each_time_on_one_and_two_ranks(world, personaple
     one_rank = rows(tmp_path / "run", "eval")[0]
     assert one_rank["samples"] == two_ranks["samples"] == 3
     assert one_rank["loss"] == pytest.approx(two_ranks["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("codes", ["stored", "live"])
+def test_the_end_does_not_wait_for_workers(world, tmp_path, codes):
+    """Nor for the garbage collector, which need not come: frames that an exception has kept refer to the stream."""
+    sources = live(world) if codes == "live" else {}
+    config = write_config(tmp_path, world, **sources, **{"max_steps": 1, "do_ckpt": False, "data.num_workers": 2})
+    begin = "import gc; gc.disable(); import train; from finetune.cli import run; run(train.main)"
+    script("-c", begin, config, timeout=60)
+    assert len(rows(tmp_path / "run")) == 1

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,6 +71,7 @@ class Data:
                 self.prompter.voices = load(wanted)
             if all(windows.precomputed for windows in sources):
                 self.mimi.cache_clear()  # it was wanted for new voices only
+        self._streams: weakref.WeakSet[Iterator] = weakref.WeakSet()
         self._checkpoint = checkpoint
         self._tokenizers = {id(w): self._tokenizer(w) for w in (self.train, self.held_out) if w is not None}
 
@@ -86,10 +88,18 @@ class Data:
 
     def _iterate(self, windows: Windows, position: int = 0, **settings) -> Iterator[Batch]:
         share = Share(self.args.batch_size, self.world.rank, self.world.size, position)
-        return dataset.get_dataset_iterator(
+        stream = dataset.get_dataset_iterator(
             windows, self._tokenizers[id(windows)], share, self.delays, self.dep_q,
             workers=self.args.data.num_workers, pin=self.world.device.type == "cuda", **settings,
         )  # fmt: skip
+        self._streams.add(stream)
+        return stream
+
+    def close(self) -> None:
+        """Ends all streams and with them their workers, for which the end of the process would wait: who still refers
+        to a stream (an exception that some library keeps is enough) does not matter."""
+        for stream in list(self._streams):
+            stream.close()
 
     def batches(self, position: int) -> Iterator[Batch]:
         """This rank's microbatches, from a position of the endless stream of windows on."""
