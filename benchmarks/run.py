@@ -20,7 +20,7 @@ from finetune.cli import Parser, run
 from finetune.distributed import multiplies_bfloat16
 
 COMMANDS = {
-    "Training step, long windows": ["benchmarks.step", "--no-stock", "--frames", "1250"],
+    "Training step, long windows": ["benchmarks.step", "--no-stock", "--frames", "1250", "--dep-q", "16"],
     "Training step against moshi's own": ["benchmarks.step", "--frames", "250", "--repeats", "5"],
     "Loading": ["benchmarks.loading"],
     "Encoding": ["benchmarks.precompute", "--scale", "0.1", "--only", "speed", "equality"],

@@ -189,6 +189,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="steps per path, taken in turns")
     parser.add_argument("--frames", type=int, nargs="+", default=[250, 1250], help="window lengths")
+    parser.add_argument("--dep-q", type=int, nargs="+", default=[8, 16], help="depformer steps: Moshi's, PersonaPlex's")
     parser.add_argument("--no-stock", action="store_true", help="leave out moshi's own path, which takes minutes")
     args = parser.parse_args()
     torch._dynamo.config.disable = True
@@ -196,7 +197,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()}")
     timings = []
     for frames in args.frames:
-        for dep_q in (8, 16):
+        for dep_q in args.dep_q:
             # Stock time grows with the frames and is measured once, where its factor is claimed.
             stock = ["stock"] if dep_q == 8 and frames == min(args.frames) and not args.no_stock else []
             timings += time_steps(dep_q, frames, [*stock, "contiguous", "ours"], args.repeats)

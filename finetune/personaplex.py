@@ -154,10 +154,10 @@ class Prompt(NamedTuple):
     embeddings: Tensor | None
 
 
-def phase(text: Sequence[int], agent: Tensor, user: Tensor) -> Tensor:
+def phase(text: Sequence[int] | Tensor, agent: Tensor, user: Tensor) -> Tensor:
     """[17, T] frames out of a text of T ids, agent codes [8, T or 1] and user codes [8, T or 1]."""
     length = len(text)
-    row = torch.tensor(list(text), dtype=torch.int64).view(1, length)
+    row = torch.as_tensor(text, dtype=torch.int64).view(1, length)
     return torch.cat([row, agent.expand(CODEBOOKS, length), user.expand(CODEBOOKS, length)])
 
 

@@ -333,7 +333,7 @@ class Tokenizer(abc.ABC):
     def _assemble(self, draft: Draft, codes: Tensor, voice_codes: Tensor | None) -> Sample:
         """A sample out of a draft, its dialogue's codes [16, T] and those of a voice encoded just now [8, N]."""
         frames = codes.shape[1]
-        sequence = phase(draft.text.tolist(), codes[:CODEBOOKS], codes[CODEBOOKS:])
+        sequence = phase(draft.text, codes[:CODEBOOKS], codes[CODEBOOKS:])
         mask = torch.ones(frames, dtype=torch.bool)
         embeddings, ids, voice, voiceless = None, [], None, False
         if draft.prompt is not None:

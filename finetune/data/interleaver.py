@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import sentencepiece
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ MAIN_SPEAKER = "SPEAKER_MAIN"  # moshi-finetune's label of the agent
 Word = tuple[str, float, float]  # text, start and end in seconds from the start of the file
 LONGEST_WORD_SEC = 60.0  # what claims to last longer is a mistake, and is not said again in later windows
 _start = operator.itemgetter(1)
+_ROUNDING = 5e-7  # of a frame: a word at 0.08 s is due in frame 1, whatever 0.08 is in binary
 
 
 @dataclass
@@ -95,9 +97,9 @@ class Interleaver:
         out = [TEXT_PAD] * frames
         stats = TextStats()
         cursor = 0  # the first frame that no token has taken
-        due_words = [word for word in self._in_window(words, start_sec, frames) if self.encode(word[0])]
-        for i, (text, due, room) in enumerate(due_words):
-            ids = self.encode(text)
+        found = [(self.encode(text), due, room) for text, due, room in self._in_window(words, start_sec, frames)]
+        due_words = [word for word in found if word[0]]
+        for i, (ids, due, room) in enumerate(due_words):
             stats.words += 1
             if due < 0:
                 # It began before the window and was said there in full; here it is repeated only if all of it fits
@@ -122,7 +124,7 @@ class Interleaver:
                 cursor = last
             stats.placed += count
             stats.dropped += len(ids) - count
-        return torch.tensor(out, dtype=torch.int64), stats
+        return torch.from_numpy(np.array(out, dtype=np.int64)), stats
 
     def _in_window(self, words: Sequence[Word], start_sec: float, frames: int) -> list[tuple[str, int, int]]:
         """(text, due frame, frames until its end) of the words that touch the window, counted from its start."""
@@ -131,8 +133,8 @@ class Interleaver:
         first = bisect.bisect_left(words, start_sec - LONGEST_WORD_SEC, key=_start)
         last = bisect.bisect_right(words, start_sec + (frames + 1) / self.frame_rate, lo=first, key=_start)
         for text, start, end in words[first:last]:
-            due = math.floor(round((start - start_sec) * self.frame_rate, 6))
-            room = math.ceil(round((end - start_sec) * self.frame_rate, 6))
+            due = math.floor((start - start_sec) * self.frame_rate + _ROUNDING)
+            room = math.ceil((end - start_sec) * self.frame_rate - _ROUNDING)
             if due < frames and (due >= 0 or room > 0):
                 found.append((text, due, room))
         return found
