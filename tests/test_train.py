@@ -228,7 +228,11 @@ def test_a_step_reads_one_tensor_back(world, tmp_path, monkeypatch):
     batches is the workers' work, so it is done before."""
     settings = {"do_eval": False, "do_ckpt": False, "log_freq": 100, "num_microbatches": 2, "batch_size": 1}
     batches = dataset.get_dataset_iterator
-    ahead = lambda *args, **kwargs: iter(list(itertools.islice(batches(*args, **kwargs), 20)))
+
+    def ahead(*args, **kwargs):
+        read = list(itertools.islice(batches(*args, **kwargs), 20))
+        return (batch for batch in read)
+
     monkeypatch.setattr(dataset, "get_dataset_iterator", ahead)
     counts = []
     for steps in (1, 2, 5):  # the first also fills the cache of voices
