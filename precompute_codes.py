@@ -75,13 +75,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hf-repo", default=MOSHI.default_repo, help="hub repository or folder of the model to train")
     parser.add_argument("--mimi-path", help="Mimi weights in place of the repository's")
     parser.add_argument("--device", help="cpu, cuda or cuda:1; default: cuda if there is one")
+    parser.add_argument("--lanes", type=int, help="channels encoded at once; default: 32 on a CPU, 64 on a GPU")
     parser.add_argument(
-        "--lanes", type=int, help="channels encoded at once; default: 8 on a CPU (32 with --no-exact), 64 on a GPU"
-    )
-    parser.add_argument(
-        "--exact", action=argparse.BooleanOptionalAction, default=None,
-        help="codes equal to the last bit to those of one stream alone; without, one in some ten thousand may differ "
-        "from them, and many lanes pay; default: on a CPU, not on a GPU",
+        "--exact", action="store_true", help="sums as for one stream alone, so that no near tie falls otherwise in a "
+        "batch (none to one code in a thousand do); four times slower on a CPU",
     )  # fmt: skip
     parser.add_argument(
         "--same-speaker", action="store_true", help="also encode agents' speech for prompt.voice: same_speaker"
@@ -252,7 +249,9 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
         for folder in {os.path.dirname(item.codes) for item in todo}:
             make_folder(Path(folder))
         mimi = checkpoint.mimi(device)
-        lanes = min(args.lanes or codec.default_lanes(device, args.exact), CHANNELS * max(1, len(todo)))
+        if device.type == "cpu":
+            codec.keep_freed_memory()
+        lanes = min(args.lanes or codec.default_lanes(device), CHANNELS * max(1, len(todo)))
         started = time.monotonic()
         encoded_sec = 0.0
         with Progress([item.duration for item in todo], "encoding") as bar:

@@ -48,7 +48,7 @@ def prepare(folder: Path, hours: float) -> None:
     manifests = [str(folder / f"data/{split}.jsonl") for split in ("train", "eval")]
     subprocess.run(
         [sys.executable, "precompute_codes.py", *manifests, "--output-dir", str(folder / "codes"), "--hf-repo",
-         str(folder / "model"), "--device", "cpu", "--no-exact"],
+         str(folder / "model"), "--device", "cpu"],
         check=True,
     )  # fmt: skip
 

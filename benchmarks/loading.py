@@ -100,7 +100,7 @@ def main() -> int:
         split = {s: folder / f"data/{s}.jsonl" for s in ("train", "eval")}
         python = lambda *command: subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
         python("precompute_codes.py", *split.values(), "--output-dir", folder / "codes", "--hf-repo", folder / "model",
-               "--device", "cpu", "--no-exact")  # fmt: skip
+               "--device", "cpu")  # fmt: skip
         toy.make_model(folder / "larger", **LARGER)
         waits = {}
         training = lambda model, run, steps: [

@@ -132,7 +132,7 @@ def main() -> None:
         toy.make_corpus(work / "data", hours=0.01)
         manifests = [str(work / f"data/{split}.jsonl") for split in ("train", "eval")]
         precompute_codes.main([*manifests, "--output-dir", str(work / "codes"), "--hf-repo", str(work / "base"),
-                               "--device", "cpu", "--no-exact"])  # fmt: skip
+                               "--device", "cpu"])  # fmt: skip
         forget(weights)
         (work / "two_steps.py").write_text(_TRAIN)
         _, seconds, peak = process(

@@ -59,7 +59,7 @@ def main() -> int:
         toy.make_corpus(folder / "data", hours=0.05)
         manifests = [str(folder / f"data/{split}.jsonl") for split in ("train", "eval")]
         precompute_codes.main([*manifests, "--output-dir", str(folder / "codes"), "--hf-repo", str(folder / "model"),
-                               "--device", "cpu", "--no-exact"])  # fmt: skip
+                               "--device", "cpu"])  # fmt: skip
     for name in ("straight", "killed"):
         shutil.rmtree(folder / name, ignore_errors=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}

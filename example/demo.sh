@@ -13,7 +13,7 @@ python -m finetune.toy "$run/world" --hours 0.25
 
 say "2. Mimi codes of the dialogues, once, so that training never runs Mimi"
 python precompute_codes.py "$run/world/data/train.jsonl" "$run/world/data/eval.jsonl" \
-  --output-dir "$run/codes" --hf-repo "$run/world/model" --device cpu --no-exact
+  --output-dir "$run/codes" --hf-repo "$run/world/model" --device cpu
 
 say "3. Full fine-tuning of Moshi (8 codebooks: it predicts the agent)"
 python train.py example/tiny_moshi.yaml

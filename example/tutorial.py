@@ -164,7 +164,7 @@ run("-m", "finetune.check_data", config, "--report", FOLDER / "data_report.png")
 # %%
 run(
     "precompute_codes.py", FOLDER / "data/calls.jsonl", FOLDER / "data/calls_eval.jsonl",
-    "--output-dir", FOLDER / "codes", "--hf-repo", FOLDER / "world/model", "--device", "cpu", "--no-exact",
+    "--output-dir", FOLDER / "codes", "--hf-repo", FOLDER / "world/model", "--device", "cpu",
 )  # fmt: skip
 
 # %% [markdown]

@@ -319,7 +319,7 @@ def save_same_speaker(
     mimi: MimiModel,
     fingerprint: str,
     speakers: Sequence[str] = (MAIN_SPEAKER,),
-    exact: bool | None = None,
+    exact: bool = False,
 ) -> dict[Path, str]:
     """Encodes the `same_speaker` stretches of recordings beside their codes.
 

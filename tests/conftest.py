@@ -42,7 +42,7 @@ def world(tmp_path_factory) -> Path:
     toy.make_corpus(folder / "data", hours=0.05, seed=0)
     done = precompute_codes.main([
         *(str(folder / f"data/{split}.jsonl") for split in ("train", "eval")), "--output-dir", str(folder / "codes"),
-        "--hf-repo", str(folder / "model"), "--device", "cpu", "--no-exact",
+        "--hf-repo", str(folder / "model"), "--device", "cpu",
     ])  # fmt: skip
     assert done == 0
     return folder

@@ -5,19 +5,20 @@ lanes of one streaming batch: a lane whose stream ends is reset and takes the ne
 and memory does not depend on how long a stream is.
 
 Floating-point sums depend on the shape of the matrices that they are part of. A batch therefore gives other last bits
-than one stream alone, and once in a while another code where two are about equally near. `exact` avoids that: sums
-are made lane by lane, in the very calls that one stream alone would make, and only the rest for all lanes at once.
-Every code then equals that of a server with one stream on the same machine, whatever else is in the batch. This is
-the default on a CPU. A GPU would spend its time on launching the calls; its default is the plain batch, in full
-float32, because TF32 changes far more codes than batching does.
+than one stream alone, and once in a while another code where two are about equally near: less than another machine,
+or a GPU for a CPU, would. A GPU's batch is in full float32, because TF32 changes far more codes than batching does.
+`exact` avoids it: sums are made lane by lane, in the very calls that one stream alone would make, and only the rest
+for all lanes at once. Every code then equals that of a server with one stream on the same machine, whatever else is
+in the batch, in four times the time on a CPU; a GPU would spend its time on launching the calls.
 """
 
+import ctypes
 import errno
 import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,24 +39,34 @@ CODEBOOKS = 8  # of Mimi's 32: what Moshi hears and says per channel (moshi/mode
 
 # --- 1. Encoding -----------------------------------------------------------------------------------------------
 
-EXACT_LANES = 8  # on a CPU, where more gain nothing
-LANES = {"cpu": 32, "cuda": 64}  # of the plain batch
+LANES = {"cpu": 32, "cuda": 64}
 _TRAINING_LANES = 32  # on a GPU that also trains: 1.3 GB. Always as many, so that codes depend on the sound alone
 _LANE_BYTES = 40 * 2**20  # of GPU memory, with the real Mimi: 16 MB are keys and values, the rest activations
 _COLLECT_FRAMES = 32  # codes stay in batches for so long: fetching them makes the host of a GPU wait
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 # How often free lanes are filled. On a GPU a reset is some 250 launches, as long as half a frame: lanes share one.
 _REFILL_FRAMES = {"cpu": 1, "cuda": 8}
 
 
-def default_lanes(device: torch.device | str, exact: bool | None = None) -> int:
+def default_lanes(device: torch.device | str) -> int:
     """How many channels to encode at once where nothing else runs: as many as pay, on a GPU also as many as fit."""
     device = torch.device(device)
     if device.type != "cuda":
-        return LANES["cpu"] if exact is False else EXACT_LANES
+        return LANES["cpu"]
     # What torch keeps for later is not free to others, but it is to torch.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + kept
     return max(2, min(LANES["cuda"], free // _LANE_BYTES // 2 * 2))
+
+
+def keep_freed_memory() -> None:
+    """Makes malloc keep what this process frees. Frames ask for the same few large blocks again and again; returned
+    to the system in between, they come back page by page, which on a CPU is a quarter of the time. Without glibc: as
+    it was."""
+    with suppress(TypeError, OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def encode(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | None = None) -> list[Tensor]:
@@ -64,7 +75,8 @@ def encode(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | N
     Args:
         mimi: not streaming; it streams meanwhile and is left as it was.
         wavs: float32 [samples] at 24 kHz, of any lengths; the last frame is filled up with silence.
-        exact: see the module's docstring; None: on a CPU.
+        exact: see the module's docstring; None: on a CPU, so that codes depend on the sound alone, as on a GPU, where
+            the batch is always as large.
     Returns:
         int64 [codebooks, ceil(samples / 1920)] each, on the CPU.
     Raises:
@@ -73,8 +85,9 @@ def encode(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | N
     if not len(wavs):
         return []
     order = sorted(range(len(wavs)), key=lambda i: -len(wavs[i]))  # so that lanes end together
-    plain_on_gpu = _device(mimi).type == "cuda" and not exact
-    lanes = _TRAINING_LANES if plain_on_gpu else min(len(wavs), default_lanes("cpu", exact))
+    on_cuda = _device(mimi).type == "cuda"
+    exact = not on_cuda if exact is None else exact
+    lanes = _TRAINING_LANES if on_cuda and not exact else min(len(wavs), LANES["cpu"])
     codes = {}
     # Recording a CUDA graph, two for each call of this function, would hand all memory that torch keeps back first.
     with no_cuda_graph(), closing(encode_streams(mimi, ([wavs[i]] for i in order), lanes, exact)) as results:
@@ -86,7 +99,7 @@ def encode(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | N
 
 
 def encode_streams(
-    mimi: MimiModel, sources: Iterable[Iterable[Tensor | np.ndarray]], lanes: int, exact: bool | None = None
+    mimi: MimiModel, sources: Iterable[Iterable[Tensor | np.ndarray]], lanes: int, exact: bool = False
 ) -> Iterator[tuple[int, Tensor | UserError]]:
     """Codes of any number of recordings of any length, `lanes` channels at a time.
 
@@ -95,7 +108,7 @@ def encode_streams(
         sources: one iterable per recording, over pieces of any lengths, float32 [samples] or [channels, samples] on
             the CPU, at 24 kHz. A channel takes a lane. The next recording is asked for one ahead of need and pieces
             when they are needed: whoever reads ahead in threads lets decoding overlap with encoding.
-        exact: see the module's docstring; None: on a CPU.
+        exact: see the module's docstring.
     Yields:
         (index of the recording, int16 [channels, codebooks, frames] on the CPU) in the order in which they end, or in
         place of the codes a UserError: what its source raised, or that it is empty.
@@ -103,7 +116,6 @@ def encode_streams(
         UserError: a recording has more channels than there are lanes.
     """
     on_cuda = _device(mimi).type == "cuda"
-    exact = not on_cuda if exact is None else exact
     refill_frames = _REFILL_FRAMES["cuda" if on_cuda else "cpu"]
     recordings = (_Recording(index, source) for index, source in enumerate(sources))
     waiting = next(recordings, None)
