@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -379,3 +380,19 @@ def test_codes_of_another_codec_or_of_changed_audio_are_refused_with_both_names(
     wav.write_bytes(b"other")
     with pytest.raises(UserError, match=rf"call\.pt: made of audio {loaded['audio']}, .*call\.wav is now "):
         codec.check(loaded, path, "mimi-a", wav)
+
+
+def test_audio_of_the_same_date_is_not_read(entry):
+    path, wav = entry[1], entry[1].with_suffix(".wav")
+    for nanoseconds, read in ((10**9 + 7, False), (10**9, True)):  # a clock of whole seconds cannot tell
+        wav.write_bytes(b"sound")
+        os.utime(wav, ns=(nanoseconds, nanoseconds))
+        codec.save_codes(path, entry[0], 7.95, "mimi-a", codec.audio_fingerprint(wav), codec.audio_stamp(wav))
+        loaded = codec.load_codes(path)
+        wav.write_bytes(b"other")
+        os.utime(wav, ns=(nanoseconds, nanoseconds))
+        with pytest.raises(UserError, match="has changed since") if read else nullcontext():
+            codec.check(loaded, path, "mimi-a", wav)
+        os.utime(wav, ns=(nanoseconds + 9, nanoseconds + 9))
+        with pytest.raises(UserError, match="has changed since"):
+            codec.check(loaded, path, "mimi-a", wav)

@@ -389,10 +389,11 @@ def audio_stamp(path: Path) -> dict[str, str | int]:
     Raises UserError if the file cannot be read.
     """
     with _reading(path) as file:
+        date = os.fstat(file.fileno()).st_mtime_ns  # before it is read: what is written meanwhile makes it another
         digest = hashlib.sha256()
         while block := file.read(2**20):
             digest.update(block)
-        return {"audio_mtime_ns": os.fstat(file.fileno()).st_mtime_ns, "audio_sha256": digest.hexdigest()}
+        return {"audio_mtime_ns": date, "audio_sha256": digest.hexdigest()}
 
 
 @contextmanager
@@ -478,8 +479,9 @@ def check(
 ) -> None:
     """Raises UserError if codes (from `path`) were made by another codec, or of audio that has changed since.
 
-    What is None is not checked, nor is audio that is not there: training on codes does not need it. `thorough` reads
-    all of an audio file whose date is another: an edit in place may fall between the blocks of its fingerprint.
+    What is None is not checked, nor is audio that is not there: training on codes does not need it. Audio of the same
+    date is the same, unless its file system counts in whole seconds. `thorough` reads all of a file of another date: an
+    edit in place may fall between the blocks of its fingerprint.
     """
     name = "codes" if path is None else str(path)
     if mimi_fingerprint is not None and entry["mimi"] != mimi_fingerprint:
@@ -487,13 +489,19 @@ def check(
             f"{name}: made by Mimi {entry['mimi']}, and this model's is {mimi_fingerprint}; run precompute_codes.py "
             "again with this model's --hf-repo or --mimi-path"
         )
-    if audio_path is not None and Path(audio_path).exists():
-        now = audio_fingerprint(audio_path)
-        changed = entry["audio"] != now
-        if thorough and not changed and entry.get("audio_mtime_ns") not in (None, os.stat(audio_path).st_mtime_ns):
-            changed = entry["audio_sha256"] != audio_stamp(audio_path)["audio_sha256"]
-        if changed:
-            raise UserError(
-                f"{name}: made of audio {entry['audio']}, and {audio_path} is now {now}: it has changed since; "
-                "run precompute_codes.py again"
-            )
+    try:
+        date = None if audio_path is None else os.stat(audio_path).st_mtime_ns
+    except OSError:
+        return
+    then = entry.get("audio_mtime_ns")
+    if date is None or (date == then and date % 10**9):
+        return
+    now = audio_fingerprint(audio_path)
+    changed = entry["audio"] != now
+    if thorough and not changed and then not in (None, date):
+        changed = entry["audio_sha256"] != audio_stamp(audio_path)["audio_sha256"]
+    if changed:
+        raise UserError(
+            f"{name}: made of audio {entry['audio']}, and {audio_path} is now {now}: it has changed since; "
+            "run precompute_codes.py again"
+        )

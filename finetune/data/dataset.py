@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from moshi.models import MimiModel
+from pydantic_core import from_json
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -316,10 +317,10 @@ class Tokenizer(abc.ABC):
         """((words, prompt fields) of the `.json` beside an audio file, their rough size in bytes)."""
         file = sidecar(path)
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
+            raw = from_json(file.read_bytes())  # in less than half of json's time
         except FileNotFoundError:
             raise UserError(f"{file}: missing; run annotate.py to make it") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{file}: not readable as JSON ({error}); remove it and run annotate.py again") from None
         if not isinstance(raw, dict) or "alignments" not in raw:
             raise UserError(f'{file}: has no "alignments"; run annotate.py to make them')
