@@ -3,8 +3,9 @@
     python -m benchmarks.loading
 
 Live encoding uses the real-size Mimi with random weights. Pre-computed samples come from files of 100 s and of 10
-minutes, each of another file than the one before, text included. The first of a file parses all of its words. The share of waiting is `train.py`'s (data_wait) on the tiny model and
-on one of some 50 million parameters. The first step is that of a fresh process on the tiny model.
+minutes, each of another file than the one before, text included; the first of a file parses all of its words. The share
+of waiting is `train.py`'s (data_wait) on the tiny model and on one of some 50 million parameters. The first step is
+that of a fresh process on the tiny model.
 """
 
 import json

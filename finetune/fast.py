@@ -256,26 +256,23 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ce, hits = torch.zeros(2, len(x), device=x.device).unbind()
         wanted = [True, *ctx.needs_input_grad[2:5]]
-        valid = targets[..., None] != NO_TARGET
-        x = x * valid  # of a row of zeros the weights learn nothing; cheaper than to zero its gradients of all logits
         dx, totals = torch.empty_like(x) if train else None, [None, None, None]
         wide = (x, targets[..., None], dx if train else x)
         for chunk, target, dchunk in zip(*(_chunks(t, len(x) * weight.shape[1], LOGITS_PER_CHUNK) for t in wide)):
+            valid, index = target != NO_TARGET, target.clamp(min=0)
+            chunk = chunk * valid  # of zeros the weights learn nothing; cheaper than to zero gradients of all logits
             logits, low = _product(chunk, weight, a, b, scaling)
-            probability = logits.float().softmax(-1)
+            probability = logits.softmax(-1, dtype=torch.float32)
             highest, best = probability.max(-1, keepdim=True)
-            index = target.clamp(min=0)
             # -log p(target), by way of the best one because p(target) may underflow.
             surprise = logits.gather(-1, best).float() - logits.gather(-1, index).float() - highest.log()
-            ce += torch.where(target != NO_TARGET, surprise, 0).sum((1, 2))
+            ce += torch.where(valid, surprise, 0).sum((1, 2))
             hits += (best == target).sum((1, 2))
             if train:
                 dlogits = probability.scatter_add_(-1, index, torch.full_like(highest, -1)).to(x.dtype)
                 found = _product_gradients(dlogits, chunk, weight, a, b, low, scaling, wanted)
-                dchunk.copy_(found[0])
+                torch.mul(found[0], valid, out=dchunk)
                 totals = _accumulate(totals, found[1:])
-        if train:
-            dx.mul_(valid)
         ctx.save_for_backward(dx, *(total if total is None else total.to(x.dtype) for total in totals))
         ctx.mark_non_differentiable(hits)
         return ce, hits
