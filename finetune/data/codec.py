@@ -5,11 +5,12 @@ lanes of one streaming batch: a lane whose stream ends is reset and takes the ne
 and memory does not depend on how long a stream is.
 
 Floating-point sums depend on the shape of the matrices that they are part of. A batch therefore gives other last bits
-than one stream alone, and once in a while another code where two are about equally near: less than another machine,
-or a GPU for a CPU, would. A GPU's batch is in full float32, because TF32 changes far more codes than batching does.
-`exact` avoids it: sums are made lane by lane, in the very calls that one stream alone would make, and only the rest
-for all lanes at once. Every code then equals that of a server with one stream on the same machine, whatever else is
-in the batch, in four times the time on a CPU; a GPU would spend its time on launching the calls.
+than one stream alone, and once in a while another code where two are about equally near: in up to one code of a
+thousand, as a server with another number of threads or another processor does (NOTES.md). A GPU's batch is in full
+float32, because TF32 changes far more codes than that. `exact` avoids it: sums are made lane by lane, in the very calls
+that one stream alone would make, and only the rest for all lanes at once. Every code then equals that of a server with
+one stream on the same machine, whatever else is in the batch, in four times the time on a CPU; a GPU would spend its
+time on launching the calls.
 """
 
 import ctypes
