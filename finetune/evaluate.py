@@ -8,7 +8,7 @@ no verdict: models have scored 98.8 % of the text and said nothing when left alo
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import sentencepiece
@@ -54,11 +54,14 @@ def evaluate(lm: TrainingLM, batches: Iterable[Batch], weights: Tensor, world: W
     return loss.report(ce, correct, counts, weights) | {"samples": int(samples), "skipped": int(skipped)}
 
 
-def free_run(lm: TrainingLM, samples: list[Sample], max_sec: float, seed: int) -> list[tuple[Tensor, Reply]]:
+def free_run(
+    lm: TrainingLM, samples: list[Sample], max_sec: float, seed: int, each_second: Callable[[], None] = lambda: None
+) -> list[tuple[Tensor, Reply]]:
     """(user codes [8, T], reply) of held-out samples, each after its own prompt, of at most `max_sec` seconds.
 
     With a sharded model all ranks have to call this with the same samples, and each gets all replies. The model is
     gathered for the whole time, in the dtype that it computes in: some thousand steps would gather it as often.
+    What `each_second` of dialogue raises ends it.
     """
     frames = int(max_sec * FRAME_RATE)
     prompts, users = [], []
@@ -78,7 +81,8 @@ def free_run(lm: TrainingLM, samples: list[Sample], max_sec: float, seed: int) -
     try:
         for group in groups.values():
             with no_cuda_graph():  # FSDP's hooks would be captured with the layers
-                said = generate(lm.lm, [prompts[i] for i in group], [users[i] for i in group], seed=seed)
+                said = generate(lm.lm, [prompts[i] for i in group], [users[i] for i in group], seed=seed,
+                                each_second=each_second)  # fmt: skip
             replies |= dict(zip(group, said))
     finally:
         for module in sharded:

@@ -11,7 +11,7 @@ depformer is causal over codebooks, so the other 8 would change nothing.
 
 import json
 import wave
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 from finetune import dialogue, model
 from finetune.cli import Parser, UserError, run
 from finetune.data import audio, codec
-from finetune.data.audio import FRAME_SIZE, SAMPLE_RATE
+from finetune.data.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
 from finetune.distributed import multiplies_bfloat16, pick_device
 from finetune.export import DTYPES, Source, open_source
 from finetune.jobs import replacing
@@ -78,6 +78,7 @@ def generate(
     users: Sequence[Tensor],
     sampling: Sampling = Sampling(),
     seed: int | None = 0,
+    each_second: Callable[[], None] = lambda: None,
 ) -> list[Reply]:
     """Replies to several users at once; each is what it would be alone, up to the random numbers it draws.
 
@@ -85,6 +86,7 @@ def generate(
         prompts: one a conversation; None: without. Prompts with embeddings have to be of one length.
         users: [8, T_i] int64 codes of what each user says.
         seed: of torch's generators; None leaves them as they are.
+        each_second: called after each second of the dialogues; what it raises ends them.
     """
     if seed is not None:
         torch.manual_seed(seed)
@@ -125,6 +127,8 @@ def generate(
             for step in range(first, columns - 1):
                 column = step + 1
                 stepper.step(heard[:, :, step : step + 1])
+                if step % int(FRAME_RATE) == 0:
+                    each_second()
     said = said.cpu()
     replies = []
     for i, (head, length) in enumerate(zip(heads, lengths)):

@@ -110,11 +110,14 @@ def train(
             if world.is_main:
                 logger.info("saved %s in %.1f s", path, time.perf_counter() - began)
 
+    def leave_if_stopped() -> None:
+        if world.sum(torch.tensor(stop.signal or 0)):  # on any rank: all leave together
+            raise Interrupted
+
     def until_stopped(batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
             yield batch
-            if world.sum(torch.tensor(stop.signal or 0)):  # on any rank: all leave together
-                raise Interrupted
+            leave_if_stopped()
 
     def hold_out() -> None:
         began = time.perf_counter()
@@ -124,7 +127,7 @@ def train(
         if args.eval_free_samples:  # one rank's reading for all: replying is a collective
             samples = world.broadcast(data.eval_samples(args.eval_free_samples) if world.is_main else None)
         if samples:
-            conversations = free_run(model, samples, args.eval_free_sec, args.seed)
+            conversations = free_run(model, samples, args.eval_free_sec, args.seed, leave_if_stopped)
             if world.is_main:
                 kept = folder / "samples" / f"step_{progress.step:06d}"
                 free, trouble = judge(conversations, samples, data.decoder(), data.text_tokenizer, kept)
@@ -322,8 +325,13 @@ def _stopped(stop: Stop, world: World, step: int, saved: bool, do_ckpt: bool) ->
     signals = [s for s in world.gather(stop.signal) if s]
     name = signal.Signals(signals[0]).name
     if world.is_main:
-        kept = "saved; the same command goes on from here"
-        if not saved:
-            kept = "NOT saved: the checkpoint could not be written" if do_ckpt else "not saved (do_ckpt is off)"
-        logger.info("%s: stopped after step %d, %s", name, step, kept)
+        if not step:
+            where = "before its first step; the same command begins anew"
+        elif saved:
+            where = f"after step {step}, saved; the same command goes on from here"
+        elif do_ckpt:
+            where = f"after step {step}, NOT saved: the checkpoint could not be written"
+        else:
+            where = f"after step {step}, not saved (do_ckpt is off)"
+        logger.info("%s: stopped %s", name, where)
     return 0 if signals[0] == signal.SIGINT else EXIT_PREEMPTED

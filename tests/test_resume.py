@@ -16,6 +16,7 @@ import pytest
 import sentencepiece
 import torch
 from conftest import ROOT, rows, script, train_here, write_config
+from moshi.models import LMGen
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
@@ -183,6 +184,25 @@ def test_a_signal_does_not_wait_for_an_evaluation_to_end(world, tmp_path, monkey
     assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [0, 2, 4, 6]
     whole = evaluations[-1]
     assert whole > 1 and evaluations == [1, whole, 1, whole, whole, whole]
+
+
+def test_a_signal_does_not_wait_for_the_replies_to_end(world, tmp_path, monkeypatch, caplog):
+    config = write_config(tmp_path, world, **SETTINGS | {"do_eval": True, "max_steps": 1, "eval_free_samples": 1,
+                                                         "eval_free_sec": 4.0})  # fmt: skip
+    samples, steps, step = Data.eval_samples, [], LMGen.step
+
+    def eval_samples(data, count):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return samples(data, count)
+
+    monkeypatch.setattr(LMGen, "step", lambda *args: (steps.append(args), step(*args))[1])
+    with monkeypatch.context() as signalled, caplog.at_level("INFO"):
+        signalled.setattr(Data, "eval_samples", eval_samples)
+        assert train_here(config, PERSONAPLEX) == EXIT_PREEMPTED
+    assert 0 < len(steps) <= 13 and not list((tmp_path / "run").rglob("*.wav"))
+    assert "SIGTERM: stopped before its first step; the same command begins anew" in caplog.text
+    assert train_here(config, PERSONAPLEX) == 0
+    assert len(steps) > 100 and [row["step"] for row in rows(tmp_path / "run", "eval")] == [0, 1]
 
 
 def test_an_evaluation_that_a_signal_left_out_is_made_up_for(world, tmp_path):
