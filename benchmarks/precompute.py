@@ -1,12 +1,12 @@
 """precompute_codes.py against the bare streaming encoder: speed, memory, and whether the codes are the same.
 
 Mimi has its real size and random weights, with codebooks drawn around what its encoder gives, so that codes vary. Speed
-is in seconds of one channel encoded per second. The bare encoder is `mimi.encode` on frames that are there already; all
-measurements take turns, and on a CPU all have malloc keep what is freed, which precompute_codes.py does and which gives
-the bare encoder a quarter more. 64 short files fill all lanes and are compared with the bare encoder at its best lane
-count; one long file has two channels and is compared with the bare encoder at two lanes, as a stream cannot be cut
-without changing its codes. `--exact` takes four times as long on a CPU: it is measured once, on a quarter of the files.
-Memory is the peak of a whole process that encodes one file.
+is in seconds of one channel encoded per second. The bare encoder is `mimi.encode` on frames that are there already,
+timed right before and right after what is compared with it, as machines drift. On a CPU all have malloc keep what is
+freed, which precompute_codes.py does and which gives the bare encoder a quarter more. 64 short files fill all lanes and
+are compared with the bare encoder at its best lane count; one long file has two channels and is compared with the bare
+encoder at two lanes, as a stream cannot be cut without changing its codes. `--exact` takes four times as long on a CPU:
+it is measured once, on a quarter of the files. Memory is the peak of a whole process that encodes one file.
 
 At --scale 1 a CPU takes hours, nearly all of them for the memory of a 2-hour file.
 """
@@ -127,23 +127,25 @@ def measure_speed(
         codec.keep_freed_memory()
     counts = [1, 2, 4, 8, 16, 32, 64] if on_cuda else [1, 2, 4, 8, 16, 32]
     speeds: dict[tuple, list[float]] = defaultdict(list)
+    shares: dict[tuple, list[float]] = defaultdict(list)
     for turn in range(repeats):
         for lanes in counts:
             speeds["bare", lanes].append(bare(mimi, lanes, 3.0))
         best = max(counts, key=lambda lanes: statistics.median(speeds["bare", lanes]))
-        options = ["--device", device]
         cases = [("64 short files", short, best, []), ("one long file", long, 2, [])]
         if turn == 0:
             cases.append((f"{FILES // 4} short files, exact", few, best, ["--exact"]))
         for name, manifest, lanes, more in cases:
-            speeds[name, lanes].append(ours(manifest, model, [*options, "--lanes", str(lanes), *more]))
+            before = bare(mimi, lanes, 3.0)
+            speed = ours(manifest, model, ["--device", device, "--lanes", str(lanes), *more])
+            speeds[name, lanes].append(speed)
+            shares[name, lanes].append(speed / statistics.mean([before, bare(mimi, lanes, 3.0)]))
         print(f"turn {turn + 1} of {repeats} done, load average {os.getloadavg()[0]:.2f}", flush=True)
-    medians = {key: statistics.median(values) for key, values in speeds.items()}
-    best = max(counts, key=lambda lanes: medians["bare", lanes])
-    print("\n| what | lanes | x real time, per channel | of the bare encoder |\n|--|--|--|--|")
-    for (name, lanes), speed in medians.items():
-        against = f"{speed / medians['bare', 2 if 'long' in name else best]:.2f}, at {2 if 'long' in name else best}"
-        print(f"| {name} | {lanes} | {speed:.2f} | {against} lanes |")
+    print("\n| what | lanes | x real time, per channel | of the bare encoder: median (turns) |\n|--|--|--|--|")
+    for (name, lanes), values in speeds.items():
+        turns = shares[name, lanes]
+        share = f"{statistics.median(turns):.2f} ({', '.join(f'{turn:.2f}' for turn in turns)})" if turns else ""
+        print(f"| {name} | {lanes} | {statistics.median(values):.2f} | {share} |")
 
 
 # --- The same codes --------------------------------------------------------------------------------------------
