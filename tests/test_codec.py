@@ -201,7 +201,7 @@ print(min(faults))
     for how in ("kept", "returned"):
         command = [sys.executable, "-c", program, how]
         faults[how] = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert faults["kept"] < 100 < faults["returned"], faults
+    assert faults["kept"] < 10 < faults["returned"], faults  # 16,384 pages, or 32 huge ones
 
 
 needs_gpus = lambda count: pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} GPU(s)")

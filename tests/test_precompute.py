@@ -99,6 +99,22 @@ def test_codes_and_manifest_of_a_data_set(world, mimi, data, tmp_path, capsys):
     assert "x real time" in report and "bytes per hour" in report
 
 
+def test_lanes_are_summed_one_by_one_only_if_asked(world, data, tmp_path, monkeypatch):
+    modes = []
+
+    class LaneByLane(codec._LaneByLane):
+        def __init__(self, busy):
+            modes.append(busy)
+            super().__init__(busy)
+
+    monkeypatch.setattr(codec, "_LaneByLane", LaneByLane)
+    assert encode(world, data / "egs.jsonl", "--output-dir", tmp_path / "batch") == 0 and not modes
+    assert encode(world, data / "egs.jsonl", "--output-dir", tmp_path / "exact", "--exact") == 0 and modes
+    for name in ("a", "b", "c", "one"):
+        batch, exact = (codec.load_codes(tmp_path / f"{mode}/codes/calls/{name}.wav.pt") for mode in ("batch", "exact"))
+        assert torch.equal(batch["codes"], exact["codes"])
+
+
 def test_broken_inputs_are_listed_and_cost_the_others_nothing(world, data, tmp_path, capsys):
     write_wav(data / "mono.wav", sound(1, channels=1), 24_000)
     write_wav(data / "none.wav", np.zeros((2, 0)), 24_000)
