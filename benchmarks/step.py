@@ -2,8 +2,9 @@
 
 Each line is the median of steps taken in turns in one process (LoRA rank 16, gradient checkpointing, the real
 vocabularies, a model of 6 temporal and 3 depformer layers; bf16, or fp32 on a CPU that does not multiply bf16). A step
-is forward, loss, backward and AdamW. The limit is the rate of one large product in that dtype. Peak memory is that
-of all tensors of a forward and backward pass, counted on the meta device in bf16 with the chunk sizes of a GPU.
+is forward, loss, backward and AdamW, for ours the fused one that training takes. The limit is the rate of one large
+product in that dtype. Peak memory is that of all tensors of a forward and backward pass, counted on the meta device in
+bf16 with the chunk sizes of a GPU.
 """
 
 import contextlib
