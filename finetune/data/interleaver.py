@@ -95,46 +95,49 @@ class Interleaver:
             ids: [frames] int64, PAD where nothing is said; and what became of the words.
         """
         out = [TEXT_PAD] * frames
-        stats = TextStats()
+        found = self._in_window(words, start_sec, frames)
+        limits = [due for _, due, _ in found[1:]]
+        limits.append(frames)  # where the next word is due
         cursor = 0  # the first frame that no token has taken
-        found = [(self.encode(text), due, room) for text, due, room in self._in_window(words, start_sec, frames)]
-        due_words = [word for word in found if word[0]]
-        for i, (ids, due, room) in enumerate(due_words):
-            stats.words += 1
+        tokens = placed = late = late_frames = 0
+        for (ids, due, room), limit in zip(found, limits):
+            count = len(ids)
+            tokens += count
             if due < 0:
                 # It began before the window and was said there in full; here it is repeated only if all of it fits
                 # into what is left of its sound, before the next word.
-                following = due_words[i + 1][1] if i + 1 < len(due_words) else frames
-                if len(ids) > min(room, max(following, 0), frames) or cursor > 0:
-                    stats.dropped += len(ids)
+                if count > min(room, max(limit, 0), frames) or cursor > 0:
                     continue
                 due = 0
-            first = max(due, cursor) if self.keep_and_shift else due
-            if first > due:
-                stats.late += 1
-                stats.late_frames += first - due
-            last = min(first + len(ids), frames)
-            if not self.keep_and_shift and i + 1 < len(due_words):
-                last = min(last, max(due_words[i + 1][1], first))
-            count = max(0, last - first)
+            first = due
+            if self.keep_and_shift:
+                limit = frames
+                if cursor > due:
+                    first = cursor
+                    late += 1
+                    late_frames += first - due
+            if first + count > limit:
+                count = max(0, limit - first)
             if count:
                 if first > 0 and out[first - 1] == TEXT_PAD:
                     out[first - 1] = TEXT_EPAD
-                out[first:last] = ids[:count]
-                cursor = last
-            stats.placed += count
-            stats.dropped += len(ids) - count
+                cursor = first + count
+                out[first:cursor] = ids[:count]
+                placed += count
+        stats = TextStats(len(found), placed, tokens - placed, late, late_frames)
         return torch.from_numpy(np.array(out, dtype=np.int64)), stats
 
-    def _in_window(self, words: Sequence[Word], start_sec: float, frames: int) -> list[tuple[str, int, int]]:
-        """(text, due frame, frames until its end) of the words that touch the window, counted from its start."""
+    def _in_window(self, words: Sequence[Word], start_sec: float, frames: int) -> list[tuple[list[int], int, int]]:
+        """(token ids, due frame, frames until its end) of the words that touch the window, counted from its start."""
         found = []
         # An hour has 10,000 words, a window some hundred.
         first = bisect.bisect_left(words, start_sec - LONGEST_WORD_SEC, key=_start)
         last = bisect.bisect_right(words, start_sec + (frames + 1) / self.frame_rate, lo=first, key=_start)
         for text, start, end in words[first:last]:
             due = math.floor((start - start_sec) * self.frame_rate + _ROUNDING)
-            room = math.ceil((end - start_sec) * self.frame_rate - _ROUNDING)
-            if due < frames and (due >= 0 or room > 0):
-                found.append((text, due, room))
+            room = math.ceil((end - start_sec) * self.frame_rate - _ROUNDING) if due < 0 else frames
+            if due < frames and room > 0:
+                ids = self._cache.get(text) or self.encode(text)
+                if ids:
+                    found.append((ids, due, room))
         return found
