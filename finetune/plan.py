@@ -476,7 +476,8 @@ def tell(sizes: Run, name: str, memory: int, reserve: int) -> tuple[str, bool]:
     elif state.total() + evaluation.total() + reserve > memory and evaluation:
         verdict += ", nor does the free-running evaluation (eval_free_samples: 0 leaves it out)"
     else:
-        verdict += ", nor does 1: take more ranks, LoRA or shorter windows"
+        less = "a smaller lora.rank" if args.lora.enable else "LoRA"
+        verdict += ", nor does 1" * (args.batch_size > 1) + f": take more ranks, {less} or shorter windows"
     lines = [
         f"{name} on {sizes.ranks} {'CPU' if args.device == 'cpu' else 'GPU'} ranks, sharding {args.sharding}: "
         f"parameters cut in {sizes.shards}",

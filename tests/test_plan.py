@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import math
 import re
 
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from conftest import PEAK, script
+from conftest import PEAK, ROOT, script
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -245,6 +246,11 @@ def test_a_plan_that_does_not_fit_says_what_would(config, capsys):
     )
     code, text = tell(capsys, config, "eval_free_samples=2000", *room)
     assert code == 1 and "eval_free_samples: 0" in text
+    for batch, none in ((1, ""), (2, ", nor does 1")):
+        code, text = tell(capsys, config, f"batch_size={batch}", "do_eval=false", *room[2:], "--gpu-memory", 0.11)
+        assert code == 1 and text.endswith(
+            f"batch_size {batch} does not fit 0.11 GiB{none}: take more ranks, a smaller lora.rank or shorter windows\n"
+        )
     assert not (config.parent / "run").exists()
 
 
@@ -293,3 +299,16 @@ def test_the_7b_example_is_planned_without_its_weights(tmp_path):
     assert re.search(r"frozen weights, bfloat16 +15.59 +15.59\n", done.stdout)  # 16.74 GB
     assert re.search(r"fits 80 GiB +yes +no\n", done.stdout)
     assert int(done.stdout.split()[-1]) < 1.5e6  # kB
+
+
+CARDS = re.findall(r"^\| (\d+) GB \| (.*) \| ([\d.]+) \|$", (ROOT / "README.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize(("card", "values", "need"), CARDS)
+def test_what_readme_gives_for_a_card_fits_it(capsys, card, values, need):
+    free = int(card) - 0.5  # GiB: the last ones are not a program's to have
+    values = values.strip("`").split() if "=" in values else []
+    code, text = tell(capsys, ROOT / "example/personaplex_config.yaml", "--gpu-memory", free, *values)
+    assert code == 0 and re.search(rf"sum: .* {need} +[\d.]+\n", text)
+    sizes = map(int, re.search(r"a step: (\d+) x (\d+) x 1 windows", text).groups())
+    assert math.prod(sizes) == 32
