@@ -22,6 +22,7 @@ from finetune.distributed import multiplies_bfloat16
 COMMANDS = {
     "Training step, long windows": ["benchmarks.step", "--no-stock", "--frames", "1250", "--dep-q", "16"],
     "Training step against moshi's own": ["benchmarks.step", "--frames", "250", "--repeats", "5"],
+    "Operations": ["benchmarks.operations"],
     "Loading": ["benchmarks.loading"],
     "Encoding": ["benchmarks.precompute", "--scale", "0.2", "--only", "speed", "equality"],
     "Word times": ["benchmarks.annotate", "--repeats", "1"],

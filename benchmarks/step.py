@@ -4,7 +4,7 @@ Each line is the median of steps taken in turns in one process (LoRA rank 16, gr
 vocabularies, a model of 6 temporal and 3 depformer layers; bf16, or fp32 on a CPU that does not multiply bf16). A step
 is forward, loss, backward and AdamW, for ours the fused one that training takes. The limit is the rate of one large
 product in that dtype. Peak memory is that of all tensors of a forward and backward pass, counted on the meta device in
-bf16 with the chunk sizes of a GPU.
+bf16 with the attention kernels and chunk sizes of a GPU.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from benchmarks import idle_note
 from finetune.cli import Parser, run
 from finetune.distributed import multiplies_bfloat16
 from finetune.fast import Plan, TrainingLM, make_plan
-from finetune.plan import Meter
+from finetune.plan import GpuAttention, Meter
 
 BATCH = 2
 DTYPE = torch.bfloat16 if multiplies_bfloat16(torch.device("cpu")) else torch.float32
@@ -60,12 +60,12 @@ def build(dep_q: int, device: str) -> LMModel:
     return lm
 
 
-def batch(frames: int) -> tuple[Tensor, Tensor]:
+def batch(frames: int, windows: int = BATCH) -> tuple[Tensor, Tensor]:
     """Codes in which one text token in three is a word, and a mask of ones."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 2048, (BATCH, 17, frames), generator=generator)
-    codes[:, 0] = torch.where(torch.rand(BATCH, frames, generator=generator) < 2 / 3, 3, codes[:, 0] * 15 + 4)
-    return codes, torch.ones(BATCH, frames, dtype=torch.bool)
+    codes = torch.randint(0, 2048, (windows, 17, frames), generator=generator)
+    codes[:, 0] = torch.where(torch.rand(windows, frames, generator=generator) < 2 / 3, 3, codes[:, 0] * 15 + 4)
+    return codes, torch.ones(windows, frames, dtype=torch.bool)
 
 
 def stock_loss(lm: LMModel, codes: Tensor) -> Tensor:
@@ -111,17 +111,17 @@ def losses(dep_q: int, frames: int, device: str = "cpu") -> tuple[LMModel, dict[
     def contiguous() -> Tensor:
         with contiguous_inputs():
             loss = stock_loss(lm, codes)
-            loss.backward()  # inside, because checkpointing calls the layers again
+            torch.autograd.backward(loss)  # inside, because checkpointing calls the layers again
         return loss
 
     def stock() -> Tensor:
         loss = stock_loss(lm, codes)
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss
 
     def ours() -> Tensor:
         loss = training(codes, mask, plan=plan).ce.sum()
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss
 
     return lm, {"stock": stock, "contiguous": contiguous, "ours": ours}
@@ -171,7 +171,7 @@ def gemm_rate(repeats: int = 7, size: int = 2048) -> float:
 def peak_memory(dep_q: int, frames: int, path: str) -> int:
     """Bytes above the weights at the fullest point of a forward and backward pass."""
     _, ways = losses(dep_q, frames, "meta")
-    with Meter() as memory:
+    with GpuAttention(), Meter() as memory:
         ways[path]()
     return memory.peak
 

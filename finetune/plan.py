@@ -60,14 +60,15 @@ _FLOPS = flop_registry | {
 
 
 class Meter(TorchDispatchMode):
-    """FLOPs of all matrix products, and the bytes of the tensors made under it, at their most.
+    """FLOPs of all matrix products, the number of operations that are no views, and the bytes of the tensors made
+    under it, at their most.
 
     `held` are bytes that others hold at a time, by kind; `fullest` is what there was, by kind, at the fullest point.
     """
 
     def __init__(self):
         super().__init__()
-        self.flops = self.live = self.peak = 0
+        self.flops = self.operations = self.live = self.peak = 0
         self.held: Counter[str] = Counter()
         self.fullest: Counter[str] = Counter()
         self._storages: dict[int, weakref.finalize] = {}
@@ -76,6 +77,7 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = func._overloadpacket
+        self.operations += not (func.is_view or packet is _aten._unsafe_view)
         if packet in _FLOPS:
             self.flops += _FLOPS[packet](*args, **kwargs, out_val=out)
         if packet is _FLASH_BACKWARD:  # sums dq in float32 (pytorch, flash_attn/flash_api.cpp: dq_accum)
@@ -323,7 +325,7 @@ class Run:
                     self.lm, self.shards, meter, self.args.num_microbatches > 1, self.on_cpu, self.over_gloo
                 ).follow(),
             ):
-                self._forward(batch).backward()
+                torch.autograd.backward(self._forward(batch))  # Tensor.backward would leave GpuAttention in it
             self._steps[batch, checkpointing] = meter
         return self._steps[batch, checkpointing]
 
@@ -473,7 +475,7 @@ def tell(sizes: Run, name: str, memory: int, reserve: int) -> tuple[str, bool]:
         verdict += f"; {largest[chosen]} would"
     elif largest[0]:
         verdict += f"; {largest[0]} with gradient_checkpointing: true would"
-    elif state.total() + evaluation.total() + reserve > memory and evaluation:
+    elif state.total() + max(sizes.step(1, args.gradient_checkpointing).peak, sizes.update) + reserve <= memory:
         verdict += ", nor does the free-running evaluation (eval_free_samples: 0 leaves it out)"
     else:
         less = "a smaller lora.rank" if args.lora.enable else "LoRA"

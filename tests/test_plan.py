@@ -200,6 +200,17 @@ def test_flops_are_those_of_the_products():
     assert flops["recompute"] < flops["forward"] < flops["backward"] < 2 * flops["forward"]
 
 
+def test_on_a_gpu_no_pass_holds_scores_of_all_frames_with_all():
+    """Twice the frames take twice the memory; with whole matrices of scores it would be nearly four times."""
+    many_heads = CONFIG | {"num_heads": 32, "context": 3000}
+    for checkpointing in (True, False):
+        short, long = (
+            plan.Run(settings(**LORA, duration_sec=sec, device="auto"), many_heads, False).step(1, checkpointing).peak
+            for sec in (72.0, 144.0)
+        )
+        assert 1.9 < long / short < 2.01
+
+
 def test_the_largest_batch_is_the_largest():
     for checkpointing in (True, False):
         sizes = plan.Run(settings(**LORA, duration_sec=8.0, device="auto"), CONFIG, True)
@@ -246,8 +257,8 @@ def test_a_plan_that_does_not_fit_says_what_would(config, capsys):
     )
     code, text = tell(capsys, config, "eval_free_samples=2000", *room)
     assert code == 1 and "eval_free_samples: 0" in text
-    for batch, none in ((1, ""), (2, ", nor does 1")):
-        code, text = tell(capsys, config, f"batch_size={batch}", "do_eval=false", *room[2:], "--gpu-memory", 0.11)
+    for batch, none in ((1, ""), (2, ", nor does 1")):  # which evaluation there is has no part in it
+        code, text = tell(capsys, config, f"batch_size={batch}", *room[2:], "--gpu-memory", 0.11)
         assert code == 1 and text.endswith(
             f"batch_size {batch} does not fit 0.11 GiB{none}: take more ranks, a smaller lora.rank or shorter windows\n"
         )

@@ -1,0 +1,56 @@
+"""Operations, FLOPs and memory of a microbatch at PersonaPlex's size: moshi's forward against ours, on meta tensors.
+
+    python -m benchmarks.operations
+
+LoRA rank 128, 16 x 1,250 frames, dep_q 16, forward and backward without the optimizer, attention by a GPU's kernels and
+chunks of a GPU's size. Views compute nothing and are not counted; memory is that of all tensors above the weights.
+"""
+
+import torch
+from moshi.models import loaders
+from moshi.models.lm import LMModel
+from moshi.modules.lora import replace_all_linear_with_lora
+
+from benchmarks.step import DELAYS, batch, stock_loss
+from finetune.cli import Parser, run
+from finetune.fast import Plan, TrainingLM, make_plan
+from finetune.plan import GIB, GpuAttention, Meter
+
+BATCH, FRAMES, DEP_Q, RANK = 16, 1250, 16, 128
+CONFIG = loaders._lm_kwargs | {"dep_q": DEP_Q, "n_q": 16, "delays": DELAYS}  # NVIDIA's, as finetune.model builds it
+
+
+def build(checkpointing: bool) -> LMModel:
+    lm = LMModel(device="meta", dtype=torch.bfloat16, gradient_checkpointing=checkpointing, **CONFIG)
+    replace_all_linear_with_lora(lm, rank=RANK, scaling=2.0)
+    for name, parameter in lm.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return lm
+
+
+def count(path: str, checkpointing: bool) -> Meter:
+    lm = build(checkpointing)
+    codes, mask = batch(FRAMES, BATCH)
+    plan = Plan(*(tensor.to("meta") for tensor in make_plan(codes, mask, DELAYS, DEP_Q)))
+    codes, mask = codes.to("meta"), mask.to("meta")
+    training = TrainingLM(lm, checkpointing) if path == "ours" else None
+    with GpuAttention(), Meter() as meter:
+        loss = training(codes, mask, plan=plan).ce.sum() if training else stock_loss(lm, codes)
+        torch.autograd.backward(loss)  # Tensor.backward would leave GpuAttention in it
+    return meter
+
+
+def main() -> None:
+    Parser(__doc__).parse_args()
+    torch._dynamo.config.disable = True
+    print("| checkpointing | path | operations | of stock's | PFLOP | peak, GiB | of stock's |\n" + "|--" * 7 + "|")
+    for checkpointing in (False, True):
+        stock, ours = (count(path, checkpointing) for path in ("stock", "ours"))
+        for path, meter in (("stock", stock), ("ours", ours)):
+            print(f"| {'on' if checkpointing else 'off'} | {path} "
+                  f"| {meter.operations:,} | {meter.operations / stock.operations:.2f} | {meter.flops / 1e15:.3f} "
+                  f"| {meter.peak / GIB:.1f} | {meter.peak / stock.peak:.2f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)
