@@ -130,12 +130,17 @@ def read_items(args: argparse.Namespace, problems: list[str]) -> dict[str, Item]
             if codes in taken or (others.get(codes, path) != path and not made_of(codes, path)):
                 codes = f"{codes.removesuffix('.pt')}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.pt"
             taken.add(codes)
-            duration = line.fields.get("duration")
-            known = isinstance(duration, int | float) and not isinstance(duration, bool) and duration > 0
-            items[path] = Item(path, codes, float(duration) if known else None)
+            items[path] = Item(path, codes, stated_sec(line))
     if not items:
         raise UserError("; ".join([f"{args.manifests[0]}: names no audio file", *problems[:1]]))
     return items
+
+
+def stated_sec(line: manifest.Line) -> float | None:
+    """The duration that a line gives, if it can be one."""
+    value = line.fields.get("duration")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and 0 < value <= manifest.LONGEST_SEC else None
 
 
 def named_by_others(folder: Path, new: list[Path]) -> dict[str, str]:
@@ -156,8 +161,8 @@ def made_of(codes: str, path: str) -> bool:
         return False
 
 
-def finished(item: Item, mimi_fingerprint: str) -> float | None:
-    """Seconds of a file whose codes are there and up to date; None if they have to be made."""
+def finished(item: Item, mimi_fingerprint: str, exact: bool = False) -> float | None:
+    """Seconds of a file whose codes are there, up to date and, if `exact`, made so; None if they have to be made."""
     if not os.path.exists(item.codes):
         return None
     try:
@@ -165,6 +170,8 @@ def finished(item: Item, mimi_fingerprint: str) -> float | None:
         date = os.stat(item.path).st_mtime_ns if os.path.exists(item.path) else None
         codec.check(entry, None, mimi_fingerprint, Path(item.path), thorough=True)
     except UserError:
+        return None
+    if exact and not entry.get("exact"):
         return None
     if date is not None and entry.get("audio_mtime_ns") not in (None, date):
         codec.save(Path(item.codes), entry | {"audio_mtime_ns": date})  # it was read whole: not again next time
@@ -230,11 +237,12 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
     checkpoint = open_checkpoint(args.hf_repo, mimi_path=args.mimi_path)
     fingerprint = codec.fingerprint_file(checkpoint.mimi_weights())
     failures, durations, todo, voiceless = Failures(), {}, [], []
-    has_voice = lambda item: has_same_speaker(Path(item.path), Path(item.codes), fingerprint, args.speakers)
+    done = partial(finished, mimi_fingerprint=fingerprint, exact=args.exact)
+    has_voice = lambda item: has_same_speaker(Path(item.path), Path(item.codes), fingerprint, args.speakers, args.exact)
     with ThreadPoolExecutor(args.num_load_threads) as pool:
         for start in range(0, len(items), 1000):  # a million futures would be larger than a million files
             some = items[start : start + 1000]
-            for item, duration in zip(some, pool.map(partial(finished, mimi_fingerprint=fingerprint), some)):
+            for item, duration in zip(some, pool.map(done, some)):
                 if duration is None:
                     todo.append(item)
                 else:
@@ -272,7 +280,9 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
                         if isinstance(result, UserError):
                             raise result
                         same_speaker_file(codes).unlink(missing_ok=True)  # of what the file was before
-                        codec.save_codes(codes, result, seconds, fingerprint, reader.fingerprint, reader.stamp)
+                        codec.save_codes(
+                            codes, result, seconds, fingerprint, reader.fingerprint, reader.stamp, args.exact
+                        )
                     except (UserError, OSError) as error:
                         if no_room(error):
                             raise
@@ -304,16 +314,19 @@ def write_manifest(
     """Writes the lines whose files have codes. Returns how many, how many had a duration that was wrong, and a sentence
     for each file that is much shorter than it was said to be."""
     lines, lies, lost = 0, 0, []
-    with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as out:
+    # JSON's escape of half a character, which UTF-8 cannot write, is Python's backslash.
+    with replacing(target) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
         for line in manifest.iterate(source, problems=[]):
             item = items.get(os.path.normpath(line.path))  # None: the manifest has grown since this run began
             duration = None if item is None else durations.get(item.codes)
             if duration is None:
                 continue
-            said = line.fields.get("duration")
-            if not isinstance(said, int | float) or not abs(said - duration) <= LIE_SEC:  # NaN is neither
-                lies += said is not None
-                if isinstance(said, int | float) and said - duration > LOST_SEC:
+            said = stated_sec(line)
+            close = said is not None and abs(said - duration) <= LIE_SEC
+            # One frame too many may be a window without sound.
+            if not close or audio.to_frames(said) != audio.to_frames(duration):
+                lies += line.fields.get("duration") is not None
+                if said is not None and said - duration > LOST_SEC:
                     lost.append(f"{item.path}: {duration:.2f} s, and its manifest says {said:.2f} s")
                 line.fields["duration"] = round(duration, 6)
             line.fields["path"] = path_from(target.parent, item.path)
@@ -362,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = {codes: why for outcome in outcomes for codes, why in outcome.failed.items()}
     voiceless = {path: why for outcome in outcomes for path, why in outcome.voiceless.items()}
     for item in items.values():
-        if dead and item.codes not in durations:  # a shard that died has not told
+        if item.codes not in durations:  # a shard died, or its manifest changed while it waited
             failed.setdefault(item.codes, f"{item.path}: was not done")
 
     lines, lies, lost = 0, 0, []

@@ -45,7 +45,7 @@ class DataArgs(Settings):
     shuffle: bool = Field(False, description="A new order each epoch, from the seed.")
     num_workers: CountOrZero = Field(2, description="Processes that read ahead; 0 reads in the training process.")
     cache_mb: NonNegative = Field(256, description="Memory of each worker for codes and word times, in MB.")
-    max_bad_samples: CountOrZero = Field(100, description="Windows that may be skipped, over the run, before it stops.")
+    max_bad_samples: CountOrZero = Field(100, description="Windows that may be skipped in a pass over the data.")
     keep_and_shift: bool = Field(
         True, description="A word due too early waits; false cuts the one before (moshi-finetune)."
     )

@@ -46,7 +46,7 @@ from finetune.data.checks import (
     window_frames,
 )
 from finetune.data.interleaver import TextStats
-from finetune.data.manifest import Line, open_text, parse_line, sidecar
+from finetune.data.manifest import LONGEST_SEC, Line, open_text, parse_line, sidecar
 from finetune.jobs import Progress, replacing
 from finetune.make_manifest import outcomes
 from finetune.personaplex import N_STREAMS
@@ -55,7 +55,6 @@ from finetune.personaplex import N_STREAMS
 
 HEAR_HOURS = 200  # of all files together
 HEAR_SEC = 30.0  # and at least so much of each
-LONGEST_SEC = 1e6  # twelve days: no recording is longer
 
 
 def read_lines(path: Path) -> tuple[list[Line], list[Problem]]:
@@ -75,7 +74,7 @@ def read_lines(path: Path) -> tuple[list[Line], list[Problem]]:
                     lines.append(line)
                 except KeyError:
                     problems.append(Problem("line", f"{path}:{number}", "has no duration"))
-                except (UserError, ValueError, TypeError) as error:
+                except (UserError, ValueError, TypeError, OverflowError) as error:
                     detail = str(error).removeprefix(f"{path}, line {number}: ")
                     problems.append(Problem("line", f"{path}:{number}", detail))
     except (OSError, EOFError, zlib.error) as error:

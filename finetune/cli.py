@@ -68,13 +68,19 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         sys.exit(2)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; most commands need no torch to start
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; most commands need no torch to start
+            told = (
+                "the GPU's memory is full; lower batch_size (num_microbatches up) or duration_sec, in replies "
+                "--batch-size; `python -m finetune.plan config.yaml` tells what fits"
+            )
+        elif str(error).startswith("DataLoader worker"):  # raised by a signal handler of torch's, wherever one is
+            told = (
+                f"{str(error).splitlines()[0]} If nobody ended it, memory was short: lower data.num_workers or "
+                "data.cache_mb, make /dev/shm larger (docker: --shm-size), and run the same command again"
+            )
+        else:
             raise
-        print(
-            "error: the GPU's memory is full; lower batch_size (num_microbatches up) or duration_sec, in replies "
-            "--batch-size; `python -m finetune.plan config.yaml` tells what fits",
-            file=sys.stderr,
-        )
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -236,6 +236,9 @@ def shard(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, param_dty
     for module in [*layers, model]:
         _register(type(module))
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+        # With copies and no cut torch would average over groups of one, of which nccl before 2.29.7 leaves out elements
+        # (github.com/NVIDIA/nccl/issues/1950). Sums, divided afterwards, are the same mean.
+        module.set_force_sum_reduction_for_comms(mesh.ndim > 1)
 
 
 def _register(cls: type) -> None:

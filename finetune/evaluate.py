@@ -100,8 +100,9 @@ def judge(
     Each conversation is written to `folder`: a stereo wav, and as JSON its prompt, words and measures.
     """  # fmt: skip
     measures = []
-    agents = decode(mimi, [reply.codes for _, reply in conversations])
-    users = decode(mimi, [codes for codes, _ in conversations])
+    with no_cuda_graph():  # a data loader's thread may pin memory meanwhile, which would break a capture
+        agents = decode(mimi, [reply.codes for _, reply in conversations])
+        users = decode(mimi, [codes for codes, _ in conversations])
     for i, ((_, reply), sample, agent, user) in enumerate(zip(conversations, samples, agents, users)):
         measures.append(dialogue.measure(agent, user, reply.text, tokenizer))
         path = folder / f"{i:02d}.wav"

@@ -239,6 +239,8 @@ def main() -> int:
             raise UserError(f"--user-wav {path}: holds no sound; record it again")
         wav.parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # moshi captures CUDA graphs on the current one, whatever its tensors are on
     mimi = source.checkpoint.mimi(device)
     tokenizer = source.checkpoint.tokenizer()
     prompt = _prompt(args, source, mimi, tokenizer)

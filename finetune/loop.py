@@ -1,5 +1,6 @@
 """The training loop of both scripts."""
 
+import gc
 import json
 import logging
 import math
@@ -92,7 +93,7 @@ def train(
     weights = loss.group_weights(args, model.lm.dep_q)
     trained = [p for p in model.parameters() if p.requires_grad]
     saved_at, saved_step = time.monotonic(), progress.step
-    problems: list[str] = []
+    problems: set[str] = set()
     windows_per_step = args.batch_size * args.num_microbatches * world.size
 
     def save() -> None:
@@ -114,14 +115,20 @@ def train(
         if world.sum(torch.tensor(stop.signal or 0)):  # on any rank: all leave together
             raise Interrupted
 
-    def until_stopped(batches: Iterable[Batch]) -> Iterator[Batch]:
+    def until_stopped(batches: Iterable[Batch], unread: list[str]) -> Iterator[Batch]:
         for batch in batches:
+            unread += batch.problems
             yield batch
             leave_if_stopped()
 
-    def hold_out() -> None:
+    def hold_out(first: bool = False) -> None:
         began = time.perf_counter()
-        row = evaluate(model, until_stopped(data.eval_batches()), weights, world)
+        unread: list[str] = []
+        row = evaluate(model, until_stopped(data.eval_batches(), unread), weights, world)
+        if row["skipped"]:
+            unread = sorted({problem for own in world.gather(unread) for problem in own})
+        if first and row["skipped"] and not row["samples"]:
+            raise UserError("none of the held-out windows could be read; " + _what_to_do(unread))
         trouble = None
         samples = []
         if args.eval_free_samples:  # one rank's reading for all: replying is a collective
@@ -132,6 +139,7 @@ def train(
                 kept = folder / "samples" / f"step_{progress.step:06d}"
                 free, trouble = judge(conversations, samples, data.decoder(), data.text_tokenizer, kept)
                 row |= free
+                gc.collect()  # moshi's streaming modules refer to themselves: Mimi would stay on the GPU
         metrics.write("eval", progress.step, row | {"seconds": time.perf_counter() - began})
         metrics.draw()
         if world.is_main:
@@ -144,12 +152,12 @@ def train(
             if trouble and progress.step:
                 logger.warning("replies at step %d: %s", progress.step, trouble)
             if row["skipped"]:
-                logger.warning("%d held-out windows could not be read", row["skipped"])
+                logger.warning("%d held-out windows could not be read: %s", row["skipped"], unread[0])
 
     # At the start, and where a run was stopped between a checkpoint and its evaluation.
     if args.do_eval and _evaluation_due(args, progress.step) and not metrics.evaluated(progress.step, world):
         try:
-            hold_out()
+            hold_out(first=True)
         except Interrupted:
             return _stopped(stop, world, progress.step, True, args.do_ckpt)
 
@@ -197,10 +205,10 @@ def train(
 
         # 4. What could not be read. All ranks know how much, so all stop together.
         if found:
-            problems += found
+            problems.update(found)
             logger.warning("step %d: skipped %s", step, found[0] + (f" (and {len(found) - 1} more)" * (len(found) > 1)))
         if skipped:
-            _limit_skipped(args, progress, problems, world)
+            _limit_skipped(args, progress, len(data.train), problems, world)
 
         # 5. Metrics.
         since_log.add(micro, waited, time.perf_counter() - began)
@@ -304,21 +312,25 @@ def _refuse(
     )
 
 
-def _limit_skipped(args: TrainArgs, progress: Progress, problems: list[str], world: World) -> None:
+def _limit_skipped(args: TrainArgs, progress: Progress, windows: int, problems: set[str], world: World) -> None:
     # So many, or all of the run's, and not one good: the data as a whole are wrong.
     enough = progress.position >= ALL_BAD or progress.step == args.max_steps
     nothing = enough and progress.skipped == progress.position
-    if progress.skipped <= args.data.max_bad_samples and not nothing:
+    passes = -(-progress.position // windows)  # over the data, begun ones too: in each a bad window is met again
+    if progress.skipped <= args.data.max_bad_samples * passes and not nothing:
         return
     listed = sorted({problem for own in world.gather(problems) for problem in own})
     head = f"none of the first {progress.position} windows could be read" if nothing else (
         f"{progress.skipped} windows could not be read, more than data.max_bad_samples = {args.data.max_bad_samples}"
+        + f" in each of {passes} passes over the data" * (passes > 1)
     )  # fmt: skip
-    more = f"\n  - and {len(listed) - 20} more" if len(listed) > 20 else ""
-    raise UserError(
-        f"{head}; `python -m finetune.check_data` says of each file what to do:"
-        + "".join(f"\n  - {problem}" for problem in listed[:20]) + more
-    )  # fmt: skip
+    raise UserError(f"{head}; {_what_to_do(listed)}")
+
+
+def _what_to_do(problems: list[str]) -> str:
+    more = f"\n  - and {len(problems) - 20} more" if len(problems) > 20 else ""
+    shown = "".join(f"\n  - {problem}" for problem in problems[:20])
+    return f"`python -m finetune.check_data` says of each file what to do:{shown}{more}"
 
 
 def _stopped(stop: Stop, world: World, step: int, saved: bool, do_ckpt: bool) -> int:

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import flop_registry
 from finetune import lora, model
 from finetune.args import PromptArgs, TrainArgs, load_args, parse_sources, parse_yaml
 from finetune.cli import Parser, UserError, run
-from finetune.data.audio import FRAME_RATE
+from finetune.data.audio import FRAME_RATE, to_frames
 from finetune.data.manifest import open_text
 from finetune.fast import Plan, TrainingLM, _Linears
 from finetune.generate import listening
@@ -265,7 +265,7 @@ class Run:
     ):
         self.args, self.ranks = args, ranks
         self.shards = {"full": ranks, "hybrid": ranks // max(1, ranks // node), "none": 1}[args.sharding]
-        self.frames = math.ceil(round(args.duration_sec * FRAME_RATE, 6))  # as finetune.data.setup has them
+        self.frames = to_frames(args.duration_sec)
         self.prompt_frames = int(args.prompt.max_sec * FRAME_RATE) if prompts else 0
         context = kwargs.get("context")
         if prompts and context and self.frames + self.prompt_frames > context:

@@ -351,7 +351,8 @@ def save_same_speaker(
             stretches = [
                 {"start": start, "end": end, "codes": next(encoded).to(torch.int16)} for start, end, _ in heard
             ]
-            kept = {"mimi": fingerprint, "speakers": list(speakers), "words": words, "stretches": stretches}
+            kept = {"mimi": fingerprint, "speakers": list(speakers), "words": words, "stretches": stretches,
+                    "exact": exact}  # fmt: skip
             codec.save(target, kept)
     return problems
 
@@ -389,11 +390,15 @@ def load_same_speaker(path: Path, fingerprint: str | None, speakers: Sequence[st
     return stretches
 
 
-def has_same_speaker(recording: Path, codes: Path, fingerprint: str, speakers: Sequence[str]) -> bool:
-    """Whether the stretches of a file of codes are there, and of the words that stand beside the recording now."""
+def has_same_speaker(
+    recording: Path, codes: Path, fingerprint: str, speakers: Sequence[str], exact: bool = False
+) -> bool:
+    """Whether the stretches of a file of codes are there (and exact, if so wanted), and of the words that stand beside
+    the recording now."""
     path = same_speaker_file(codes)
     try:
         load_same_speaker(path, fingerprint, speakers)
-        return torch.load(path, weights_only=True).get("words") == _digest(_words(recording, speakers))
+        raw = torch.load(path, weights_only=True)
+        return raw.get("words") == _digest(_words(recording, speakers)) and (bool(raw.get("exact")) or not exact)
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return False

@@ -131,6 +131,24 @@ def test_a_truncated_file_gives_what_is_left(noise):
     assert left.shape == (2, 48_000) and np.array_equal(left[:, :-100], whole[:, :47_900])
 
 
+def write_panic(path):
+    """Damage that sphn's Rust code does not expect: a file of two channels whose header says seven."""
+    write_adpcm(path, 24_000, 40)
+    content = bytearray(path.read_bytes())
+    assert content[22] == 2
+    content[22] = 7
+    path.write_bytes(content)
+
+
+def test_a_panic_of_the_decoder_is_a_sentence_too(tmp_path):
+    write_panic(tmp_path / "panic.wav")
+    with pytest.raises(BaseException) as raw:
+        sphn.FileReader(str(tmp_path / "panic.wav")).decode_all()
+    assert not isinstance(raw.value, Exception)
+    with pytest.raises(UserError, match=r"panic\.wav: (cannot be decoded|not readable as audio)"):
+        audio.read(tmp_path / "panic.wav")
+
+
 def test_what_cannot_be_read_is_said_in_a_sentence(tmp_path, noise):
     (tmp_path / "text.wav").write_text("not a wav")
     for path, words in ((tmp_path / "no.wav", "no such file"), (tmp_path / "text.wav", "not readable as audio")):

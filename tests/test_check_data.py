@@ -381,7 +381,7 @@ MISTAKES = [
     (voice_silent, "voice"), (voice_garbage, "voice"), (voice_of_another_model, "voice"), (voice_too_long, "voice"),
     (voice_stale, "voice"), (own_voice, "own voice"), (no_stretch, "no stretch"), (not_json, "line"),
     (no_duration, "line"), (negative_duration, "line"), (endless_duration, "line"), (text_duration, "line"),
-    (leaves_the_folder, "line"), (no_codes, "codes"), (null_byte, "missing"), (odd_names, "missing"),
+    (leaves_the_folder, "line"), (no_codes, "codes"), (null_byte, "line"), (odd_names, "line"),
     (endless_name, "missing"), (root, "line"), (twice, "duplicate"), (copied, "duplicate"),
 ]  # fmt: skip
 # What a mistake brings along, and says no less.

@@ -317,7 +317,7 @@ def test_a_file_of_codes_is_what_it_says(entry):
     assert torch.equal(plain["codes"], codes.short()) and plain["codes"].dtype == torch.int16
     assert {k: v for k, v in plain.items() if k != "codes"} == {
         "frame_rate": 12.5, "sample_rate": 24_000, "duration": 7.95, "mimi": "mimi-a",
-        "audio": codec.audio_fingerprint(path.with_suffix(".wav")), "format": 1,
+        "audio": codec.audio_fingerprint(path.with_suffix(".wav")), "format": 1, "exact": False,
     }  # fmt: skip
     mapped = codec.load_codes(path)
     assert torch.equal(mapped["codes"], codes.short())

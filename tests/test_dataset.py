@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import torch
 from conftest import PEAK, ROOT
 from test_audio import write_wav
 
-from finetune import voices
+from finetune import cli, voices
 from finetune.args import PromptArgs
 from finetune.cli import UserError
 from finetune.data import audio, codec, dataset, manifest
@@ -614,6 +615,25 @@ def test_no_worker_outlives_a_run(world, parts, encoded):
     stream.close()
     resumed.close()
     assert len(workers) == 4 and set(multiprocessing.active_children()) == before
+
+
+def test_a_killed_worker_is_told_in_a_sentence(parts, encoded, capsys):
+    _, stored = tokenizers(parts)
+    stream = get_dataset_iterator(open_windows(str(encoded), 40), stored, Share(2), DELAYS, 8, workers=1)
+    before = set(multiprocessing.active_children())
+
+    def train():
+        next(stream)
+        [worker] = set(multiprocessing.active_children()) - before
+        worker.kill()
+        for _ in range(100):
+            next(stream)
+            time.sleep(0.1)
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(train)
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and re.match(r"error: DataLoader worker \(pid.*killed by signal.*num_workers", told)
 
 
 def test_a_batch_is_taken_while_the_one_before_is_in_use():

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, rows, train_here, write_config
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from finetune.cli import UserError
-from finetune.distributed import _environment, pick_device
+from finetune.distributed import World, _environment, make_mesh, pick_device, shard
 from finetune.model import PERSONAPLEX
 
 SETTINGS = {"max_steps": 2, "do_eval": False, "batch_size": 1, "num_microbatches": 1}
@@ -98,6 +100,26 @@ def test_srun_without_torchrun_and_no_sharding(world, tmp_path, alone):
     env = [common | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
     run_all([["train_personaplex.py", config]] * 2, env)
     torch.testing.assert_close(numbers(tmp_path / "run"), alone[2], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("sharding", "op"), [("none", dist.ReduceOp.SUM), ("full", dist.ReduceOp.AVG)])
+def test_gradients_are_not_averaged_over_groups_of_one(monkeypatch, sharding, op):
+    """Of which nccl may leave elements out."""
+    used = []
+
+    def reduce_scatter(output, input, group, op, **_):
+        used.append((dist.get_world_size(group), op))
+        output.copy_(input[: len(output)])
+
+    monkeypatch.setattr(dist, "reduce_scatter_tensor", reduce_scatter)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        module = torch.nn.Sequential(torch.nn.Linear(3, 3))
+        shard(module, [], make_mesh(World(0, 2, 0, 2, torch.device("cpu")), sharding), torch.float32)
+        module(torch.ones(1, 3)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert used == [(1 if sharding == "none" else 2, op)]
 
 
 def test_an_sbatch_shell_is_one_process(monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, script
 from safetensors.torch import load_file, save_file
-from test_audio import write_wav
+from test_audio import write_panic, write_wav
 
 import precompute_codes
 from finetune.cli import UserError
@@ -124,23 +124,28 @@ def test_broken_inputs_are_listed_and_cost_the_others_nothing(world, data, tmp_p
     (data / "text.wav").write_text("hello")
     write_wav(data / "cut.wav", sound(2), 24_000)
     (data / "cut.wav").write_bytes((data / "cut.wav").read_bytes()[: 44 + 4 * 24_000])
+    write_panic(data / "panic.wav")
     with (data / "egs.jsonl").open("a") as file:
-        for name in ("mono", "none", "nan", "text", "gone", "cut"):
+        for name in ("mono", "none", "nan", "text", "gone", "cut", "panic"):
             file.write(json.dumps({"path": f"{name}.wav", "duration": 2}) + "\n")
         file.write('{"path": 7}\n{"duration": 3}\nnot json\n{"path": "../a.wav"}\n')
+        file.write('{"path": "a\\u0000.wav"}\n{"path": "a\\ud83d.wav"}\n')
     out = tmp_path / "encoded"
     assert encode(world, data / "egs.jsonl", "--output-dir", out) == 0
     report = capsys.readouterr().out
-    assert "5 with codes, 5 failed, 4 bad lines" in report
+    assert "5 with codes, 6 failed, 6 bad lines" in report
     for words in (
         "mono.wav: has 1 channel(s); training needs agent left, user right",
         "none.wav: holds no sound at all",
         "nan.wav: holds samples that are not finite",
         "text.wav: not readable as audio",
         "gone.wav: no such file",
-        "line 11: needs an object",
-        "line 13: not JSON",
+        "panic.wav: ",
+        "line 12: needs an object",
+        "line 14: not JSON",
         "leaves the manifest's folder",
+        "line 16: 'a\\x00.wav' is no file's name",
+        "line 17: 'a\\ud83d.wav' is no file's name",
     ):
         assert words in report, words
     made = {Path(line["path"]).stem: line for line in lines_of(out / "egs_precomputed.jsonl")}
@@ -182,7 +187,7 @@ def test_a_second_run_does_only_what_is_missing_or_stale(world, data, tmp_path, 
     files["c"].unlink()
     files["b"].write_bytes(files["b"].read_bytes()[:-50])
     assert redone() == {"b", "c"}
-    write_wav(data / "calls/a.wav", sound(1.5, seed=9), 24_000)
+    write_wav(data / "calls/a.wav", sound(8, seed=9), 24_000)
     assert redone() == {"a"}
     edited = data / "calls/a.wav"  # in place, between the blocks that its fingerprint looks at
     name, content = codec.audio_fingerprint(edited), bytearray(edited.read_bytes())
@@ -204,11 +209,58 @@ def test_a_file_that_was_cut_off_is_named(world, data, tmp_path, capsys):
     assert "calls/a.wav: 1.50 s, and its manifest says 6.00 s" in listed and "b.wav" not in listed
 
 
-def test_a_duration_that_is_no_number_is_corrected(world, data, tmp_path):
-    (data / "egs.jsonl").write_text('{"path": "calls/a.wav", "duration": NaN}\n')
+@pytest.mark.parametrize("stated", ["NaN", "1" + 400 * "0", "1e9", "1.601", '"1.5"', "true"])
+def test_a_duration_that_cannot_be_is_corrected(world, data, tmp_path, stated):
+    """1.601 s is true but for a rounding, by which a 21st frame of 1.5999 s of sound would be waited for."""
+    write_wav(data / "calls/a.wav", sound(1.6)[:, :-3], 24_000)
+    (data / "egs.jsonl").write_text(f'{{"path": "calls/a.wav", "duration": {stated}}}\n')
     assert encode(world, data / "egs.jsonl", "--output-dir", tmp_path / "encoded") == 0
     [line] = lines_of(tmp_path / "encoded/egs_precomputed.jsonl")
-    assert line["duration"] > 0
+    assert line["duration"] == round((38_400 - 3) / 24_000, 6) and audio.to_frames(line["duration"]) == 20
+
+
+def test_half_a_character_in_a_field_stays_what_it_is(world, data, tmp_path):
+    text = "caf\u00e9 \ud83d"  # a tool has cut an emoji in two
+    write(data / "egs.jsonl", [{"path": "calls/a.wav", "duration": 1.5, "text_prompt": text}])
+    assert encode(world, data / "egs.jsonl", "--output-dir", tmp_path / "encoded") == 0
+    written = (tmp_path / "encoded/egs_precomputed.jsonl").read_text(encoding="utf-8")
+    assert json.loads(written)["text_prompt"] == text and "caf\u00e9" in written
+
+
+def test_codes_of_a_batch_are_not_taken_for_exact_ones(world, data, tmp_path):
+    (data / "calls/a.json").write_text('{"alignments": [["so", [0, 1.4], "SPEAKER_MAIN"]]}')
+    write(data / "egs.jsonl", [{"path": "calls/a.wav", "duration": 1.5}])
+    command = (data / "egs.jsonl", "--output-dir", tmp_path / "encoded", "--same-speaker")
+    made = [tmp_path / "encoded/codes/calls/a.wav.pt", tmp_path / "encoded/codes/calls/a.wav.pt.voices"]
+
+    def redone(*more):
+        for path in made:
+            if path.exists():
+                os.utime(path, (0, 0))
+        assert encode(world, *command, *more) == 0
+        return [path.stat().st_mtime > 0 for path in made]
+
+    assert redone() == [True, True] and redone() == [False, False]
+    assert redone("--exact") == [True, True] and redone("--exact") == [False, False]
+    assert redone() == [False, False]  # exact ones are good enough
+
+
+def test_a_file_that_no_shard_did_is_told(world, data, tmp_path, capsys, monkeypatch):
+    """Its manifest was changed while shards waited in SLURM's queue: shares of another list leave some out."""
+
+    whole = lines_of(data / "egs.jsonl")
+
+    def late(job, count, **_):
+        write(data / "egs.jsonl", whole[1:])
+        results = {i: job(i, count) for i in range(count)}
+        write(data / "egs.jsonl", whole)
+        return results, []
+
+    monkeypatch.setattr(precompute_codes, "run_shards", late)
+    command = (data / "egs.jsonl", "--output-dir", tmp_path / "encoded", "--shards", 2)
+    assert encode(world, *command) == 0 and encode(world, *command, "--strict") == 1
+    report = capsys.readouterr().out
+    assert "3 with codes, 1 failed" in report and "calls/a.wav: was not done" in report
 
 
 def test_voices_that_cannot_be_had_are_listed(world, data, tmp_path, capsys):
@@ -362,7 +414,8 @@ def test_mistakes_of_the_command_line(world, data, tmp_path):
     assert not (tmp_path / "encoded").exists()
 
 
-def test_a_killed_run_loses_only_what_it_had_in_hand(world, tmp_path):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_loses_only_what_it_had_in_hand(world, tmp_path, end):
     data, out = tmp_path / "data", tmp_path / "encoded"
     data.mkdir()
     for i in range(8):
@@ -377,8 +430,8 @@ def test_a_killed_run_loses_only_what_it_had_in_hand(world, tmp_path):
     while len(list(out.rglob("*.pt"))) < 2 and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(end)
+    assert process.wait(60) == (-signal.SIGKILL if end == signal.SIGKILL else 130)
     done = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
     assert 2 <= len(done) < 8 and not (out / "egs_precomputed.jsonl").exists()
     for path in done:

@@ -419,6 +419,30 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(world, tmp_
     assert len(rows(tmp_path / "run")) == step - 1
 
 
+def test_a_bad_window_is_allowed_in_each_pass(world, tmp_path):
+    lines = [json.loads(line) for line in (world / "codes/train_precomputed.jsonl").read_text().splitlines()[:4]]
+    for line in lines:
+        line |= {key: str(world / "codes" / line[key]) for key in ("path", "codes_path")}
+    good = tmp_path / "good.jsonl"
+    good.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines[2]["codes_path"] = "gone.pt"
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = write_config(tmp_path, world, **{
+        "data.train_data": str(tmp_path / "train.jsonl"), "duration_sec": 100, "batch_size": 1, "max_steps": 12,
+        "data.max_bad_samples": 1, "do_eval": False, "do_ckpt": False,
+    })  # fmt: skip
+    assert train_here(config, MOSHI) == 0
+    assert rows(tmp_path / "run")[-1]["skipped"] == 3
+
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps(lines[2]) + "\n")
+    config = write_config(tmp_path, world, **{
+        "data.train_data": str(good), "data.eval_data": str(held_out), "run_dir": str(tmp_path / "second"),
+    })  # fmt: skip
+    with pytest.raises(UserError, match=r"none of the held-out windows could be read; (.|\n)*gone.pt"):
+        train_here(config, MOSHI)
+
+
 def test_too_many_bad_samples_stop_the_run_with_the_list(world, tmp_path):
     lines = (world / "codes/train_precomputed.jsonl").read_text().splitlines()
     gone = lambda i: {"codes_path": "gone.pt", "path": f"gone{i}.wav"}

@@ -1,8 +1,10 @@
 """Whole runs of both scripts on the tiny world, with the real moshi models, in one process and in two."""
 
+import gc
 import itertools
 import json
 import sys
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -89,6 +91,29 @@ def test_evaluations_reply_to_held_out_users(which, request):
         if which == "personaplex_run":
             assert about["prompt"].startswith("<system>") and about["voice"].endswith(".wav")
         assert (folder / "00.wav").stat().st_size > 24_000 * 2 * 2 * 0.9
+
+
+def test_training_on_codes_has_no_mimi_but_to_listen_to_replies(world, tmp_path, monkeypatch):
+    """And none of those stays, which moshi's modules would until Python looks for cycles."""
+    loaded = []
+    load = model.Checkpoint.mimi
+
+    def noted(*args):
+        mimi = load(*args)
+        loaded.append(weakref.ref(mimi))
+        return mimi
+
+    monkeypatch.setattr(model.Checkpoint, "mimi", noted)
+    run = lambda name, **settings: train_here(
+        write_config(tmp_path, world, **settings | {"run_dir": str(tmp_path / name)}), MOSHI
+    )
+    assert run("mute", eval_freq=1) == 0 and not loaded
+    gc.disable()
+    try:
+        assert run("heard", eval_freq=1, eval_free_samples=1, eval_free_sec=0.3) == 0
+        assert len(loaded) == 3 and not any(mimi() for mimi in loaded)
+    finally:
+        gc.enable()
 
 
 def test_evaluate_judges_a_run_as_the_run_did(personaplex_run, monkeypatch, capsys):
@@ -191,18 +216,27 @@ def test_stock_moshi_gives_the_trained_logits(world, personaplex_run, tmp_path):
 
 
 def test_one_batch_of_four_is_four_of_one_and_two_ranks_of_two(world, tmp_path):
-    """Loss and gradient norm of each step do not depend on how its windows are cut up, padding included."""
+    """Loss and gradient norm of each step do not depend on how its windows are cut up, padding included, nor on which
+    of them cannot be read."""
+    lines = [json.loads(line) for line in (world / "codes/train_precomputed.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {key: str(world / "codes" / line[key]) for key in ("path", "codes_path")}
+    for line in lines[::3]:
+        line["codes_path"] = "gone.pt"
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = {}
     for name, batch, micro, processes in (("4x1", 4, 1, None), ("1x4", 1, 4, None), ("2 ranks", 1, 2, 2)):
         folder = tmp_path / name.replace(" ", "_")
         folder.mkdir()
         settings = {"batch_size": batch, "num_microbatches": micro, "do_eval": False, "do_ckpt": False, "max_steps": 3}
-        config = write_config(folder, world, **settings, **{"duration_sec": 4.3})
+        settings |= {"duration_sec": 4.3, "data.train_data": str(tmp_path / "train.jsonl")}
+        config = write_config(folder, world, **settings)
         if processes is None:
             assert train_here(config, PERSONAPLEX) == 0
         else:
             script("train_personaplex.py", config, processes=processes)
-        found[name] = [(r["loss"], r["grad_norm"], r["user_loss"]) for r in rows(folder / "run")]
+        found[name] = [(r["loss"], r["grad_norm"], r["user_loss"], r["skipped"]) for r in rows(folder / "run")]
+        assert found[name][-1][-1] > 0
     torch.testing.assert_close(torch.tensor(found["1x4"]), torch.tensor(found["4x1"]), rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(torch.tensor(found["2 ranks"]), torch.tensor(found["4x1"]), rtol=2e-5, atol=1e-6)
 

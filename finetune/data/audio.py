@@ -9,7 +9,8 @@ starts.)
 
 import os
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from math import ceil, gcd
 from pathlib import Path
@@ -26,6 +27,7 @@ FRAME_SIZE = 1920  # samples of one frame: SAMPLE_RATE / FRAME_RATE
 
 PIECE_SEC = 20  # decoded at once where a file is streamed: 7 MB at 44.1 kHz stereo
 _WHOLE_FILES = 2  # of formats without exact seeking that are kept decoded
+_one_at_a_time = threading.Lock()  # for whole files: one in memory is enough
 _PLAIN = (b"\1\0", b"\3\0", b"\6\0", b"\7\0")  # formats of wav with samples of one size: PCM, float, A-law, mu-law
 _EXTENSIBLE = b"\xfe\xff"  # the format stands further back
 LOUDEST = 100.0  # full scale is 1; what is beyond 40 dB above it is another scale or garbage
@@ -34,6 +36,11 @@ LOUDEST = 100.0  # full scale is 1; what is beyond 40 dB above it is another sca
 _ZERO_CROSSINGS = 48  # on each side
 _CUTOFF = 0.945  # of the lower of both Nyquist frequencies
 _KAISER_BETA = 8.6
+
+
+def to_frames(seconds: float) -> int:
+    """Frames that a sound of so many seconds takes, the last one padded."""
+    return ceil(round(seconds * FRAME_RATE, 6))
 
 
 class AudioInfo(NamedTuple):
@@ -158,25 +165,26 @@ def _seeks(path: str | Path) -> bool:
 def _whole(path: str, size: int, mtime_ns: int) -> np.ndarray:
     """All of a file [channels, samples], decoded from its start, in a temporary file without a name: an hour at
     44.1 kHz stereo is 1.3 GB. `size` and `mtime_ns` are the file's, so that a new one is decoded anew."""
-    reader = _open(path)
-    pcm = _decoded(path, reader.decode_all).reshape(reader.channels, -1)
-    if pcm.size == 0:
-        return pcm
-    try:
-        with tempfile.TemporaryFile() as file:
-            file.write(pcm)
-            file.flush()
-            return np.memmap(file, np.float32, "r", shape=pcm.shape)
-    except OSError as error:
-        raise UserError(
-            f"{path}: decoded it needs {pcm.nbytes / 1e9:.1f} GB in {tempfile.gettempdir()} ({error.strerror}); make "
-            "room, set TMPDIR to a larger disk, or keep recordings as wav or flac"
-        ) from None
+    with _one_at_a_time:
+        reader = _open(path)
+        pcm = _decoded(path, reader.decode_all).reshape(reader.channels, -1)
+        if pcm.size == 0:
+            return pcm
+        try:
+            with tempfile.TemporaryFile() as file:
+                file.write(pcm)
+                file.flush()
+                return np.memmap(file, np.float32, "r", shape=pcm.shape)
+        except OSError as error:
+            raise UserError(
+                f"{path}: decoded it needs {pcm.nbytes / 1e9:.1f} GB in {tempfile.gettempdir()} ({error.strerror}); "
+                "make room, set TMPDIR to a larger disk, or keep recordings as wav or flac"
+            ) from None
 
 
 def _open(path: str | Path) -> sphn.FileReader:
     try:
-        reader = sphn.FileReader(str(path))
+        reader = _call(sphn.FileReader, str(path))
     except ValueError as error:
         if not Path(path).exists():
             raise UserError(f"{path}: no such file") from None
@@ -187,9 +195,21 @@ def _open(path: str | Path) -> sphn.FileReader:
     return reader
 
 
+def _call(function: Callable, *args) -> object:
+    """sphn's answer. Some damage makes its Rust code panic, which is no Exception; here it is a ValueError too."""
+    try:
+        return function(*args)
+    except Exception:
+        raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(error) from None
+
+
 def _decoded(path: str | Path, function, *args) -> np.ndarray:
     try:
-        pcm = np.asarray(function(*args), dtype=np.float32)
+        pcm = np.asarray(_call(function, *args), dtype=np.float32)
         # One NaN would stay in the codec's attention for all files that its lane encodes after this one.
         if pcm.size and not max(-pcm.min(), pcm.max()) < LOUDEST:
             raise UserError(f"{path}: holds samples that are not finite or beyond {LOUDEST:.0f} times full scale")

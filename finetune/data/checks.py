@@ -22,7 +22,7 @@ from finetune import model
 from finetune.args import TrainArgs
 from finetune.cli import UserError
 from finetune.data import audio, codec, dataset
-from finetune.data.audio import FRAME_RATE, FRAME_SIZE
+from finetune.data.audio import FRAME_RATE, FRAME_SIZE, to_frames
 from finetune.data.interleaver import Interleaver, TextStats, Word
 from finetune.data.manifest import Line, resolve, sidecar
 from finetune.data.prompts import MIN_VOICE_FRAMES, Prompter
@@ -507,10 +507,6 @@ def _result(outcome: tuple[object, UserError | None]) -> object:
 
 def window_frames(args: TrainArgs) -> int:
     return to_frames(args.duration_sec)
-
-
-def to_frames(seconds: float) -> int:
-    return math.ceil(round(seconds * FRAME_RATE, 6))
 
 
 def count_windows(duration_sec: float, window_frames: int) -> int:

@@ -300,7 +300,7 @@ def _full_float32() -> Iterator[None]:
 # --- 2. Fingerprints -------------------------------------------------------------------------------------------
 
 _BLOCK = 8192
-_BLOCKS = 16
+_BLOCKS = 64
 # Names that files use for what MimiModel.state_dict calls otherwise (moshi/modules/transformer.py: _load_hook;
 # moshi/quantization/core_vq.py: _load_from_state_dict).
 _RENAMED = {
@@ -365,7 +365,7 @@ def _encodes(name: str, codebooks: int) -> bool:
 
 
 def audio_fingerprint(path: Path) -> str:
-    """Names the content of a file: its size and 16 blocks of 8 kB, evenly spread from its first byte to its last; of a
+    """Names the content of a file: its size and 64 blocks of 8 kB, evenly spread from its first byte to its last; of a
     file of no more than that, all of it.
 
     It costs the same for every length, so that training can check each file that it opens. A copy, a move or a new
@@ -416,12 +416,13 @@ _FIELDS = {"codes": Tensor, "frame_rate": float, "sample_rate": int, "duration":
 
 def save_codes(
     path: Path, codes: Tensor, duration_sec: float, mimi_fingerprint: str, audio_fingerprint: str,
-    stamp: dict[str, str | int] | None = None,
+    stamp: dict[str, str | int] | None = None, exact: bool = False,
 ) -> None:
     """Writes codes [channels, 8, frames] to a file in an existing folder, atomically.
 
     The file is `torch.save` of a dictionary: the codes as int16, "frame_rate" and "sample_rate" (Hz), "duration" (of
-    the audio, seconds), "mimi" and "audio" (fingerprints), "format", and what `audio_stamp` gave.
+    the audio, seconds), "mimi" and "audio" (fingerprints), "format", "exact" (see `encode`), and what `audio_stamp`
+    gave.
     """  # fmt: skip
     entry = {
         "codes": codes.to(torch.int16).contiguous(),
@@ -431,6 +432,7 @@ def save_codes(
         "mimi": mimi_fingerprint,
         "audio": audio_fingerprint,
         "format": FORMAT,
+        "exact": exact,
         **(stamp or {}),
     }
     save(path, entry)

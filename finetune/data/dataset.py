@@ -31,16 +31,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from finetune.args import parse_sources
 from finetune.cli import UserError
 from finetune.data import audio, codec
-from finetune.data.audio import FRAME_RATE, FRAME_SIZE
+from finetune.data.audio import FRAME_RATE, FRAME_SIZE, to_frames
 from finetune.data.interleaver import MAIN_SPEAKER, Interleaver, TextStats, Word, read_alignments
-from finetune.data.manifest import Line, parse_line, raw_lines, resolve, sidecar
+from finetune.data.manifest import LONGEST_SEC, Line, parse_line, raw_lines, resolve, sidecar
 from finetune.data.prompts import Prompter, PromptParts, parts_to_voice
 from finetune.fast import Plan, count_targets, make_plan
 from finetune.personaplex import CODEBOOKS, N_STREAMS, ZERO, build_prompt, phase
 from finetune.voices import load_same_speaker, same_speaker_file
 from finetune.workers import die_with_parent
 
-LONGEST_SEC = 1e7  # no recording lasts four months; what says so is broken
 # What is charged for a file of codes, which is mapped from disk: Linux allows a process 65,530 maps (vm.max_map_count),
 # and this makes 16 of a MB.
 _MAPPED_BYTES = 64 * 2**10
@@ -75,7 +74,7 @@ class ManifestIndex:
             if not raw.strip():
                 continue
             try:
-                frames = math.ceil(round(_duration(path, number, raw) * FRAME_RATE, 6))
+                frames = to_frames(_duration(path, number, raw))
             except UserError as error:
                 problems.append(str(error))
                 continue
@@ -125,7 +124,7 @@ def _duration(path: Path, number: int, raw: bytes) -> float:
         duration = float(value["duration"])
         if not isinstance(value["path"], str) or not 0 <= duration <= LONGEST_SEC:
             raise ValueError
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         found = raw.strip()[:60].decode(errors="replace")
         raise UserError(f'{path}, line {number}: needs {{"path": ..., "duration": seconds}}, found {found}') from None
     return duration
@@ -607,7 +606,7 @@ class Windows(NamedTuple):
                     try:
                         raw = sidecar(line.path).read_bytes()
                         if any(key.encode() in raw for key in PROMPT_FIELDS):  # word times alone are not worth parsing
-                            raw = json.loads(raw)
+                            raw = from_json(raw)
                             extra = {key: raw[key] for key in PROMPT_FIELDS if key in raw}
                     except (OSError, ValueError, TypeError, RecursionError):
                         pass

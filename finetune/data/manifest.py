@@ -5,12 +5,15 @@ A relative path is relative to the manifest's own folder, in every tool, and may
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from finetune.cli import UserError
+
+LONGEST_SEC = 1e6  # twelve days: what says that it is longer is broken
 
 
 class Line(NamedTuple):
@@ -28,7 +31,13 @@ def open_text(path: Path):
 
 
 def resolve(manifest: Path, value: str) -> Path:
-    """The file that `value` names in `manifest`. Raises UserError if a relative path leaves the folder."""
+    """The file that `value` names in `manifest`. Raises UserError if a relative path leaves the folder, or no file can
+    have that name."""
+    try:
+        if b"\0" in os.fsencode(value):
+            raise ValueError
+    except ValueError:  # also of half a character, which is no text
+        raise UserError(f"{value!r} is no file's name") from None
     path = Path(value)
     if path.is_absolute():
         return path

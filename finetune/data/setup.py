@@ -1,8 +1,8 @@
 """The data of a run: its windows, their prompts, and who makes their codes."""
 
 import functools
+import gc
 import itertools
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from moshi.models import MimiModel
 from finetune.args import TrainArgs
 from finetune.cli import UserError
 from finetune.data import codec, dataset
-from finetune.data.audio import FRAME_RATE
+from finetune.data.audio import FRAME_RATE, to_frames
 from finetune.data.dataset import Batch, Sample, Share, Tokenizer, Windows
 from finetune.data.interleaver import Interleaver
 from finetune.data.manifest import Line, resolve
@@ -44,7 +44,7 @@ class Data:
     ):  # fmt: skip
         self.args, self.world = args, world
         self.delays, self.dep_q = lm_kwargs["delays"], lm_kwargs["dep_q"]
-        self.window_frames = math.ceil(round(args.duration_sec * FRAME_RATE, 6))
+        self.window_frames = to_frames(args.duration_sec)
         self.train = dataset.open_windows(args.data.train_data, self.window_frames)
         self.held_out = dataset.open_windows(args.data.eval_data, self.window_frames) if args.do_eval else None
         self.text_tokenizer = checkpoint.tokenizer()
@@ -71,6 +71,7 @@ class Data:
                 self.prompter.voices = load(wanted)
             if all(windows.precomputed for windows in sources):
                 self.mimi.cache_clear()  # it was wanted for new voices only
+                gc.collect()  # moshi's streaming modules refer to themselves
         self._streams: weakref.WeakSet[Iterator] = weakref.WeakSet()
         self._checkpoint = checkpoint
         self._tokenizers = {id(w): self._tokenizer(w) for w in (self.train, self.held_out) if w is not None}
