@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -634,6 +635,23 @@ def test_a_killed_worker_is_told_in_a_sentence(parts, encoded, capsys):
         cli.run(train)
     told = capsys.readouterr().err
     assert end.value.code == 2 and re.match(r"error: DataLoader worker \(pid.*killed by signal.*num_workers", told)
+
+
+def test_memory_does_not_grow_over_epochs(parts, encoded):
+    """With a cache that holds nothing for long, so that each file is opened and parsed anew."""
+    interleaver = Interleaver(parts[1])
+    stored = PrecomputedTokenizer(interleaver, 40, cache_mb=0.001)
+    windows = open_windows(str(encoded), 40)
+    stream = get_dataset_iterator(windows, stored, Share(4), DELAYS, 8, shuffle=True)
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def epochs(count):
+        for _ in range(count * len(windows) // 4):
+            next(stream)
+        return resident()
+
+    first = epochs(20)
+    assert epochs(100) - first < 100 * len(windows) * 100  # bytes a window
 
 
 def test_a_batch_is_taken_while_the_one_before_is_in_use():
