@@ -75,8 +75,9 @@ def run(main: Callable[[], int | None]) -> None:
             )
         elif str(error).startswith("DataLoader worker"):  # raised by a signal handler of torch's, wherever one is
             told = (
-                f"{str(error).splitlines()[0]} If nobody ended it, memory was short: lower data.num_workers or "
-                "data.cache_mb, make /dev/shm larger (docker: --shm-size), and run the same command again"
+                f"{str(error).splitlines()[0].rstrip('.')}; if nobody ended it, memory was short: lower "
+                "data.num_workers or data.cache_mb, make /dev/shm larger (docker: --shm-size), and run the same "
+                "command again"
             )
         else:
             raise

@@ -635,7 +635,8 @@ def test_a_killed_worker_is_told_in_a_sentence(parts, encoded, capsys):
     with pytest.raises(SystemExit) as end:
         cli.run(train)
     told = capsys.readouterr().err
-    assert end.value.code == 2 and re.match(r"error: DataLoader worker \(pid.*killed by signal.*num_workers", told)
+    assert end.value.code == 2
+    assert re.match(r"error: DataLoader worker \(pid.*(killed by signal|exited).*num_workers", told)
 
 
 def test_memory_does_not_grow_over_epochs(parts, encoded):
@@ -654,10 +655,12 @@ def test_memory_does_not_grow_over_epochs(parts, encoded):
 
     tracemalloc.start()
     try:
-        before, after = epochs(20), epochs(100)
+        seen = [epochs(25) for _ in range(6)]
     finally:
         tracemalloc.stop()
-    assert after[0] - before[0] < 20 * 100 * len(windows) and after[1] <= before[1] + 5  # 20 bytes a window
+    # A leak is in each span; what is set up once, or a table of Python's that doubles, is in one.
+    assert min(after[0] - before[0] for before, after in itertools.pairwise(seen)) < 20 * 25 * len(windows)  # bytes
+    assert min(after[1] - before[1] for before, after in itertools.pairwise(seen)) <= 0
 
 
 def test_a_batch_is_taken_while_the_one_before_is_in_use():
