@@ -8,28 +8,18 @@ chunks of a GPU's size. Views compute nothing and are not counted; memory is tha
 
 import torch
 from moshi.models import loaders
-from moshi.models.lm import LMModel
-from moshi.modules.lora import replace_all_linear_with_lora
 
-from benchmarks.step import DELAYS, batch, stock_loss
+from benchmarks.step import DELAYS, batch, build, stock_loss
 from finetune.cli import Parser, run
 from finetune.fast import Plan, TrainingLM, make_plan
 from finetune.plan import GIB, GpuAttention, Meter
 
 BATCH, FRAMES, DEP_Q, RANK = 16, 1250, 16, 128
-CONFIG = loaders._lm_kwargs | {"dep_q": DEP_Q, "n_q": 16, "delays": DELAYS}  # NVIDIA's, as finetune.model builds it
-
-
-def build(checkpointing: bool) -> LMModel:
-    lm = LMModel(device="meta", dtype=torch.bfloat16, gradient_checkpointing=checkpointing, **CONFIG)
-    replace_all_linear_with_lora(lm, rank=RANK, scaling=2.0)
-    for name, parameter in lm.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return lm
+CONFIG = {key: value for key, value in loaders._lm_kwargs.items() if key != "dep_q"} | {"delays": DELAYS}
 
 
 def count(path: str, checkpointing: bool) -> Meter:
-    lm = build(checkpointing)
+    lm = build(DEP_Q, "meta", CONFIG, RANK, checkpointing)
     codes, mask = batch(FRAMES, BATCH)
     plan = Plan(*(tensor.to("meta") for tensor in make_plan(codes, mask, DELAYS, DEP_Q)))
     codes, mask = codes.to("meta"), mask.to("meta")

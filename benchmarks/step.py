@@ -50,11 +50,11 @@ class Timing:
     flops: int
 
 
-def build(dep_q: int, device: str) -> LMModel:
+def build(dep_q: int, device: str, config: dict = CONFIG, rank: int = 16, checkpointing: bool = True) -> LMModel:
     torch.manual_seed(0)
     dtype = DTYPE if device == "cpu" else torch.bfloat16
-    lm = LMModel(dep_q=dep_q, device=device, dtype=dtype, gradient_checkpointing=True, **CONFIG)
-    replace_all_linear_with_lora(lm, rank=16, scaling=2.0)
+    lm = LMModel(dep_q=dep_q, device=device, dtype=dtype, gradient_checkpointing=checkpointing, **config)
+    replace_all_linear_with_lora(lm, rank=rank, scaling=2.0)
     for name, parameter in lm.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return lm

@@ -23,7 +23,7 @@ from finetune.args import load_args
 from finetune.cli import Parser, UserError, run
 from finetune.data.audio import FRAME_RATE
 from finetune.data.dataset import Batch, Sample
-from finetune.data.setup import Data
+from finetune.data.setup import Data, what_to_do
 from finetune.distributed import World, session
 from finetune.export import open_source
 from finetune.fast import TrainingLM
@@ -33,13 +33,15 @@ from finetune.personaplex import CODEBOOKS, DEP_Q, Prompt
 
 
 @torch.no_grad()
-def evaluate(lm: TrainingLM, batches: Iterable[Batch], weights: Tensor, world: World) -> dict[str, float]:
+def evaluate(
+    lm: TrainingLM, batches: Iterable[Batch], weights: Tensor, world: World
+) -> tuple[dict[str, float], list[str]]:
     """Teacher-forced losses and accuracies (see finetune.loss.report) over all batches of all ranks, divided by all of
-    their tokens; `samples` and `skipped` count windows."""
+    their tokens, where `samples` and `skipped` count windows; and why windows were skipped, each reason once."""
     groups = len(weights)
     # Sums of cross-entropies over a whole held-out set outgrow float32's 24 bits.
     totals = torch.zeros(3, groups, dtype=torch.float64, device=world.device)
-    windows = torch.zeros(2, dtype=torch.float64)
+    windows, problems = torch.zeros(2, dtype=torch.float64), []
     for batch in batches:
         on_device = batch.to(world.device)
         out = lm(
@@ -49,9 +51,18 @@ def evaluate(lm: TrainingLM, batches: Iterable[Batch], weights: Tensor, world: W
         totals[1] += out.correct
         totals[2] += batch.counts.to(world.device)
         windows += torch.tensor([len(batch.names), len(batch.problems)])
+        problems += batch.problems
     ce, correct, counts = world.sum(totals)
     samples, skipped = world.sum(windows).tolist()
-    return loss.report(ce, correct, counts, weights) | {"samples": int(samples), "skipped": int(skipped)}
+    if skipped:
+        problems = sorted(set().union(*world.gather(problems)))
+    return loss.report(ce, correct, counts, weights) | {"samples": int(samples), "skipped": int(skipped)}, problems
+
+
+def refuse_unreadable(row: dict[str, float], problems: list[str]) -> None:
+    """Raises UserError if there were windows to evaluate and not one could be read."""
+    if problems and not row["samples"]:
+        raise UserError(f"none of the held-out windows could be read; {what_to_do(problems)}")
 
 
 def free_run(
@@ -136,7 +147,8 @@ def main() -> int:
         whole = load_merged(source, world.device, getattr(torch, args.param_dtype), source.kwargs["dep_q"])
         lm = TrainingLM(whole, gradient_checkpointing=False)
         weights = loss.group_weights(args, whole.dep_q)
-        row = evaluate(lm, data.eval_batches(), weights, world)
+        row, unread = evaluate(lm, data.eval_batches(), weights, world)
+        refuse_unreadable(row, unread)
         step = source.training.step if source.training else 0
         trouble = None
         if args.eval_free_samples and world.is_main:
@@ -152,7 +164,7 @@ def main() -> int:
             with torch.no_grad():
                 for name, parameter in whole.named_parameters():
                     parameter.copy_(bare.read(name))
-            base = evaluate(lm, data.eval_batches(), weights, world)
+            base, _ = evaluate(lm, data.eval_batches(), weights, world)
         if not world.is_main:
             return 0
     with replacing(given.run / f"evaluation_{step:06d}.json") as temporary:

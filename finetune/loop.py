@@ -17,9 +17,9 @@ from finetune import checkpointing, loss
 from finetune.args import TrainArgs
 from finetune.cli import UserError
 from finetune.data.dataset import Batch
-from finetune.data.setup import Data
+from finetune.data.setup import Data, what_to_do
 from finetune.distributed import World
-from finetune.evaluate import evaluate, free_run, judge
+from finetune.evaluate import evaluate, free_run, judge, refuse_unreadable
 from finetune.fast import TrainingLM
 from finetune.metrics import Metrics, console_line, peak_memory_gb
 from finetune.optim import clip_gradients, lr_factor, set_lr
@@ -115,20 +115,16 @@ def train(
         if world.sum(torch.tensor(stop.signal or 0)):  # on any rank: all leave together
             raise Interrupted
 
-    def until_stopped(batches: Iterable[Batch], unread: list[str]) -> Iterator[Batch]:
+    def until_stopped(batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            unread += batch.problems
             yield batch
             leave_if_stopped()
 
     def hold_out(first: bool = False) -> None:
         began = time.perf_counter()
-        unread: list[str] = []
-        row = evaluate(model, until_stopped(data.eval_batches(), unread), weights, world)
-        if row["skipped"]:
-            unread = sorted({problem for own in world.gather(unread) for problem in own})
-        if first and row["skipped"] and not row["samples"]:
-            raise UserError("none of the held-out windows could be read; " + _what_to_do(unread))
+        row, unread = evaluate(model, until_stopped(data.eval_batches()), weights, world)
+        if first:  # later the run is worth more than its evaluations
+            refuse_unreadable(row, unread)
         trouble = None
         samples = []
         if args.eval_free_samples:  # one rank's reading for all: replying is a collective
@@ -151,7 +147,7 @@ def train(
                 logger.warning("held-out at step %d: there was nothing to judge", progress.step)
             if trouble and progress.step:
                 logger.warning("replies at step %d: %s", progress.step, trouble)
-            if row["skipped"]:
+            if unread:
                 logger.warning("%d held-out windows could not be read: %s", row["skipped"], unread[0])
 
     # At the start, and where a run was stopped between a checkpoint and its evaluation.
@@ -319,18 +315,12 @@ def _limit_skipped(args: TrainArgs, progress: Progress, windows: int, problems: 
     passes = -(-progress.position // windows)  # over the data, begun ones too: in each a bad window is met again
     if progress.skipped <= args.data.max_bad_samples * passes and not nothing:
         return
-    listed = sorted({problem for own in world.gather(problems) for problem in own})
+    listed = sorted(set().union(*world.gather(problems)))
     head = f"none of the first {progress.position} windows could be read" if nothing else (
         f"{progress.skipped} windows could not be read, more than data.max_bad_samples = {args.data.max_bad_samples}"
         + f" in each of {passes} passes over the data" * (passes > 1)
     )  # fmt: skip
-    raise UserError(f"{head}; {_what_to_do(listed)}")
-
-
-def _what_to_do(problems: list[str]) -> str:
-    more = f"\n  - and {len(problems) - 20} more" if len(problems) > 20 else ""
-    shown = "".join(f"\n  - {problem}" for problem in problems[:20])
-    return f"`python -m finetune.check_data` says of each file what to do:{shown}{more}"
+    raise UserError(f"{head}; {what_to_do(listed)}")
 
 
 def _stopped(stop: Stop, world: World, step: int, saved: bool, do_ckpt: bool) -> int:

@@ -515,6 +515,8 @@ MODELS = [
         d.copy_of_run(lambda run: shutil.rmtree(run / "checkpoints"))]),
     evaluate("the run has no held-out data", "name some: data.eval_data=", lambda d: [d.run, "data.eval_data=''"]),
     evaluate("no such manifest", "data.eval_data", lambda d: [d.run, "data.eval_data=/gone.jsonl"]),
+    evaluate("none of the held-out windows could be read", "check_data` says of each file what to do", lambda d: [
+        d.run, f"data.eval_data={d.manifest({'path': 'gone.wav', 'duration': 5, 'codes_path': 'gone.pt'})}"]),
     report("gone: no such folder", "give the run_dir", lambda d: [d / "gone"]),
     report("holds no run", "args.yaml", lambda d: [d.folder]),
 ]

@@ -119,6 +119,13 @@ class Data:
         return dataset.spread_samples(self.held_out, self._tokenizers[id(self.held_out)], count)
 
 
+def what_to_do(problems: list[str]) -> str:
+    """The end of a sentence that says that windows could not be read."""
+    more = f"\n  - and {len(problems) - 20} more" if len(problems) > 20 else ""
+    shown = "".join(f"\n  - {problem}" for problem in problems[:20])
+    return f"`python -m finetune.check_data` says of each file what to do:{shown}{more}"
+
+
 def _check_codec(line: Line, fingerprint: str) -> None:
     """Raises UserError if a file's codes are another codec's. What else may be wrong with it is one window's matter."""
     path = resolve(line.manifest, str(line.fields["codes_path"]))
