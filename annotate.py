@@ -34,23 +34,26 @@ from typing import NamedTuple
 import sentencepiece
 from tqdm import tqdm
 
+from finetune.audio.files import FRAME_RATE, probe_audio
+from finetune.audio.transcriber import Transcriber, download_whisper
+from finetune.audio.words import sidecar
 from finetune.cli import Parser, UserError, no_room, run
-from finetune.data import audio, manifest
-from finetune.jobs import (
+from finetune.data.manifest import read_manifest
+from finetune.files import replacing
+from finetune.jobs.failures import (
     Failures,
-    Progress,
+    HoursBar,
     cores,
     device_of,
     error_file,
+    error_sentence,
     forget_error,
-    replacing,
-    run_shards,
-    sentence,
-    shard,
-    show,
+    show_list,
+    take_shard,
 )
-from finetune.prompt_text import wrap_system_prompt
-from finetune.workers import run_workers
+from finetune.jobs.slurm import run_shards
+from finetune.jobs.workers import run_workers
+from finetune.prompts.text import wrap_system_prompt
 
 # torch and Whisper take seconds to import and belong to the workers, so they are imported there: a mistake in the
 # command is told at once, and the process that hands out the files stays small.
@@ -121,8 +124,6 @@ def whisper_file(name: str, wanted: bool) -> str:
     `wanted`."""
     if not Path(name).is_file():
         if wanted:
-            from finetune.transcriber import download_whisper
-
             download_whisper(name)
         return name
     if Path(name).suffix != ".pt":
@@ -135,8 +136,8 @@ def read_items(args: argparse.Namespace, problems: list[str]) -> list[Item]:
     become sentences in `problems`."""
     items: dict[Path, Item] = {}
     try:
-        for line in manifest.iterate(args.egs, problems):
-            output = manifest.sidecar(line.path)
+        for line in read_manifest(args.egs, problems):
+            output = sidecar(line.path)
             other = items.get(output)
             if other is not None and other.path != line.path:
                 problems.append(f"{args.egs}, line {line.number}: {line.path} and {other.path} share one .json")
@@ -250,8 +251,6 @@ def start_worker(args: argparse.Namespace, devices: list[str], rank: int) -> Cal
     """Takes its share of the machine and loads its model, before anything else touches CUDA."""
     import torch
 
-    from finetune.transcriber import Transcriber
-
     device = devices[rank]
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
@@ -268,7 +267,7 @@ def start_worker(args: argparse.Namespace, devices: list[str], rank: int) -> Cal
 def transcribe(transcriber, model: str, task: tuple[Item, dict[str, int]]) -> dict[str, dict]:
     """What the .json will hold of each speaker of a file: the "words", and beside them their origin."""
     item, speakers = task
-    if audio.probe(item.path).channels <= max(speakers.values()):
+    if probe_audio(item.path).channels <= max(speakers.values()):
         raise UserError(f"{item.path}: is mono, and the second channel is asked for (agent left, user right)")
     heard = {}
     for speaker, channel in speakers.items():
@@ -308,7 +307,7 @@ def annotate_shard(args: argparse.Namespace, index: int, count: int) -> dict[str
         {output: sentence} of the files that failed.
     """
     failures, todo = Failures(), []
-    for item in shard(read_items(args, problems=[]), index, count):
+    for item in take_shard(read_items(args, problems=[]), index, count):
         try:
             content = load_output(item.output)
             speakers = speakers_missing(content, CHANNELS[args.channel])
@@ -321,11 +320,11 @@ def annotate_shard(args: argparse.Namespace, index: int, count: int) -> dict[str
         except (UserError, OSError) as error:
             if no_room(error):
                 raise
-            failures.add(item.output, sentence(item.path, error))
+            failures.add(item.output, error_sentence(item.path, error))
 
     devices = devices_of(args, index, count, len(todo))
     outcomes = run_workers(partial(start_worker, args, devices), todo, len(devices), args.verbose)
-    with closing(outcomes), Progress([item.duration for item, _ in todo], "annotating", disable=not todo) as bar:
+    with closing(outcomes), HoursBar([item.duration for item, _ in todo], "annotating", disable=not todo) as bar:
         for (item, _), heard, error in outcomes:
             try:
                 if error is not None:
@@ -336,7 +335,7 @@ def annotate_shard(args: argparse.Namespace, index: int, count: int) -> dict[str
             except (UserError, OSError) as problem:
                 if no_room(problem):
                     raise
-                told = sentence(item.path, problem)
+                told = error_sentence(item.path, problem)
                 failures.add(item.output, told)
             if args.verbose:
                 bar.write(f"{item.path}: {told}", file=sys.stderr)
@@ -399,8 +398,8 @@ def examine(item: Item, content: dict, count_tokens: Callable[[str], int]) -> di
         doubts[f"ends {missing:.1f} s before the manifest says"] = missing
     if silent := repairs.get("dropped: in silence", 0):
         doubts[f"{silent} words heard where the audio is silent"] = float(silent)
-    if rate > audio.FRAME_RATE:
-        doubts[f"{rate:.1f} text tokens a second, more than the {audio.FRAME_RATE} of the text stream"] = rate
+    if rate > FRAME_RATE:
+        doubts[f"{rate:.1f} text tokens a second, more than the {FRAME_RATE} of the text stream"] = rate
     if given_up := repairs.get("given up: stretches", 0):
         doubts[f"{given_up} stretches that Whisper could not do"] = 10.0 * given_up
     return {
@@ -438,7 +437,7 @@ def report(items: list[Item], failed: dict[str, str], problems: list[str], args:
         try:
             content = load_output(item.output)
         except UserError as error:
-            failed[str(item.output)] = sentence(item.path, error)
+            failed[str(item.output)] = error_sentence(item.path, error)
             continue
         if "alignments" in content:
             rows.append(examine(item, content, count_tokens))
@@ -479,9 +478,9 @@ def print_summary(result: dict, path: Path) -> None:
     print(f"repaired: {100 * result['share_of_words_repaired']:.1f} % of the words")
     for what, number in result["repairs"].items():
         print(f"  {number} {what}")
-    show("listen to these first:", [f"{row['path']}: {'; '.join(row['why'])}" for row in result["listen_first"]])
-    show("bad lines:", result["bad_lines"])
-    show("failed (--rerun-errors tries them again):", list(result["failures"].values()))
+    show_list("listen to these first:", [f"{row['path']}: {'; '.join(row['why'])}" for row in result["listen_first"]])
+    show_list("bad lines:", result["bad_lines"])
+    show_list("failed (--rerun-errors tries them again):", list(result["failures"].values()))
     print(f"report: {path}")
 
 
@@ -517,7 +516,7 @@ def main(argv: list[str] | None = None) -> int:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
     print_summary(result, path)
-    show("dead:", dead)
+    show_list("dead:", dead)
     all_failed = result["files"] == 0
     return int(bool(dead) or all_failed or (args.strict and bool(result["failed"] or problems)))
 

@@ -34,12 +34,25 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from finetune.audio.codec import default_lanes, encode_streams, keep_freed_memory
+from finetune.audio.codes import (
+    audio_fingerprint,
+    audio_stamp,
+    check_codes,
+    fingerprint_file,
+    load_codes,
+    save_codes,
+    save_tensors,
+)
+from finetune.audio.files import SAMPLE_RATE, probe_audio, stream_audio, to_frames
+from finetune.audio.words import MAIN_SPEAKER
 from finetune.cli import Parser, UserError, no_room, run
-from finetune.data import audio, codec, manifest
-from finetune.data.interleaver import MAIN_SPEAKER
-from finetune.jobs import Failures, Progress, device_of, forget_error, replacing, run_shards, sentence, shard, show
-from finetune.model import MOSHI, open_checkpoint
-from finetune.voices import has_same_speaker, same_speaker_file, save_same_speaker
+from finetune.data.manifest import LONGEST_SEC, Line, read_manifest
+from finetune.files import replacing
+from finetune.jobs.failures import Failures, HoursBar, device_of, error_sentence, forget_error, show_list, take_shard
+from finetune.jobs.slurm import run_shards
+from finetune.model.pretrained import MOSHI, open_pretrained
+from finetune.prompts.same_speaker import has_same_speaker, same_speaker_file, save_same_speaker
 
 CHANNELS = 2  # agent, user
 SUFFIX = "_precomputed.jsonl"  # of the new manifests
@@ -121,7 +134,7 @@ def read_items(args: argparse.Namespace, problems: list[str]) -> dict[str, Item]
     others = named_by_others(args.output_dir, new)
     for source in args.manifests:
         above = f"{source.parent}{os.sep}"
-        for line in manifest.iterate(source, problems):
+        for line in read_manifest(source, problems):
             path = os.path.normpath(line.path)
             if path in items:
                 continue
@@ -136,18 +149,18 @@ def read_items(args: argparse.Namespace, problems: list[str]) -> dict[str, Item]
     return items
 
 
-def stated_sec(line: manifest.Line) -> float | None:
+def stated_sec(line: Line) -> float | None:
     """The duration that a line gives, if it can be one."""
     value = line.fields.get("duration")
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and 0 < value <= manifest.LONGEST_SEC else None
+    return float(value) if number and 0 < value <= LONGEST_SEC else None
 
 
 def named_by_others(folder: Path, new: list[Path]) -> dict[str, str]:
     """{codes: audio} of the manifests that earlier runs have left in the folder, but for those that this run writes."""
     named = {}
     for path in sorted(set(folder.glob(f"*{SUFFIX}")) - set(new)):
-        for line in manifest.iterate(path, problems=[]):
+        for line in read_manifest(path, problems=[]):
             if isinstance(line.fields.get("codes_path"), str):
                 named[os.path.join(folder, line.fields["codes_path"])] = os.path.normpath(line.path)
     return named
@@ -156,7 +169,7 @@ def named_by_others(folder: Path, new: list[Path]) -> dict[str, str]:
 def made_of(codes: str, path: str) -> bool:
     """Whether codes are of the very sound in `path`: the recording has been moved, or is there twice."""
     try:
-        return codec.load_codes(Path(codes))["audio"] == codec.audio_fingerprint(Path(path))
+        return load_codes(Path(codes))["audio"] == audio_fingerprint(Path(path))
     except UserError:
         return False
 
@@ -166,15 +179,15 @@ def finished(item: Item, mimi_fingerprint: str, exact: bool = False) -> float | 
     if not os.path.exists(item.codes):
         return None
     try:
-        entry = codec.load_codes(Path(item.codes))
+        entry = load_codes(Path(item.codes))
         date = os.stat(item.path).st_mtime_ns if os.path.exists(item.path) else None
-        codec.check(entry, None, mimi_fingerprint, Path(item.path), thorough=True)
+        check_codes(entry, None, mimi_fingerprint, Path(item.path), thorough=True)
     except UserError:
         return None
     if exact and not entry.get("exact"):
         return None
     if date is not None and entry.get("audio_mtime_ns") not in (None, date):
-        codec.save(Path(item.codes), entry | {"audio_mtime_ns": date})  # it was read whole: not again next time
+        save_tensors(Path(item.codes), entry | {"audio_mtime_ns": date})  # it was read whole: not again next time
     return entry["duration"]
 
 
@@ -189,7 +202,7 @@ class Reader:
         fingerprint, stamp: of the file, taken before it was read.
     """
 
-    def __init__(self, item: Item, pool: ThreadPoolExecutor, bar: Progress):
+    def __init__(self, item: Item, pool: ThreadPoolExecutor, bar: HoursBar):
         self.item = item
         self.samples = 0
         self.fingerprint, self.stamp = "", {}
@@ -199,17 +212,17 @@ class Reader:
 
     def _read(self) -> Iterator[np.ndarray]:
         path = Path(self.item.path)
-        self.fingerprint, self.stamp = codec.audio_fingerprint(path), codec.audio_stamp(path)
-        channels = audio.probe(self.item.path).channels
+        self.fingerprint, self.stamp = audio_fingerprint(path), audio_stamp(path)
+        channels = probe_audio(self.item.path).channels
         if channels != CHANNELS:
             raise UserError(f"{self.item.path}: has {channels} channel(s); training needs agent left, user right")
-        yield from audio.stream(self.item.path)
+        yield from stream_audio(self.item.path)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         while (piece := self._next.result()) is not None:
             self._next = self._pool.submit(next, self._pieces, None)
             self.samples += piece.shape[1]
-            self._bar.update(piece.shape[1] / audio.SAMPLE_RATE)
+            self._bar.update(piece.shape[1] / SAMPLE_RATE)
             yield piece
 
 
@@ -228,14 +241,14 @@ def longest_first(items: dict[str, Item]) -> list[Item]:
 
 def encode_shard(args: argparse.Namespace, index: int, count: int) -> Outcome:
     """Does every `count`-th file from `index` on: one job of several."""
-    items = shard(longest_first(read_items(args, problems=[])), index, count)
+    items = take_shard(longest_first(read_items(args, problems=[])), index, count)
     return encode_items(args, items, torch.device(device_of(args.device, index)))
 
 
 def encode_items(args: argparse.Namespace, items: list[Item], device: torch.device) -> Outcome:
     """Does all files that are not done yet."""
-    checkpoint = open_checkpoint(args.hf_repo, mimi_path=args.mimi_path)
-    fingerprint = codec.fingerprint_file(checkpoint.mimi_weights())
+    checkpoint = open_pretrained(args.hf_repo, mimi_path=args.mimi_path)
+    fingerprint = fingerprint_file(checkpoint.mimi_weights())
     failures, durations, todo, voiceless = Failures(), {}, [], []
     done = partial(finished, mimi_fingerprint=fingerprint, exact=args.exact)
     has_voice = lambda item: has_same_speaker(Path(item.path), Path(item.codes), fingerprint, args.speakers, args.exact)
@@ -258,11 +271,11 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
             make_folder(Path(folder))
         mimi = checkpoint.mimi(device)
         if device.type == "cpu":
-            codec.keep_freed_memory()
-        lanes = min(args.lanes or codec.default_lanes(device), CHANNELS * max(1, len(todo)))
+            keep_freed_memory()
+        lanes = min(args.lanes or default_lanes(device), CHANNELS * max(1, len(todo)))
         started = time.monotonic()
         encoded_sec = 0.0
-        with Progress([item.duration for item in todo], "encoding") as bar:
+        with HoursBar([item.duration for item in todo], "encoding") as bar:
             readers: dict[int, Reader] = {}
 
             def begin() -> Iterator[Reader]:
@@ -271,22 +284,20 @@ def encode_items(args: argparse.Namespace, items: list[Item], device: torch.devi
                     yield readers[number]
 
             sources = read_ahead(begin(), args.num_load_threads)
-            with closing(codec.encode_streams(mimi, sources, lanes, args.exact)) as results:
+            with closing(encode_streams(mimi, sources, lanes, args.exact)) as results:
                 for number, result in results:
                     reader = readers.pop(number)
-                    item, seconds = reader.item, reader.samples / audio.SAMPLE_RATE
+                    item, seconds = reader.item, reader.samples / SAMPLE_RATE
                     codes = Path(item.codes)
                     try:
                         if isinstance(result, UserError):
                             raise result
                         same_speaker_file(codes).unlink(missing_ok=True)  # of what the file was before
-                        codec.save_codes(
-                            codes, result, seconds, fingerprint, reader.fingerprint, reader.stamp, args.exact
-                        )
+                        save_codes(codes, result, seconds, fingerprint, reader.fingerprint, reader.stamp, args.exact)
                     except (UserError, OSError) as error:
                         if no_room(error):
                             raise
-                        failures.add(codes, sentence(item.path, error))
+                        failures.add(codes, error_sentence(item.path, error))
                         bar.set_postfix_str(f"{len(failures)} failed")
                     else:
                         forget_error(codes)
@@ -316,7 +327,7 @@ def write_manifest(
     lines, lies, lost = 0, 0, []
     # JSON's escape of half a character, which UTF-8 cannot write, is Python's backslash.
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
-        for line in manifest.iterate(source, problems=[]):
+        for line in read_manifest(source, problems=[]):
             item = items.get(os.path.normpath(line.path))  # None: the manifest has grown since this run began
             duration = None if item is None else durations.get(item.codes)
             if duration is None:
@@ -324,7 +335,7 @@ def write_manifest(
             said = stated_sec(line)
             close = said is not None and abs(said - duration) <= LIE_SEC
             # One frame too many may be a window without sound.
-            if not close or audio.to_frames(said) != audio.to_frames(duration):
+            if not close or to_frames(said) != to_frames(duration):
                 lies += line.fields.get("duration") is not None
                 if said is not None and said - duration > LOST_SEC:
                     lost.append(f"{item.path}: {duration:.2f} s, and its manifest says {said:.2f} s")
@@ -399,11 +410,13 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name, value in rows.items():
         print(f"  {name:<10}{value}")
-    show("bad lines:", problems)
-    show("much shorter than their manifest says (cut off?):", lost)
-    show("failed (repair them or take their lines out):", [failed[codes] for codes in sorted(failed)])
-    show("without same_speaker voice, which training on them needs:", [voiceless[path] for path in sorted(voiceless)])
-    show("dead:", dead)
+    show_list("bad lines:", problems)
+    show_list("much shorter than their manifest says (cut off?):", lost)
+    show_list("failed (repair them or take their lines out):", [failed[codes] for codes in sorted(failed)])
+    show_list(
+        "without same_speaker voice, which training on them needs:", [voiceless[path] for path in sorted(voiceless)]
+    )
+    show_list("dead:", dead)
     return int(bool(dead) or not durations or (args.strict and bool(failed or problems or voiceless)))
 
 

@@ -12,20 +12,27 @@ import logging
 
 import torch
 
-from finetune import checkpointing, lora, model, optim
-from finetune.args import TrainArgs, load_args
+from finetune.args import TrainArgs
+from finetune.checkpointing import load_checkpoint, newest_complete
 from finetune.cli import Parser, UserError, run
-from finetune.data.setup import Data
+from finetune.config import load_args
+from finetune.data.run_data import RunData
 from finetune.distributed import World, make_mesh, multiplies_bfloat16, session, shard
-from finetune.fast import TrainingLM
 from finetune.loop import Progress, Stop, train
+from finetune.lora import add_adapters
 from finetune.metrics import Metrics
-from finetune.personaplex import N_STREAMS
+from finetune.model.build import Origin, StoredWeights, build_lm, load_weights, set_trainable
+from finetune.model.consolidated import Artefact
+from finetune.model.pretrained import MOSHI, ModelSpec, inference_config, lm_kwargs, open_pretrained
+from finetune.model.training_lm import TrainingLM
+from finetune.optim import build_optimizer
+from finetune.run_dir import check_run_dir, open_run
+from finetune.streams import N_STREAMS
 
 logger = logging.getLogger("train")
 
 
-def main(spec: model.Spec = model.MOSHI, doc: str = __doc__) -> int:
+def main(spec: ModelSpec = MOSHI, doc: str = __doc__) -> int:
     parser = Parser(doc)
     parser.add_argument("config", help="YAML file of settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's")
@@ -41,50 +48,50 @@ def main(spec: model.Spec = model.MOSHI, doc: str = __doc__) -> int:
         return run_training(args, spec, world)
 
 
-def run_training(args: TrainArgs, spec: model.Spec, world: World) -> int:
+def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
     """Assembles a run and trains. What is cheap to check comes first; the run's folder is touched last."""
     torch.manual_seed(args.seed)
-    checkpointing.check_run_dir(args)
+    check_run_dir(args)
 
     # 1. The files of the model.
     paths = vars(args.moshi_paths) | {"hf_repo_id": args.moshi_paths.hf_repo_id or spec.default_repo}
-    checkpoint = model.open_checkpoint(**paths)
+    checkpoint = open_pretrained(**paths)
     if checkpoint.raw_config.get("lora"):
         raise UserError(
             f"{checkpoint.source}: holds adapters, and training starts from whole weights; merge them first with "
-            "`python -m finetune.export ... --merge`"
+            "`python -m finetune.tools.export ... --merge`"
         )
-    kwargs = model.lm_kwargs(checkpoint, spec)
-    weights = model.Weights(checkpoint.moshi_weights(), kwargs["dep_q"])
+    kwargs = lm_kwargs(checkpoint, spec)
+    weights = StoredWeights(checkpoint.moshi_weights(), kwargs["dep_q"])
 
     # 2. The data: manifests, prompts, tokenizers.
-    data = Data(args, spec.prompts, checkpoint, kwargs, weights.file.read, world)
+    data = RunData(args, spec.prompts, checkpoint, kwargs, weights.file.read, world)
     if world.is_main:
         describe(args, spec, weights.origin, data, world)
 
     # 3. The model: built without memory, sharded, then filled row by row from its file.
     dtype = getattr(torch, args.param_dtype)
-    lm = model.build_lm(kwargs, dtype)
+    lm = build_lm(kwargs, dtype)
     if args.lora.enable:
-        lora.add_adapters(lm, args.lora.rank, args.lora.scaling)
-    model.set_trainable(lm, args.full_finetuning, args.lora.ft_embed)
+        add_adapters(lm, args.lora.rank, args.lora.scaling)
+    set_trainable(lm, args.full_finetuning, args.lora.ft_embed)
     training_lm = TrainingLM(lm, args.gradient_checkpointing)
     if args.compile:
         for layer in (*lm.transformer.layers, *lm.depformer.layers):
             layer.compile(dynamic=True)
     shard(training_lm, [*lm.transformer.layers, *lm.depformer.layers], make_mesh(world, args.sharding), dtype)
     training_lm.to_empty(device=world.device)
-    model.fill(lm, weights, args.seed)
-    optimizer = optim.build_optimizer(lm, args.optim, world.device)
+    load_weights(lm, weights, args.seed)
+    optimizer = build_optimizer(lm, args.optim, world.device)
 
     # 4. The run's folder, and where it stopped.
-    folder = checkpointing.open_run(args, world)
+    folder = open_run(args, world)
     progress = Progress()
-    newest = checkpointing.newest_complete(folder, world)
+    newest = newest_complete(folder, world)
     if newest is not None:
         path, state = newest
         progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
-        checkpointing.load(path, lm, optimizer, progress.step)
+        load_checkpoint(path, lm, optimizer, progress.step)
         logger.info("going on from %s", path)
         before, now = state["windows_per_step"], args.batch_size * args.num_microbatches * world.size
         if before != now:
@@ -97,7 +104,7 @@ def run_training(args: TrainArgs, spec: model.Spec, world: World) -> int:
             )  # fmt: skip
     metrics = Metrics(folder, args, world.is_main, progress.step)
     adapters = (args.lora.rank, args.lora.scaling) if args.lora.enable and args.save_adapters else None
-    artefact = checkpointing.Artefact(model.inference_config(checkpoint, kwargs), adapters, dtype)
+    artefact = Artefact(inference_config(checkpoint, kwargs), adapters, dtype)
 
     # 5. The loop.
     with Stop() as stop, contextlib.closing(metrics), contextlib.closing(data):
@@ -106,7 +113,7 @@ def run_training(args: TrainArgs, spec: model.Spec, world: World) -> int:
         )  # fmt: skip
 
 
-def describe(args: TrainArgs, spec: model.Spec, origin: model.Origin, data: Data, world: World) -> None:
+def describe(args: TrainArgs, spec: ModelSpec, origin: Origin, data: RunData, world: World) -> None:
     """What the run will do, as arithmetic that can be checked."""
     windows, window_frames = data.train, data.window_frames
     per_step = args.batch_size * args.num_microbatches * world.size

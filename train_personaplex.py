@@ -8,8 +8,8 @@ command continues a run that was stopped. Settings: README.md, example/personapl
 
 import train
 from finetune.cli import run
-from finetune.model import PERSONAPLEX
-from finetune.personaplex import expand_moshiko_to_personaplex
+from finetune.model.expansion import expand_moshiko_to_personaplex
+from finetune.model.pretrained import PERSONAPLEX
 
 __all__ = ["expand_moshiko_to_personaplex"]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import sphn
 
+from finetune.audio.files import SAMPLE_RATE, read_audio
 from finetune.cli import Parser, UserError, run
-from finetune.data import audio
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -27,9 +27,9 @@ def make_files(folder: Path, speech: np.ndarray) -> Path:
     """A manifest of `FILES` stereo files."""
     lines = []
     for number in range(FILES):
-        agent = np.roll(speech, number * audio.SAMPLE_RATE)
-        sphn.write_wav(str(folder / f"{number}.wav"), np.stack([agent, np.zeros_like(agent)]), audio.SAMPLE_RATE)
-        lines.append(f'{{"path": "{number}.wav", "duration": {len(speech) / audio.SAMPLE_RATE}}}\n')
+        agent = np.roll(speech, number * SAMPLE_RATE)
+        sphn.write_wav(str(folder / f"{number}.wav"), np.stack([agent, np.zeros_like(agent)]), SAMPLE_RATE)
+        lines.append(f'{{"path": "{number}.wav", "duration": {len(speech) / SAMPLE_RATE}}}\n')
     manifest = folder / "egs.jsonl"
     manifest.write_text("".join(lines))
     return manifest
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, default=SHARED / "audio" / "input_assistant.wav")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, taken in turns")
     args = parser.parse_args()
-    speech = audio.read(args.speech, channel=0)[0]
+    speech = read_audio(args.speech, channel=0)[0]
     print(f"{len(os.sched_getaffinity(0))} cores, load average {os.getloadavg()[0]:.2f} before (idle: under 0.3)")
     times: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +72,7 @@ def main() -> None:
                 seconds, files = annotate(manifest, args.whisper_model.resolve(), workers)
                 times[workers].append(seconds)
                 written.append(files)
-    hours = FILES * len(speech) / audio.SAMPLE_RATE / 3600
+    hours = FILES * len(speech) / SAMPLE_RATE / 3600
     print("| workers | seconds | x real time |\n|--|--|--|")
     for workers, seconds in times.items():
         middle = statistics.median(seconds)

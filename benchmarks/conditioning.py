@@ -5,7 +5,7 @@
 In the tiny world the role prompt decides the agent's name, greeting and answers, the voice prompt its pitch and timbre.
 Some (role, voice) pairs are held out of training. For each pair the trained model gets the prompt and a user who asks a
 question, and replies with sampled tokens; its decoded sound is then judged by detectors that know how words and voices
-sound (finetune.toy; they are right on every clean utterance).
+sound (finetune.tools.toy; they are right on every clean utterance).
 
     role      the reply holds the prompted role's name, and no other role's
     greeting  the reply begins with the prompted role's greeting, word for word
@@ -24,13 +24,28 @@ from pathlib import Path
 
 import torch
 
-from finetune import toy
+from finetune.audio.codec import encode_audio
+from finetune.audio.codes import fingerprint_mimi
 from finetune.cli import Parser, run
-from finetune.data import codec
-from finetune.export import open_source
-from finetune.generate import Sampling, decode, generate, load_merged
-from finetune.personaplex import build_prompt
-from finetune.voices import load_voices
+from finetune.generate import Sampling, decode_codes, generate
+from finetune.model.stored import load_merged, open_stored
+from finetune.prompts.hybrid import build_prompt
+from finetune.prompts.voices import load_voices
+from finetune.tools.toy.world import (
+    AGENT_VOICES,
+    QUESTIONS,
+    ROLES,
+    USER_VOICES,
+    detect_voice,
+    detect_words,
+    expected_reply,
+    greeting,
+    held_out,
+    make_corpus,
+    make_model,
+    synthesise,
+    text_prompt,
+)
 
 SETTINGS = {
     "full_finetuning": "true", "lora.enable": "false", "duration_sec": 14, "batch_size": 8, "optim.lr": "2e-3",
@@ -43,8 +58,8 @@ SETTINGS = {
 def prepare(folder: Path, hours: float) -> None:
     """World and codes, unless they are there."""
     if not (folder / "model").is_dir():
-        toy.make_model(folder / "model")
-        toy.make_corpus(folder / "data", hours=hours, seed=0)
+        make_model(folder / "model")
+        make_corpus(folder / "data", hours=hours, seed=0)
     manifests = [str(folder / f"data/{split}.jsonl") for split in ("train", "eval")]
     subprocess.run(
         [sys.executable, "precompute_codes.py", *manifests, "--output-dir", str(folder / "codes"), "--hf-repo",
@@ -66,36 +81,36 @@ def train(folder: Path, steps: int) -> None:
 
 def listen(folder: Path, repeats: int, greedy: bool) -> dict:
     """Shares of replies that do what they should, for held-out and for seen pairs."""
-    source = open_source(str(folder / "run"))
+    source = open_stored(str(folder / "run"))
     mimi, tokenizer = source.checkpoint.mimi(), source.checkpoint.tokenizer()
     lm = load_merged(source, torch.device("cpu"), torch.float32)
-    files = {voice: folder / f"data/voices/{voice}.wav" for voice in toy.AGENT_VOICES}
+    files = {voice: folder / f"data/voices/{voice}.wav" for voice in AGENT_VOICES}
     voices = load_voices(
-        list(files.values()), lambda: mimi, lambda: codec.fingerprint(mimi), None, source.kwargs["delays"], False
+        list(files.values()), lambda: mimi, lambda: fingerprint_mimi(mimi), None, source.kwargs["delays"], False
     )
     rng = random.Random(0)
     cases, prompts, sounds = [], [], []
-    for (role, voice), _ in itertools.product(itertools.product(toy.ROLES, toy.AGENT_VOICES), range(repeats)):
-        question, asker = rng.choice(list(toy.QUESTIONS)), rng.choice(list(toy.USER_VOICES))
+    for (role, voice), _ in itertools.product(itertools.product(ROLES, AGENT_VOICES), range(repeats)):
+        question, asker = rng.choice(list(QUESTIONS)), rng.choice(list(USER_VOICES))
         # As in the corpus: the agent greets first, then the user asks, then the agent has time to answer.
-        words = toy.QUESTIONS[question]
-        sounds.append(toy.synthesise(words, asker, lead_in=rng.randint(30, 38), tail=40))
+        words = QUESTIONS[question]
+        sounds.append(synthesise(words, asker, lead_in=rng.randint(30, 38), tail=40))
         cases.append((role, voice, question))
-        text = tokenizer.encode(toy.text_prompt(role), add_bos=False, add_eos=False)
+        text = tokenizer.encode(text_prompt(role), add_bos=False, add_eos=False)
         prompts.append(build_prompt(voices[files[voice]], text))
-    users = codec.encode(mimi, sounds, exact=False)
+    users = encode_audio(mimi, sounds, exact=False)
     results: dict[bool, list[dict[str, bool]]] = {True: [], False: []}
     for i in range(0, len(cases), 25):
         replies = generate(lm, prompts[i : i + 25], users[i : i + 25], Sampling(greedy=greedy), seed=i)
-        for (role, voice, question), sound in zip(cases[i:], decode(mimi, [r.codes for r in replies])):
-            heard = [word for word, _ in toy.detect_words(sound)]
-            greeting, answer = toy.greeting(role), toy.expected_reply(role, question)
-            names = {name for name in toy.ROLES if name in heard}
-            results[toy.held_out(role, voice)].append({
+        for (role, voice, question), sound in zip(cases[i:], decode_codes(mimi, [r.codes for r in replies])):
+            heard = [word for word, _ in detect_words(sound)]
+            hello, answer = greeting(role), expected_reply(role, question)
+            names = {name for name in ROLES if name in heard}
+            results[held_out(role, voice)].append({
                 "role": names == {role},
-                "greeting": heard[: len(greeting)] == greeting,
-                "answer": heard[len(greeting) :] == answer,
-                "voice": toy.detect_voice(sound)[0] == voice,
+                "greeting": heard[: len(hello)] == hello,
+                "answer": heard[len(hello) :] == answer,
+                "voice": detect_voice(sound)[0] == voice,
             })  # fmt: skip
     return {
         name: {"replies": len(rows)} | {key: sum(r[key] for r in rows) / len(rows) for key in rows[0]}
@@ -119,7 +134,7 @@ def main() -> int:
     print(f"\n| | replies | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
     for name, row in results.items():
         print(f"| {name} | {row['replies']} | {' | '.join(f'{row[c]:.1%}' for c in columns)} |")
-    print(f"| chance | | {1 / len(toy.ROLES):.0%} | | | {1 / len(toy.AGENT_VOICES):.0%} |")
+    print(f"| chance | | {1 / len(ROLES):.0%} | | | {1 / len(AGENT_VOICES):.0%} |")
     return 0
 
 

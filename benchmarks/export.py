@@ -1,4 +1,4 @@
-"""Measures `finetune.export` at the size of the published models, against a plain copy of the same file.
+"""Measures `finetune.tools.export` at the size of the published models, against a plain copy of the same file.
 
     python -m benchmarks.export FOLDER
 
@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 from moshi.models import loaders
 
-from finetune import lora, model, toy
 from finetune.cli import Parser, UserError, run
-from finetune.personaplex import DEP_Q, fuse
-from finetune.weights import write_safetensors
+from finetune.lora import add_adapters, is_adapter
+from finetune.model.build import build_lm
+from finetune.model.weights import fuse, write_safetensors
+from finetune.streams import DEP_Q
+from finetune.tools.toy.world import make_model
 
 RANK = 64
 
@@ -38,21 +40,21 @@ def random_tensors(layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
 
 def make_inputs(folder: Path, layers: int) -> tuple[Path, Path]:
     """(a Moshi, adapters over its expansion)."""
-    base, adapters = toy.make_model(folder / "moshi", num_layers=1), folder / "adapters"
+    base, adapters = make_model(folder / "moshi", num_layers=1), folder / "adapters"
     kwargs = dict(loaders._lm_kwargs) | {"num_layers": layers}
     config = json.loads((base / "config.json").read_text()) | kwargs
     (base / "config.json").write_text(json.dumps(config))
-    state = fuse(model.build_lm(kwargs, torch.bfloat16).state_dict(), kwargs["dep_q"])
+    state = fuse(build_lm(kwargs, torch.bfloat16).state_dict(), kwargs["dep_q"])
     layout = {key: (torch.bfloat16, tuple(values.shape)) for key, values in state.items()}
     write_safetensors(base / "model.safetensors", layout, random_tensors(layout))
 
-    lm = model.build_lm(kwargs | {"dep_q": DEP_Q}, torch.bfloat16)
-    lora.add_adapters(lm, RANK, 2.0)
+    lm = build_lm(kwargs | {"dep_q": DEP_Q}, torch.bfloat16)
+    add_adapters(lm, RANK, 2.0)
     names = {key: f"file://{(base / config[key]).absolute()}" for key in config if key.endswith("_name")}
     config |= names | {"dep_q": DEP_Q, "lora": True, "lora_rank": RANK, "lora_scaling": 2.0}
     adapters.mkdir()
     (adapters / "config.json").write_text(json.dumps(config))
-    layout = {k: (torch.bfloat16, tuple(p.shape)) for k, p in lm.named_parameters() if lora.is_adapter(k)}
+    layout = {k: (torch.bfloat16, tuple(p.shape)) for k, p in lm.named_parameters() if is_adapter(k)}
     write_safetensors(adapters / "lora.safetensors", layout, random_tensors(layout))
     return base, adapters
 
@@ -72,11 +74,11 @@ finally:
 
 
 def export(*arguments: object) -> float:
-    """Runs finetune.export as a process of its own; returns its peak resident memory in GB."""
-    command = [sys.executable, "-c", _WITH_PEAK, "finetune.export", *map(str, arguments)]
+    """Runs finetune.tools.export as a process of its own; returns its peak resident memory in GB."""
+    command = [sys.executable, "-c", _WITH_PEAK, "finetune.tools.export", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise UserError(f"finetune.export ended with exit code {done.returncode}: {done.stderr.strip()}")
+        raise UserError(f"finetune.tools.export ended with exit code {done.returncode}: {done.stderr.strip()}")
     return int(done.stderr.split()[-1]) * 1024 / 1e9
 
 

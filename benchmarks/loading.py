@@ -23,13 +23,13 @@ import torch
 from moshi.models import loaders
 from safetensors import safe_open
 
-from finetune import toy
+from finetune.audio.codes import audio_fingerprint, audio_stamp, save_codes
 from finetune.cli import Parser, UserError, run
-from finetune.data import codec, manifest
-from finetune.data.dataset import InterleavedTokenizer, PrecomputedTokenizer
-from finetune.data.interleaver import Interleaver
+from finetune.data.interleaver import InterleavedTokenizer, Interleaver, PrecomputedTokenizer
+from finetune.data.manifest import Line
 from finetune.metrics import read_rows
-from finetune.model import open_checkpoint
+from finetune.model.pretrained import open_pretrained
+from finetune.tools.toy.world import make_corpus, make_model
 
 LARGER = {
     "dim": 512, "num_heads": 8, "num_layers": 6, "depformer_dim": 192, "depformer_num_heads": 3,
@@ -39,7 +39,7 @@ WINDOW = 1250  # frames: 100 s
 FILES = 24
 
 
-def corpus(folder: Path, windows: int) -> list[manifest.Line]:
+def corpus(folder: Path, windows: int) -> list[Line]:
     """Stereo files of 100 s whose codes and words, one every 0.4 s, are those of so many windows of 100 s."""
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -54,10 +54,10 @@ def corpus(folder: Path, windows: int) -> list[manifest.Line]:
         words = [["hello", [0.4 * k, 0.4 * k + 0.3], "SPEAKER_MAIN"] for k in range(250 * windows)]
         path.with_suffix(".json").write_text(json.dumps({"alignments": words}))
         codes = torch.from_numpy(rng.integers(0, 2048, (2, 8, windows * WINDOW), dtype=np.int16))
-        stamp = codec.audio_stamp(path)
-        codec.save_codes(folder / f"{i}.pt", codes, 100.0 * windows, "none", codec.audio_fingerprint(path), stamp)
+        stamp = audio_stamp(path)
+        save_codes(folder / f"{i}.pt", codes, 100.0 * windows, "none", audio_fingerprint(path), stamp)
         fields = {"path": path.name, "duration": 100.0 * windows, "codes_path": f"{i}.pt"}
-        lines.append(manifest.Line(i + 1, path, fields, folder / "m.jsonl"))
+        lines.append(Line(i + 1, path, fields, folder / "m.jsonl"))
     return lines
 
 
@@ -85,8 +85,8 @@ def main() -> int:
             buffer.normal_()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        toy.make_model(folder / "model")
-        interleaver = Interleaver(open_checkpoint(str(folder / "model")).tokenizer())
+        make_model(folder / "model")
+        interleaver = Interleaver(open_pretrained(str(folder / "model")).tokenizer())
         short, long = corpus(folder / "short", 1), corpus(folder / "long", 6)
         stored, live = PrecomputedTokenizer(interleaver, WINDOW), InterleavedTokenizer(interleaver, WINDOW, mimi=mimi)
 
@@ -103,12 +103,12 @@ def main() -> int:
         }
         encoded = statistics.median(seconds(live, line, 0) for line in short[: args.live])
 
-        toy.make_corpus(folder / "data", hours=0.1)
+        make_corpus(folder / "data", hours=0.1)
         split = {s: folder / f"data/{s}.jsonl" for s in ("train", "eval")}
         python = lambda *command: subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
         python("precompute_codes.py", *split.values(), "--output-dir", folder / "codes", "--hf-repo", folder / "model",
                "--device", "cpu")  # fmt: skip
-        toy.make_model(folder / "larger", **LARGER)
+        make_model(folder / "larger", **LARGER)
         waits = {}
         training = lambda model, run, steps: [
             sys.executable, "train.py", "example/tiny_moshi.yaml", f"run_dir={run}", f"max_steps={steps}",
@@ -121,8 +121,9 @@ def main() -> int:
             rows = read_rows(folder / model / "run/metrics.train.jsonl")[5:]
             with safe_open(folder / model / "model.safetensors", framework="pt") as file:
                 count = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-            waits[count] = statistics.median(row["data_wait"] for row in rows), statistics.median(
-                row["interval_sec"] for row in rows
+            waits[count] = (
+                statistics.median(row["data_wait"] for row in rows),
+                statistics.median(row["interval_sec"] for row in rows),
             )
 
     print("| sample of 100 s | ms | of live |\n|---|---|---|")

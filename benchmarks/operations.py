@@ -11,8 +11,10 @@ from moshi.models import loaders
 
 from benchmarks.step import DELAYS, batch, build, stock_loss
 from finetune.cli import Parser, run
-from finetune.fast import Plan, TrainingLM, make_plan
-from finetune.plan import GIB, GpuAttention, Meter
+from finetune.model.targets import Targets, make_targets
+from finetune.model.training_lm import TrainingLM
+from finetune.tools.plan.command import GIB
+from finetune.tools.plan.meter import GpuAttention, Meter
 
 BATCH, FRAMES, DEP_Q, RANK = 16, 1250, 16, 128
 CONFIG = {key: value for key, value in loaders._lm_kwargs.items() if key != "dep_q"} | {"delays": DELAYS}
@@ -21,7 +23,7 @@ CONFIG = {key: value for key, value in loaders._lm_kwargs.items() if key != "dep
 def count(path: str, checkpointing: bool) -> Meter:
     lm = build(DEP_Q, "meta", CONFIG, RANK, checkpointing)
     codes, mask = batch(FRAMES, BATCH)
-    plan = Plan(*(tensor.to("meta") for tensor in make_plan(codes, mask, DELAYS, DEP_Q)))
+    plan = Targets(*(tensor.to("meta") for tensor in make_targets(codes, mask, DELAYS, DEP_Q)))
     codes, mask = codes.to("meta"), mask.to("meta")
     training = TrainingLM(lm, checkpointing) if path == "ours" else None
     with GpuAttention(), Meter() as meter:

@@ -25,10 +25,11 @@ from safetensors.torch import save_file
 
 import precompute_codes
 from benchmarks.real_size import process
-from finetune import toy
+from finetune.audio.codec import encode_streams, keep_freed_memory
+from finetune.audio.files import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, read_audio
 from finetune.cli import Parser, UserError, run
-from finetune.data import audio, codec
-from finetune.data.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
+from finetune.streams import CODEBOOKS
+from finetune.tools.toy.world import make_model
 
 ROOT = Path(__file__).parents[1]
 FILES = 64
@@ -119,12 +120,10 @@ def ours(manifest: Path, model: Path, options: list[str]) -> float:
     return 2 * outcome.encoded_sec / outcome.wall_sec
 
 
-def measure_speed(
-    mimi: MimiModel, model: Path, short: Path, few: Path, long: Path, device: str, repeats: int
-) -> None:
+def measure_speed(mimi: MimiModel, model: Path, short: Path, few: Path, long: Path, device: str, repeats: int) -> None:
     on_cuda = device.startswith("cuda")
     if not on_cuda:
-        codec.keep_freed_memory()
+        keep_freed_memory()
     counts = [1, 2, 4, 8, 16, 32, 64] if on_cuda else [1, 2, 4, 8, 16, 32]
     speeds: dict[tuple, list[float]] = defaultdict(list)
     shares: dict[tuple, list[float]] = defaultdict(list)
@@ -152,7 +151,7 @@ def measure_speed(
 
 
 def measure_equality(mimi: MimiModel, manifest: Path) -> None:
-    wavs = [audio.read(path) for path in sorted((manifest.parent / manifest.stem).glob("*.wav"))]
+    wavs = [read_audio(path) for path in sorted((manifest.parent / manifest.stem).glob("*.wav"))]
     device = next(mimi.parameters()).device
     by_hand = []
     for channel in (channel for wav in wavs for channel in wav):
@@ -161,14 +160,14 @@ def measure_equality(mimi: MimiModel, manifest: Path) -> None:
             by_hand.append(torch.cat([mimi.encode(frame[None, None]) for frame in frames], dim=-1)[0].cpu())
     wanted = [torch.stack(pair).short() for pair in zip(by_hand[::2], by_hand[1::2])]
     total = sum(codes.numel() for codes in wanted)
-    used = [len(torch.cat([codes[:, k].flatten() for codes in wanted]).unique()) for k in range(codec.CODEBOOKS)]
+    used = [len(torch.cat([codes[:, k].flatten() for codes in wanted]).unique()) for k in range(CODEBOOKS)]
     print(f"\n{len(wavs)} files, {total} codes; of 2048 entries the codebooks use {', '.join(map(str, used))}")
 
     def differing(lanes: int, exact: bool, together: bool) -> int:
         groups = [range(len(wavs))] if together else [[i] for i in range(0, len(wavs), 4)]
         wrong = 0
         for group in groups:
-            for place, codes in codec.encode_streams(mimi, ([wavs[i]] for i in group), lanes, exact):
+            for place, codes in encode_streams(mimi, ([wavs[i]] for i in group), lanes, exact):
                 wrong += int((codes != wanted[group[place]]).sum())
         return wrong
 
@@ -219,7 +218,7 @@ def main() -> None:
         if "memory" in parts:
             print("\n| file | decoded audio | peak memory |\n|--|--|--|")
             peaks = []
-            model = toy.make_model(folder / "tiny") if args.tiny else folder
+            model = make_model(folder / "tiny") if args.tiny else folder
             for seconds in (length * args.scale for length in MEMORY_SEC):
                 peaks.append(peak_memory(make_files(folder, f"{seconds:.0f}s", [seconds]), model, args.device))
                 decoded = seconds * SAMPLE_RATE * 8 / 2**20

@@ -23,11 +23,12 @@ from moshi.models import loaders
 
 import precompute_codes
 from benchmarks.export import _WITH_PEAK, forget, random_tensors
-from finetune import model, toy
 from finetune.cli import Parser, UserError, run
 from finetune.metrics import read_rows
-from finetune.personaplex import fuse
-from finetune.weights import write_safetensors
+from finetune.model.build import build_lm
+from finetune.model.pretrained import open_pretrained
+from finetune.model.weights import fuse, write_safetensors
+from finetune.tools.toy.world import make_corpus, make_model
 
 _LOAD = """
 import sys, time, torch
@@ -66,11 +67,11 @@ with contextlib.nullcontext() if multiplies_bfloat16(torch.device("cpu")) else I
 
 def make_moshi(folder: Path, layers: int) -> Path:
     """A folder of random weights in Moshi's shape; Mimi and tokenizer are the tiny world's."""
-    toy.make_model(folder, num_layers=1)
+    make_model(folder, num_layers=1)
     kwargs = dict(loaders._lm_kwargs) | {"num_layers": layers}
     config = json.loads((folder / "config.json").read_text()) | kwargs
     (folder / "config.json").write_text(json.dumps(config))
-    state = fuse(model.build_lm(kwargs, torch.bfloat16).state_dict(), kwargs["dep_q"])
+    state = fuse(build_lm(kwargs, torch.bfloat16).state_dict(), kwargs["dep_q"])
     layout = {key: (torch.bfloat16, tuple(values.shape)) for key, values in state.items()}
     write_safetensors(folder / "model.safetensors", layout, random_tensors(layout))
     return folder
@@ -110,8 +111,8 @@ def main() -> None:
         print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
         print("| | s | GB/s | peak GB |\n|---|---|---|---|")
         forget(moshi / "model.safetensors")
-        _, seconds, peak = process("finetune.export", "--expand", moshi, work / "base")
-        weights = model.open_checkpoint(str(work / "base")).moshi_weights()
+        _, seconds, peak = process("finetune.tools.export", "--expand", moshi, work / "base")
+        weights = open_pretrained(str(work / "base")).moshi_weights()
         size = weights.stat().st_size / 1e9
         row(f"expanded and written ({size:.1f} GB)", seconds, size, peak)
         (moshi / "model.safetensors").unlink()
@@ -129,7 +130,7 @@ def main() -> None:
         out, _, peak = process(work / "load.py", work / "base")
         row("loading it into a model", float(out), size, peak)
 
-        toy.make_corpus(work / "data", hours=0.01)
+        make_corpus(work / "data", hours=0.01)
         manifests = [str(work / f"data/{split}.jsonl") for split in ("train", "eval")]
         precompute_codes.main([*manifests, "--output-dir", str(work / "codes"), "--hf-repo", str(work / "base"),
                                "--device", "cpu"])  # fmt: skip

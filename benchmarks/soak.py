@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file
 
 import precompute_codes
-from finetune import toy
-from finetune.checkpointing import checkpoints
 from finetune.cli import Parser, UserError, run
 from finetune.metrics import read_rows
+from finetune.run_dir import list_checkpoints
+from finetune.tools.toy.world import make_corpus, make_model
 
 
 def command(folder: Path, run_dir: Path, steps: int) -> list[str]:
@@ -43,7 +43,7 @@ def losses(run_dir: Path) -> list[tuple]:
 
 
 def adapters(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoints(run_dir)[-1][1] / "consolidated/lora.safetensors")
+    return load_file(list_checkpoints(run_dir)[-1][1] / "consolidated/lora.safetensors")
 
 
 def main() -> int:
@@ -55,8 +55,8 @@ def main() -> int:
     args = parser.parse_args()
     folder = args.folder.resolve()
     if not (folder / "codes").is_dir():
-        toy.make_model(folder / "model")
-        toy.make_corpus(folder / "data", hours=0.05)
+        make_model(folder / "model")
+        make_corpus(folder / "data", hours=0.05)
         manifests = [str(folder / f"data/{split}.jsonl") for split in ("train", "eval")]
         precompute_codes.main([*manifests, "--output-dir", str(folder / "codes"), "--hf-repo", str(folder / "model"),
                                "--device", "cpu"])  # fmt: skip
@@ -71,7 +71,7 @@ def main() -> int:
     moments = {"before the first step": 0, "between steps": 0, "while saving": 0}
     lost = 0
     for kill in range(args.kills):
-        before, started = checkpoints(folder / "killed"), time.time()
+        before, started = list_checkpoints(folder / "killed"), time.time()
         process = subprocess.Popen(
             command(folder, folder / "killed", args.steps), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             start_new_session=True, text=True,
@@ -85,7 +85,7 @@ def main() -> int:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(worker), signal.SIGKILL)
         process.communicate()
-        after = checkpoints(folder / "killed")
+        after = list_checkpoints(folder / "killed")
         steps = [row[0] for row in losses(folder / "killed")] or [0]
         partial = (folder / "killed/checkpoints").glob(".*.tmp")  # those of earlier kills may lie there still
         if any(path.stat().st_mtime > started for path in partial):

@@ -24,8 +24,9 @@ from torch import Tensor
 from benchmarks import idle_note
 from finetune.cli import Parser, run
 from finetune.distributed import multiplies_bfloat16
-from finetune.fast import Plan, TrainingLM, make_plan
-from finetune.plan import GpuAttention, Meter
+from finetune.model.targets import Targets, make_targets
+from finetune.model.training_lm import TrainingLM
+from finetune.tools.plan.meter import GpuAttention, Meter
 
 BATCH = 2
 DTYPE = torch.bfloat16 if multiplies_bfloat16(torch.device("cpu")) else torch.float32
@@ -104,9 +105,9 @@ def losses(dep_q: int, frames: int, device: str = "cpu") -> tuple[LMModel, dict[
     lm = build(dep_q, device)
     training = TrainingLM(lm, gradient_checkpointing=True)
     codes, mask = batch(frames)
-    plan = make_plan(codes, mask, DELAYS, dep_q)
+    plan = make_targets(codes, mask, DELAYS, dep_q)
     if device == "meta":
-        codes, plan = codes.to(device), Plan(*(tensor.to(device) for tensor in plan))
+        codes, plan = codes.to(device), Targets(*(tensor.to(device) for tensor in plan))
 
     def contiguous() -> Tensor:
         with contiguous_inputs():

@@ -9,7 +9,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "1. A tiny Moshi and a quarter of an hour of synthetic stereo dialogues"
 rm -rf "$run"
-python -m finetune.toy "$run/world" --hours 0.25
+python -m finetune.tools.toy "$run/world" --hours 0.25
 
 say "2. Mimi codes of the dialogues, once, so that training never runs Mimi"
 python precompute_codes.py "$run/world/data/train.jsonl" "$run/world/data/eval.jsonl" \
@@ -22,15 +22,15 @@ say "4. PersonaPlex: expanded to 16 codebooks, role and voice prompts, LoRA"
 torchrun --standalone train_personaplex.py example/tiny.yaml
 
 say "5. Hear it: a held-out user is answered, freely"
-python -m finetune.generate "$run/personaplex" --user-wav "$run/world/data/eval/00000.wav" --voice basalt \
+python -m finetune.tools.generate "$run/personaplex" --user-wav "$run/world/data/eval/00000.wav" --voice basalt \
   --voices-dir "$run/world/data/voices" --text-prompt "You are Ada from the harbour." --dtype fp32 \
   --out "$run/reply.wav" --text "$run/reply.json"
 
 say "6. Ship it: whole weights in NVIDIA's layout"
-python -m finetune.export "$run/personaplex" "$run/exported" --format personaplex --dtype fp32
+python -m finetune.tools.export "$run/personaplex" "$run/exported" --format personaplex --dtype fp32
 
 say "7. A page about the run"
-python -m finetune.report "$run/personaplex"
+python -m finetune.tools.report "$run/personaplex"
 
 say "8. What was learnt"
 for stage in moshi personaplex; do

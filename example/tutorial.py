@@ -55,12 +55,13 @@ if FOLDER.exists():
 # %% [markdown]
 # ## 1. A model and some recordings
 #
-# `finetune.toy` makes the tiny Moshi (`world/model`), dialogues between an agent and a user, and voices for the agent.
+# `finetune.tools.toy` makes the tiny Moshi (`world/model`), dialogues between an agent and a user, and voices for the
+# agent.
 # Your own model will be `nvidia/personaplex-7b-v1`, fetched from the hub, and your recordings will come from elsewhere:
 # so let us forget what the toy knows, and keep two mono files of each call, as telephone systems record them.
 
 # %%
-run("-m", "finetune.toy", FOLDER / "world", "--hours", 0.03)
+run("-m", "finetune.tools.toy", FOLDER / "world", "--hours", 0.03)
 
 recordings = FOLDER / "recordings"
 recordings.mkdir()
@@ -81,7 +82,7 @@ print(*sorted(path.name for path in recordings.iterdir())[:4], "...")
 # that training never sees. Look at how many files were *refused*: here none.
 
 # %%
-run("-m", "finetune.make_manifest", recordings, FOLDER / "data/calls.jsonl", "--split", 0.2)
+run("-m", "finetune.tools.make_manifest", recordings, FOLDER / "data/calls.jsonl", "--split", 0.2)
 print((FOLDER / "data/calls.jsonl").read_text().splitlines()[0])
 
 # %% [markdown]
@@ -153,7 +154,7 @@ print(config.read_text())
 # a GPU. Its last line has to say "Ready to train".
 
 # %%
-run("-m", "finetune.check_data", config, "--report", FOLDER / "data_report.png")
+run("-m", "finetune.tools.check_data", config, "--report", FOLDER / "data_report.png")
 
 # %% [markdown]
 # ## 6. Codes
@@ -198,7 +199,7 @@ for row in rows:
 # with the base model's column. After so few steps expect babble.
 
 # %%
-run("-m", "finetune.evaluate", FOLDER / "run")
+run("-m", "finetune.tools.evaluate", FOLDER / "run")
 
 # %% [markdown]
 # ## 9. Hear it
@@ -208,7 +209,8 @@ run("-m", "finetune.evaluate", FOLDER / "run")
 
 # %%
 run(
-    "-m", "finetune.generate", FOLDER / "run", "--user-wav", FOLDER / "world/data/eval/00000.wav", "--voice", "basalt",
+    "-m", "finetune.tools.generate", FOLDER / "run", "--user-wav", FOLDER / "world/data/eval/00000.wav",
+    "--voice", "basalt",
     "--voices-dir", FOLDER / "world/data/voices", "--text-prompt", "You are Ada from the harbour.", "--tail-sec", 2,
     "--device", "cpu", "--dtype", "fp32", "--out", FOLDER / "reply.wav",
 )  # fmt: skip
@@ -221,7 +223,7 @@ listen(FOLDER / "reply.wav")
 # with the command that serves it.
 
 # %%
-run("-m", "finetune.export", FOLDER / "run", FOLDER / "exported", "--format", "personaplex", "--dtype", "fp32")
+run("-m", "finetune.tools.export", FOLDER / "run", FOLDER / "exported", "--format", "personaplex", "--dtype", "fp32")
 
 # %% [markdown]
 # ## 11. A page about it
@@ -229,5 +231,5 @@ run("-m", "finetune.export", FOLDER / "run", FOLDER / "exported", "--format", "p
 # `report` makes one file to look at and to send around: settings, curves, scores, and the replies to play.
 
 # %%
-run("-m", "finetune.report", FOLDER / "run")
+run("-m", "finetune.tools.report", FOLDER / "run")
 print(f"open {FOLDER / 'run/report.html'}")

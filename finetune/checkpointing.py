@@ -1,13 +1,11 @@
-"""A run's folder: its settings, its checkpoints, and which of them a run continues from.
+"""Saving a run and resuming it.
 
-    run_dir/args.yaml                               settings, without secrets
-    run_dir/checkpoints/checkpoint_000100/
+    checkpoints/checkpoint_000100/
         consolidated/{lora|consolidated}.safetensors + config.json    what inference loads
-        state/                                      trained parameters in float32 and Adam's moments, by shards
-        train_state.json                            step, data position, settings; written last
+        state/                                      trained parameters in float32 and Adam's moments, sharded
+        train_state.json                            step, data position, file sizes and checksums; written last
 
-A checkpoint is written under a temporary name and renamed when all of it is on disk.
-"""
+A checkpoint is written under a temporary name and renamed when all of it is on disk."""
 
 import json
 import logging
@@ -16,129 +14,19 @@ import pickle
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from moshi.modules.lora import LoRALinear
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
-from finetune import lora
-from finetune.args import CHANGEABLE, TrainArgs, dump_args, flatten, parse_yaml, read_settings
 from finetune.cli import UserError
 from finetune.distributed import World
-from finetune.weights import write_safetensors
+from finetune.model.consolidated import Artefact
+from finetune.run_dir import CHECKPOINT_PREFIX, list_checkpoints
 
 logger = logging.getLogger(__name__)
-
-PREFIX = "checkpoint_"
-# In the order in which they are removed: by args.yaml a folder is known to hold a run, also half removed.
-RUN_FILES = (
-    "checkpoints", "metrics.*.jsonl", "samples", "evaluation_*.json", "not_finite_step_*.json", "curves.png",
-    "report.html", "tensorboard", "wandb", ".wandb_id", ".launch", "args.yaml",
-)  # fmt: skip
-
-
-# --- 1. The folder ----------------------------------------------------------------------------------------------
-
-
-def open_run(args: TrainArgs, world: World) -> Path:
-    """The run's folder, made or found; call it after everything else was checked.
-
-    A folder that holds this run is continued. With `overwrite_run_dir` the main rank takes the old run out of it, once:
-    what torchrun restarts or SLURM queues again must find its checkpoints.
-
-    Raises:
-        UserError: the folder holds a run with other settings (lists old and new).
-    """
-    folder = Path(args.run_dir).expanduser()
-    problem = None
-    if world.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if args.overwrite_run_dir and not _started_again(folder / ".launch", world):
-                if (folder / "args.yaml").is_file():
-                    remove_run(folder)
-                (folder / ".launch").write_text(json.dumps(_launch(world)))
-            for key, values in _changed(folder, args).items():
-                logger.info("changed since this run began: %s %s -> %s", key, *values)
-            temporary = folder / ".args.yaml.tmp"
-            temporary.write_text(dump_args(args))
-            os.replace(temporary, folder / "args.yaml")
-        except (OSError, UserError) as error:
-            problem = str(error)
-            if isinstance(error, OSError):
-                problem = f"run_dir: {folder} cannot be made ({error.strerror}); name a folder on a disk that is there"
-    problem = world.broadcast(problem)
-    if problem:
-        raise UserError(problem)
-    return folder
-
-
-def _launch(world: World) -> dict[str, str | None]:
-    """What stays the same when torchrun starts its processes again, and when SLURM queues a job again."""
-    return {"process": world.launch, "slurm": os.environ.get("SLURM_JOB_ID")}
-
-
-def _started_again(stored: Path, world: World) -> bool:
-    """Whether the launch that emptied this folder is the present one, come back."""
-    try:
-        before = json.loads(stored.read_text())
-    except (OSError, ValueError):
-        return False
-    now = _launch(world)
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and now["slurm"] == before["slurm"]
-    return requeued or now["process"] == before.get("process")
-
-
-def remove_run(folder: Path) -> None:
-    """Removes what runs write into their folder, and nothing else that lies there."""
-    for pattern in RUN_FILES:
-        for path in folder.glob(pattern):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
-def check_run_dir(args: TrainArgs) -> None:
-    """Raises UserError where `open_run` would refuse the folder, before minutes go into a model. Touches nothing."""
-    folder = Path(args.run_dir).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"run_dir: {folder} is a file; name a folder")
-    if not args.overwrite_run_dir:
-        _changed(folder, args)
-
-
-def _changed(folder: Path, args: TrainArgs) -> dict[str, tuple]:
-    """{setting: (old, new)} of what differs from the run in a folder. Raises UserError where something may not."""
-    if not (folder / "args.yaml").is_file():
-        return {}
-    old = flatten(read_settings(folder / "args.yaml"))
-    new = flatten(parse_yaml(dump_args(args)))
-    changed = {key: (old.get(key), new.get(key)) for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-    free = {key for key in changed if key in CHANGEABLE or key.split(".")[0] in CHANGEABLE}
-    fixed = sorted(changed.keys() - free)
-    if fixed:
-        listed = "".join(f"\n  - {key}: was {changed[key][0]!r}, now {changed[key][1]!r}" for key in fixed)
-        raise UserError(
-            f"{folder} holds a run with other settings; use another run_dir, or overwrite_run_dir: true to "
-            f"start anew:{listed}"
-        )
-    return {key: changed[key] for key in sorted(free)}
-
-
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of a run's checkpoints, oldest first, by name alone."""
-    found = []
-    for path in (folder / "checkpoints").glob(f"{PREFIX}*"):
-        number = path.name.removeprefix(PREFIX)
-        if path.is_dir() and number.isdigit():
-            found.append((int(number), path))
-    return sorted(found)
 
 
 def newest_complete(folder: Path, world: World) -> tuple[Path, dict] | None:
@@ -148,7 +36,7 @@ def newest_complete(folder: Path, world: World) -> tuple[Path, dict] | None:
     Raises UserError if there are checkpoints and none is whole: starting anew would remove what they are of.
     """
     # One listing for all: on a shared disk ranks may see a removal at different times.
-    found = world.broadcast([path for _, path in reversed(checkpoints(folder))] if world.is_main else None)
+    found = world.broadcast([path for _, path in reversed(list_checkpoints(folder))] if world.is_main else None)
     for path in found:
         problem, state = None, {}
         try:
@@ -184,9 +72,6 @@ def _crc(path: Path) -> int:
     return value
 
 
-# --- 2. Saving --------------------------------------------------------------------------------------------------
-
-
 def trained_state(lm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Trained parameters and Adam's moments by name, sharded as they are. Moments that do not exist yet are made."""
     state: dict[str, Tensor] = {}
@@ -205,21 +90,21 @@ def trained_state(lm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return state
 
 
-def save(
+def save_checkpoint(
     folder: Path, step: int, lm: nn.Module, optimizer: torch.optim.Optimizer, train_state: dict, world: World,
-    artefact: "Artefact", keep: int | None,
+    artefact: Artefact, keep: int | None,
 ) -> Path | None:  # fmt: skip
     """Writes the checkpoint of a step, all ranks together, and prunes the oldest beyond `keep`.
 
     Returns:
         its folder; or None if it could not be written (a full disk, say), which is logged and leaves the others alone.
     """
-    final = folder / "checkpoints" / f"{PREFIX}{step:06d}"
+    final = folder / "checkpoints" / f"{CHECKPOINT_PREFIX}{step:06d}"
     partial = final.with_name(f".{final.name}.tmp")
     problem = None
     if world.is_main:
         try:
-            for left in final.parent.glob(f".{PREFIX}*.tmp"):  # by a run that was killed while saving
+            for left in final.parent.glob(f".{CHECKPOINT_PREFIX}*.tmp"):  # by a run that was killed while saving
                 shutil.rmtree(left, ignore_errors=True)
             (partial / "consolidated").mkdir(parents=True)
         except OSError as error:
@@ -244,10 +129,10 @@ def save(
                 if final.exists():  # of a run that went back before it
                     shutil.rmtree(final)
                 os.replace(partial, final)
-                for other, path in checkpoints(folder):
+                for other, path in list_checkpoints(folder):
                     if other > step:  # passed over when the run went back before it
                         shutil.rmtree(path, ignore_errors=True)
-                prune(folder, keep)
+                prune_checkpoints(folder, keep)
         except OSError as error:
             problem = str(error)
         if problem is not None:
@@ -290,14 +175,14 @@ def _reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def prune(folder: Path, keep: int | None) -> None:
+def prune_checkpoints(folder: Path, keep: int | None) -> None:
     """Removes all but the `keep` newest checkpoints."""
     if keep is not None:
-        for _, path in checkpoints(folder)[:-keep]:
+        for _, path in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def load(path: Path, lm: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def load_checkpoint(path: Path, lm: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Puts a checkpoint's parameters and moments in place; any number of ranks may have written it.
 
     Raises:
@@ -341,76 +226,3 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint of a run does")
         return super().find_class(module, name)
-
-
-# --- 3. What inference loads ------------------------------------------------------------------------------------
-
-
-class Artefact:
-    """`consolidated/`: adapters, or all weights with adapters merged in, and the config.json that moshi reads.
-
-    Args:
-        config: arguments of LMModel and where Mimi and the tokenizer are.
-        adapters: (rank, scaling), to save adapters; None: everything.
-        dtype: of the saved weights.
-    """
-
-    def __init__(self, config: dict, adapters: tuple[int, float] | None, dtype: torch.dtype):
-        self.config, self.adapters, self.dtype = dict(config), adapters, dtype
-        if adapters is not None:
-            self.config |= {"lora": True, "lora_rank": adapters[0], "lora_scaling": adapters[1]}
-        else:
-            # A merged checkpoint that still said `lora` would get random adapters on top when loaded.
-            self.config["moshi_name"] = "consolidated.safetensors"
-
-    def write(self, lm: nn.Module, folder: Path, is_main: bool) -> str | None:
-        """Writes both files on the main rank; every rank takes part in gathering. Returns why it failed, or None."""
-        tensors = adapter_tensors(lm) if self.adapters else merged_tensors(lm)
-        name = "lora.safetensors" if self.adapters else "consolidated.safetensors"
-        problem = None
-        if is_main:
-            layout = adapter_layout(lm) if self.adapters else merged_layout(lm)
-            try:
-                write_safetensors(folder / name, {k: (self.dtype, shape) for k, shape in layout.items()}, tensors)
-                (folder / "config.json").write_text(json.dumps(self.config, indent=2))
-            except OSError as error:
-                problem = str(error)
-        for _ in tensors:  # on the other ranks, and on the main one after a failure: gathering takes all
-            pass
-        return problem
-
-
-def _full(parameter: Tensor) -> Tensor:
-    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-
-
-def adapter_layout(lm: nn.Module) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of what `adapter_tensors` gives."""
-    return {n: tuple(p.shape) for n, p in lm.named_parameters() if p.requires_grad}
-
-
-def adapter_tensors(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Trained tensors by their stock names: adapters, and embeddings where they are trained."""
-    for name, parameter in lm.named_parameters():
-        if parameter.requires_grad:
-            yield name, _full(parameter)
-
-
-def merged_layout(lm: nn.Module) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of what `merged_tensors` gives."""
-    return {
-        n.replace(".frozen_W.", "."): tuple(p.shape) for n, p in lm.named_parameters() if not lora.is_adapter(n)
-    }
-
-
-def merged_tensors(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All weights under stock names, adapters added to their base in float32; one full tensor at a time."""
-    modules = dict(lm.named_modules())
-    for name, parameter in lm.named_parameters():
-        if lora.is_adapter(name):
-            continue
-        module = modules[name.rsplit(".frozen_W.", 1)[0]] if ".frozen_W." in name else None
-        values = _full(parameter)
-        if isinstance(module, LoRALinear):
-            values = lora.merged(values, _full(module.lora_A.weight), _full(module.lora_B.weight), module.scaling)
-        yield name.replace(".frozen_W.", "."), values

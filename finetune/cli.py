@@ -71,7 +71,7 @@ def run(main: Callable[[], int | None]) -> None:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; most commands need no torch to start
             told = (
                 "the GPU's memory is full; lower batch_size (num_microbatches up) or duration_sec, in replies "
-                "--batch-size; `python -m finetune.plan config.yaml` tells what fits"
+                "--batch-size; `python -m finetune.tools.plan config.yaml` tells what fits"
             )
         elif str(error).startswith("DataLoader worker"):  # raised by a signal handler of torch's, wherever one is
             told = (

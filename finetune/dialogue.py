@@ -18,24 +18,14 @@ answered counts as a pause.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 from torch import Tensor
 
-from finetune.data.audio import FRAME_RATE, FRAME_SIZE
-from finetune.personaplex import TEXT_EPAD, TEXT_PAD
-
-# --- 1. Who is heard -----------------------------------------------------------------------------------------------
-
-# Speech is 12 dB over the channel's floor, at most 35 dB under its loudest frames (what is beneath is the other side,
-# heard through headphones), and in any case over -35 dBFS; nothing under -55 dBFS is: Mimi's silence is not digital.
-_OVER_FLOOR_DB = 12.0
-_UNDER_LOUDEST_DB = 35.0
-_SURELY_SILENT_DB, _SURELY_SPEECH_DB = -55.0, -35.0
-_HYSTERESIS_DB = 6.0  # speech that has begun may become so much softer
-_ARTICULATION = 2  # frames; silence under 0.18 s is part of speech (Heldner & Edlund 2010)
+from finetune.audio.files import FRAME_RATE
+from finetune.audio.speech import Span, find_spans, voice_activity
+from finetune.streams import TEXT_EPAD, TEXT_PAD
 
 PAUSE = (math.ceil(0.4 * FRAME_RATE), math.floor(1.0 * FRAME_RATE))  # frames: "between 0.4 and 1.0 seconds"
 BACKCHANNEL = 1.0 * FRAME_RATE  # frames: "a short duration of less than 1 second"
@@ -44,57 +34,12 @@ RESPONSE = round(5.0 * FRAME_RATE)  # frames: "we append 5 seconds of silence"
 _TEXT_LEAD = 2  # frames by which a word's token may come before its sound (word times are up to 0.2 s early)
 
 
-class Span(NamedTuple):
-    """Frames [first, last)."""
-
-    first: int
-    last: int
-
-    @property
-    def frames(self) -> int:
-        return self.last - self.first
-
-
-def voice_activity(pcm: np.ndarray) -> np.ndarray:
-    """bool [ceil(samples / 1920)]: whether a channel (float32 [samples] at 24 kHz) speaks, for each frame."""
-    pcm = np.asarray(pcm, dtype=np.float32)
-    pcm = np.pad(pcm, (0, -len(pcm) % FRAME_SIZE)).reshape(-1, FRAME_SIZE)
-    if len(pcm) == 0:
-        return np.zeros(0, dtype=bool)
-    levels = 10 * np.log10(np.square(pcm, dtype=np.float64).mean(axis=1) + 1e-12)
-    floor, loudest = np.percentile(levels, 10), np.percentile(levels, 98)
-    begin = np.clip(max(floor + _OVER_FLOOR_DB, loudest - _UNDER_LOUDEST_DB), _SURELY_SILENT_DB, _SURELY_SPEECH_DB)
-    active, speaking = np.zeros(len(levels), dtype=bool), False
-    for t, level in enumerate(levels):
-        active[t] = speaking = level > begin - _HYSTERESIS_DB * speaking
-    for span in spans(~active):
-        if span.frames <= _ARTICULATION and span.first > 0 and span.last < len(active):
-            active[span.first : span.last] = True
-    for span in spans(active):
-        if span.frames == 1:  # a click
-            active[span.first] = False
-    return active
-
-
-def spans(active: np.ndarray, gap: int = 1) -> list[Span]:
-    """The runs of true in `active`; those with fewer than `gap` frames between them are one."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(active, dtype=np.int8), [0]])))
-    out: list[Span] = []
-    for first, last in edges.reshape(-1, 2).tolist():
-        if out and first - out[-1].last < gap:
-            first = out.pop().first
-        out.append(Span(first, last))
-    return out
-
-
 # --- 2. What is said ----------------------------------------------------------------------------------------------
-
-
 def _is_text(token: int) -> bool:
     return token >= 0 and token not in (TEXT_EPAD, TEXT_PAD)
 
 
-def words(text_ids: Sequence[int] | Tensor, tokenizer: sentencepiece.SentencePieceProcessor) -> list[list]:
+def spoken_words(text_ids: Sequence[int] | Tensor, tokenizer: sentencepiece.SentencePieceProcessor) -> list[list]:
     """[[word, start, end], ...] in seconds, out of one text token per frame; a word ends with its last token."""
     groups: list[tuple[list[int], int, int]] = []
     for frame, token in enumerate(np.asarray(text_ids).tolist()):
@@ -140,9 +85,7 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 # --- 3. One reply, many replies, and what to say of them -----------------------------------------------------------
-
-
-def measure(
+def measure_reply(
     agent_pcm: np.ndarray | Tensor,
     user_pcm: np.ndarray | Tensor,
     text_ids: Sequence[int] | Tensor,
@@ -166,16 +109,16 @@ def measure(
     agent, user = voice_activity(np.asarray(agent_pcm)), voice_activity(np.asarray(user_pcm))
     frames = max(len(agent), len(user))
     agent, user = (np.pad(side, (0, frames - len(side))) for side in (agent, user))
-    said = None if tokenizer is None else words(text_ids, tokenizer)
+    said = None if tokenizer is None else spoken_words(text_ids, tokenizer)
     starts = [round(start * FRAME_RATE) for _, start, _ in said or []]
 
     def is_backchannel(span: Span) -> bool:
         spoken = sum(span.first - _TEXT_LEAD <= start < span.last for start in starts)
         return span.frames < BACKCHANNEL and spoken < BACKCHANNEL_WORDS
 
-    utterances = spans(agent, gap=PAUSE[0])
+    utterances = find_spans(agent, gap=PAUSE[0])
     taking = [span for span in utterances if not is_backchannel(span)]
-    all_turns = spans(user, gap=PAUSE[1] + 1)
+    all_turns = find_spans(user, gap=PAUSE[1] + 1)
     turns = [turn for turn in all_turns if turn.frames >= BACKCHANNEL or not agent[turn.first]]
 
     def taker(window: Span) -> Span | None:
@@ -184,7 +127,7 @@ def measure(
     pauses = [
         Span(turn.first + gap.first, turn.first + gap.last)
         for turn in turns
-        for gap in spans(~user[turn.first : turn.last])
+        for gap in find_spans(~user[turn.first : turn.last])
         if gap.frames >= PAUSE[0]
     ]
     beginnings = [turn.first for turn in all_turns] + [frames]
@@ -227,7 +170,7 @@ def _median(values: Sequence[float]) -> float | None:
     return float(np.median(values)) if len(values) else None
 
 
-def summarise(replies: Sequence[dict]) -> dict[str, float | int | None]:
+def summarise_replies(replies: Sequence[dict]) -> dict[str, float | int | None]:
     """All replies as one: times, words, turns and pauses are pooled, so that a long reply weighs more than a short one;
     `repetition` is the mean over replies, `latency` the median over all turns taken, `looping` the share of replies
     that loop, `backchannels_per_minute` 60 times Full-Duplex-Bench's frequency. None where nothing defines it."""
@@ -261,7 +204,7 @@ LOOP_REPETITION = 0.5  # of a reply's text: sound replies repeat a phrase of fou
 LOOP_SHARE = 0.25  # of the replies: loops begin in some of them, long before the mean shows it
 
 
-def verdict(summary: dict) -> str | None:
+def reply_verdict(summary: dict) -> str | None:
     """A phrase for what has gone wrong, by a result of `summarise` (keys may be missing); None if nothing has."""
     silence, pace, looping = (summary.get(key) for key in ("silence", "words_per_minute", "looping"))
     if silence is not None and silence >= MUTE_SILENCE:

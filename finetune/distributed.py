@@ -25,7 +25,6 @@ from finetune.cli import UserError
 
 T = TypeVar("T")
 _blocks = itertools.count()  # every rank comes to the same blocks in the same order
-
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: a rank may be saving or evaluating meanwhile
 
 
@@ -219,9 +218,7 @@ def make_mesh(world: World, sharding: str) -> DeviceMesh:
     copies = {"full": 1, "hybrid": max(1, world.size // world.local_size), "none": world.size}[sharding]
     if sharding == "full":
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    return init_device_mesh(
-        world.device.type, (copies, world.size // copies), mesh_dim_names=("replicate", "shard")
-    )
+    return init_device_mesh(world.device.type, (copies, world.size // copies), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, param_dtype: torch.dtype) -> None:

@@ -13,19 +13,20 @@ from pathlib import Path
 
 import torch
 
-from finetune import checkpointing, loss
 from finetune.args import TrainArgs
+from finetune.checkpointing import save_checkpoint
 from finetune.cli import UserError
-from finetune.data.dataset import Batch
-from finetune.data.setup import Data, what_to_do
+from finetune.data.batch import Batch
+from finetune.data.run_data import RunData, what_to_do
 from finetune.distributed import World
-from finetune.evaluate import evaluate, free_run, judge, refuse_unreadable
-from finetune.fast import TrainingLM
+from finetune.evaluate import evaluate, free_run, judge_replies, refuse_unreadable
+from finetune.loss import group_weights, loss_report, loss_scales
 from finetune.metrics import Metrics, console_line, peak_memory_gb
+from finetune.model.consolidated import Artefact
+from finetune.model.training_lm import TrainingLM
 from finetune.optim import clip_gradients, lr_factor, set_lr
 
 logger = logging.getLogger(__name__)
-
 # Exit code of a run that a signal ended after a saved step (EX_TEMPFAIL, "try again later"): run the same command.
 EXIT_PREEMPTED = 75
 ALL_BAD = 8  # windows, none of which can be read, after which a run does not go on
@@ -76,8 +77,8 @@ def train(
     folder: Path,
     model: TrainingLM,
     optimizer: torch.optim.AdamW,
-    data: Data,
-    artefact: checkpointing.Artefact,
+    data: RunData,
+    artefact: Artefact,
     progress: Progress,
     metrics: Metrics,
     stop: Stop,
@@ -90,7 +91,7 @@ def train(
         UserError: loss or gradient is not finite (before the update; names step, rank and samples), or too many
             samples could not be read.
     """
-    weights = loss.group_weights(args, model.lm.dep_q)
+    weights = group_weights(args, model.lm.dep_q)
     trained = [p for p in model.parameters() if p.requires_grad]
     saved_at, saved_step = time.monotonic(), progress.step
     problems: set[str] = set()
@@ -99,7 +100,7 @@ def train(
     def save() -> None:
         nonlocal saved_at, saved_step
         began = time.perf_counter()
-        path = checkpointing.save(
+        path = save_checkpoint(
             folder, progress.step, model.lm, optimizer,
             vars(progress) | {"seed": args.seed, "windows_per_step": windows_per_step, "windows": data.train.sizes},
             world, artefact, args.num_ckpt_keep,
@@ -133,7 +134,7 @@ def train(
             conversations = free_run(model, samples, args.eval_free_sec, args.seed, leave_if_stopped)
             if world.is_main:
                 kept = folder / "samples" / f"step_{progress.step:06d}"
-                free, trouble = judge(conversations, samples, data.decoder(), data.text_tokenizer, kept)
+                free, trouble = judge_replies(conversations, samples, data.decoder(), data.text_tokenizer, kept)
                 row |= free
                 gc.collect()  # moshi's streaming modules refer to themselves: Mimi would stay on the GPU
         metrics.write("eval", progress.step, row | {"seconds": time.perf_counter() - began})
@@ -172,7 +173,7 @@ def train(
         wishes = torch.tensor([stop.signal or 0, due, len(found)], dtype=torch.int64)
         counts = world.sum(torch.cat([sum(batch.counts for batch in micro), wishes]))
         counts, wishes = counts[:-3], counts[-3:]
-        scale = loss.scales(counts, weights.to(world.device))
+        scale = loss_scales(counts, weights.to(world.device))
 
         # 2. Forward and backward. FSDP averages gradients over ranks; the sum is wanted, hence the factor.
         ce, correct = torch.zeros(2, len(scale), device=world.device)
@@ -209,7 +210,7 @@ def train(
         # 5. Metrics.
         since_log.add(micro, waited, time.perf_counter() - began)
         if step % args.log_freq == 0 or step == args.max_steps:
-            row = loss.report(sums[0], sums[1], counts, weights)
+            row = loss_report(sums[0], sums[1], counts, weights)
             row |= {"lr": args.optim.lr * lr_factor(step, args.max_steps, args.optim.pct_start), "grad_norm": norm}
             if args.optim.depformer_lr is not None:
                 row["depformer_lr"] = row["lr"] * args.optim.depformer_lr / args.optim.lr

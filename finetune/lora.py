@@ -23,7 +23,7 @@ def is_embedding(name: str) -> bool:
     return name.startswith(("emb.", "text_emb.", "depformer_emb.", "depformer_text_emb."))
 
 
-def initial(name: str, shape: torch.Size, seed: int) -> Tensor:
+def initial_adapter(name: str, shape: torch.Size, seed: int) -> Tensor:
     """The initial value of an adapter: A Kaiming-uniform, B zero, so that step 0 is the base model.
 
     moshi's `LoRALinear` leaves B random. A depends on (seed, name) alone, whatever the number of ranks.
@@ -37,7 +37,7 @@ def initial(name: str, shape: torch.Size, seed: int) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def merge_adapter(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """A linear layer's weight [out, in] with its adapter added, in float32: W + scaling * B A.
 
     Args:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from finetune.args import TrainArgs
-from finetune.personaplex import CODEBOOKS
+from finetune.streams import CODEBOOKS
 
-TEXT = slice(0, 2)
-AUDIO = slice(2, None)
+TEXT_GROUPS = slice(0, 2)
+AUDIO_GROUPS = slice(2, None)
 
 
 def group_weights(args: TrainArgs, dep_q: int) -> Tensor:
@@ -28,17 +28,17 @@ def group_weights(args: TrainArgs, dep_q: int) -> Tensor:
     return weights
 
 
-def scales(counts: Tensor, weights: Tensor) -> Tensor:
+def loss_scales(counts: Tensor, weights: Tensor) -> Tensor:
     """[2 + dep_q] float32: what a group's summed cross-entropy is multiplied by. `counts` are those of the whole step;
     a kind without any weight contributes nothing."""
     out = torch.zeros_like(weights)
-    for kind in (TEXT, AUDIO):
+    for kind in (TEXT_GROUPS, AUDIO_GROUPS):
         total = (weights[kind] * counts[kind]).sum()
         out[kind] = torch.where(total > 0, weights[kind] / total.clamp(min=1e-12), 0.0)
     return out.float()
 
 
-def report(ce: Tensor, correct: Tensor, counts: Tensor, weights: Tensor) -> dict[str, float]:
+def loss_report(ce: Tensor, correct: Tensor, counts: Tensor, weights: Tensor) -> dict[str, float]:
     """Losses (nats per token) and accuracies of a step or an evaluation, by name. What has no tokens is left out.
 
     Args:
@@ -57,8 +57,8 @@ def report(ce: Tensor, correct: Tensor, counts: Tensor, weights: Tensor) -> dict
         if total > 0:
             out[name] = float((w * ce[index]).sum()) / total
 
-    mean("text_loss", TEXT, True)
-    mean("audio_loss", AUDIO, True)
+    mean("text_loss", TEXT_GROUPS, True)
+    mean("audio_loss", AUDIO_GROUPS, True)
     if out:
         out["loss"] = out.get("text_loss", 0.0) + out.get("audio_loss", 0.0)
     mean("agent_loss", agent, True)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from finetune.args import TrainArgs, dump_args, parse_yaml
+from finetune.args import TrainArgs
+from finetune.config import dump_args, parse_yaml
 from finetune.distributed import World
 
 logger = logging.getLogger(__name__)

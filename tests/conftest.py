@@ -14,10 +14,11 @@ import yaml
 
 import precompute_codes
 import train
-from finetune import model, toy
-from finetune.args import load_args
+from finetune.config import load_args
 from finetune.distributed import session
 from finetune.metrics import read_rows
+from finetune.model.pretrained import MOSHI, ModelSpec
+from finetune.tools.toy.world import make_corpus, make_model
 
 ROOT = Path(__file__).parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children would
@@ -38,8 +39,8 @@ def caches(tmp_path_factory):
 def world(tmp_path_factory) -> Path:
     """A tiny Moshi (world/model), its corpus (world/data) and the corpus's codes (world/codes)."""
     folder = tmp_path_factory.mktemp("world")
-    toy.make_model(folder / "model")
-    toy.make_corpus(folder / "data", hours=0.05, seed=0)
+    make_model(folder / "model")
+    make_corpus(folder / "data", hours=0.05, seed=0)
     done = precompute_codes.main([
         *(str(folder / f"data/{split}.jsonl") for split in ("train", "eval")), "--output-dir", str(folder / "codes"),
         "--hf-repo", str(folder / "model"), "--device", "cpu",
@@ -90,7 +91,7 @@ def write_config(folder: Path, world: Path, **settings) -> Path:
     return path
 
 
-def train_here(config: Path, spec: model.Spec = model.MOSHI, overrides: tuple[str, ...] = ()) -> int:
+def train_here(config: Path, spec: ModelSpec = MOSHI, overrides: tuple[str, ...] = ()) -> int:
     """A run in this process, as one rank; returns its exit code."""
     args = load_args(config, overrides)
     with session(args.device) as world:

@@ -23,16 +23,16 @@ from test_workers import alive, wait_for
 from whisper.tokenizer import get_tokenizer
 
 import annotate
-from finetune import transcriber
 from finetune.args import PromptArgs
+from finetune.audio.files import probe_audio, read_audio
+from finetune.audio.speech import sound_levels, sound_segments, sounding
+from finetune.audio.transcriber import Transcriber, known_model, load_whisper, read_blocks, repair_words
+from finetune.audio.words import read_alignments
 from finetune.cli import UserError
-from finetune.data import audio
-from finetune.data.dataset import InterleavedTokenizer
-from finetune.data.interleaver import Interleaver, read_alignments
-from finetune.data.manifest import iterate
-from finetune.data.prompts import Prompter
-from finetune.transcriber import Transcriber, blocks, levels, repair, sounding, stretches
-from finetune.workers import WorkerBroken
+from finetune.data.interleaver import InterleavedTokenizer, Interleaver
+from finetune.data.manifest import read_manifest
+from finetune.data.prompter import Prompter
+from finetune.jobs.workers import WorkerBroken
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -131,7 +131,7 @@ def onsets(pcm: np.ndarray, pause_sec: float = 0.1) -> list[float]:
 
 @real
 def test_real_speech_is_recognised_and_words_begin_where_the_sound_does(tmp_path):
-    speech = audio.read(SPEECH)[0]
+    speech = read_audio(SPEECH)[0]
     first, second = speech[round(3.0 * RATE) : round(8.0 * RATE)], speech[round(21.5 * RATE) : round(26.5 * RATE)]
     pcm = np.zeros(25 * RATE, dtype=np.float32)
     for at, phrase in ((1.37, second), (10.5, first), (19.333, second)):
@@ -157,7 +157,7 @@ def test_real_speech_is_recognised_and_words_begin_where_the_sound_does(tmp_path
 
 @real
 def test_a_model_file_gets_the_alignment_heads_of_the_model_it_is_named_after():
-    own = transcriber.load_whisper(str(TINY), "cpu").alignment_heads
+    own = load_whisper(str(TINY), "cpu").alignment_heads
     model = whisper.load_model(str(TINY), device="cpu")
     assert not torch.equal(own.to_dense(), model.alignment_heads.to_dense())
     model.set_alignment_heads(whisper._ALIGNMENT_HEADS["tiny.en"])
@@ -165,9 +165,9 @@ def test_a_model_file_gets_the_alignment_heads_of_the_model_it_is_named_after():
 
 
 def test_names_of_models_are_read_from_their_ends():
-    assert transcriber.known_model("/models/whisper-tiny.en.pt") == "tiny.en"
-    assert transcriber.known_model("large-v3.pt") == "large-v3"
-    assert transcriber.known_model("mine.pt") is None
+    assert known_model("/models/whisper-tiny.en.pt") == "tiny.en"
+    assert known_model("large-v3.pt") == "large-v3"
+    assert known_model("mine.pt") is None
 
 
 # --- The script on messy input -------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_messy_input_costs_only_itself(tmp_path, scripted, capsys):
 
     # Training reads it as it is: the agent's words in the text stream, the prompts in front.
     pieces = letters(tmp_path)
-    line = next(iterate(manifest, []))
+    line = next(read_manifest(manifest, []))
     window = InterleavedTokenizer(Interleaver(pieces), window_frames=50).read(line, 0)
     assert window.stats.words == len(agent) and window.stats.dropped == 0
     (words, prompts), _ = InterleavedTokenizer(Interleaver(pieces), window_frames=50).sidecar(line.path)
@@ -471,7 +471,7 @@ def test_repairs_put_every_word_inside_the_file_in_order_and_out_of_silence():
         word("gone", -3.0, 6.1, phrase=0.0),
     ]  # fmt: skip
     repairs = Counter()
-    words = repair(raw, sound, 10.0, repairs)
+    words = repair_words(raw, sound, 10.0, repairs)
     assert [w.text for w in words] == ["early", "one", "two", "back", "last", "beyond"]
     assert all(0 <= a.start <= b.start < b.end <= 10.0 for a, b in pairwise(words))
     assert all(w.start < w.end for w in words)
@@ -490,7 +490,7 @@ def test_repairs_hold_for_any_times_and_account_for_every_word():
         times = rng.uniform(-0.5, duration + 0.5, size=(12, 2))
         sure = {"text": "a", "confidence": 1.0, "phrase confidence": 1.0}
         repairs = Counter()
-        words = repair([sure | {"start": a, "end": b} for a, b in times], sound, duration, repairs)
+        words = repair_words([sure | {"start": a, "end": b} for a, b in times], sound, duration, repairs)
         assert len(words) + repairs["dropped: in silence"] == 12
         assert all(0 <= word.start < word.end <= duration for word in words)
         assert [word.start for word in words] == sorted(word.start for word in words)
@@ -531,18 +531,18 @@ def test_silence_is_told_from_sound_in_quiet_noisy_and_shared_rooms():
     noise = rng.standard_normal(len(time))
     for speech_db, floor_db in ((-20, -100), (-20, -60), (-20, -45), (-40, -75), (-20, -40)):
         pcm = speech * 10 ** (speech_db / 20) + noise * 10 ** (floor_db / 20)
-        assert (sounding(levels(pcm)) == truth).mean() > 0.995, (speech_db, floor_db)
+        assert (sounding(sound_levels(pcm)) == truth).mean() > 0.995, (speech_db, floor_db)
     # The other speaker, faint in the headphones, is not heard; a voice over loud music is.
     faint = np.roll(speech, 16_000 * 3) * 10 ** (-58 / 20)
-    assert (sounding(levels(speech * 0.1 + faint)) == truth).mean() > 0.995
-    assert sounding(levels(speech * 0.1 + noise * 0.02)).all()
-    assert not sounding(levels(np.zeros(16_000))).any() and not sounding(levels(np.zeros(0))).any()
+    assert (sounding(sound_levels(speech * 0.1 + faint)) == truth).mean() > 0.995
+    assert sounding(sound_levels(speech * 0.1 + noise * 0.02)).all()
+    assert not sounding(sound_levels(np.zeros(16_000))).any() and not sounding(sound_levels(np.zeros(0))).any()
 
 
 def test_stretches_have_margins_inside_the_file_and_no_clicks():
     sound = np.zeros(1000, dtype=bool)  # 20 s
     sound[5:30] = sound[60:70] = sound[300:302] = sound[990:] = True
-    assert stretches(sound, 0.5, 20.0) == [(0.0, pytest.approx(1.9)), (pytest.approx(19.3), 20.0)]
+    assert sound_segments(sound, 0.5, 20.0) == [(0.0, pytest.approx(1.9)), (pytest.approx(19.3), 20.0)]
 
 
 def test_long_files_pass_in_blocks_cut_in_silence_and_in_little_memory(tmp_path):
@@ -558,7 +558,7 @@ def test_long_files_pass_in_blocks_cut_in_silence_and_in_little_memory(tmp_path)
     def pieces(name: str) -> tuple[list, float]:
         reset_peak_memory()
         before, found = peak_memory(), []
-        for start, piece in blocks(tmp_path / name, 0):
+        for start, piece in read_blocks(tmp_path / name, 0):
             found.append((start, len(piece) / 16_000, float(np.square(piece, dtype=np.float64).sum())))
         return found, peak_memory() - before
 
@@ -568,7 +568,7 @@ def test_long_files_pass_in_blocks_cut_in_silence_and_in_little_memory(tmp_path)
     ends = [start + length for start, length, _ in found]
     assert [start for start, _, _ in found] == pytest.approx([0.0, *ends[:-1]]) and ends[-1] == pytest.approx(1800)
     assert all(25.2 < end % 30 < 29.8 for end in ends[:-1])
-    whole = np.square(audio.read(tmp_path / "long.wav", sample_rate=rate), dtype=np.float64).sum()
+    whole = np.square(read_audio(tmp_path / "long.wav", sample_rate=rate), dtype=np.float64).sum()
     assert sum(energy for _, _, energy in found) == pytest.approx(float(whole), rel=1e-9)
     assert long < short + 60, f"{long:.0f} MB for half an hour, {short:.0f} MB for eleven minutes"
 
@@ -584,7 +584,7 @@ def test_a_file_is_heard_to_its_end_when_its_header_says_more(tmp_path, gap):
     path = tmp_path / "a.wav"
     write_stereo(path, murmur(3))
     path.write_bytes(path.read_bytes()[: -4 * round(gap * RATE)])
-    found = [(start, len(pcm)) for start, pcm in islice(blocks(path, 0), 3)]
+    found = [(start, len(pcm)) for start, pcm in islice(read_blocks(path, 0), 3)]
     assert found == [(0.0, round((3 - gap) * 16_000))]
 
 
@@ -594,13 +594,13 @@ def test_a_piped_wav_and_an_mp3_without_its_length_are_heard_to_their_ends(tmp_p
     raw = bytearray(path.read_bytes())
     raw[4:8] = raw[40:44] = b"\xff\xff\xff\xff"  # as ffmpeg writes into a pipe
     path.write_bytes(raw)
-    assert audio.probe(path).duration_sec > 20_000
-    assert [(start, len(pcm)) for start, pcm in islice(blocks(path, 0), 3)] == [(0.0, 3 * 16_000)]
+    assert probe_audio(path).duration_sec > 20_000
+    assert [(start, len(pcm)) for start, pcm in islice(read_blocks(path, 0), 3)] == [(0.0, 3 * 16_000)]
     path = tmp_path / "a.mp3"  # symphonia takes the first frame's bitrate for that of all
     path.write_bytes(20 * mp3_frame(9) + 400 * mp3_frame(1))
-    (block,) = blocks(path, 0)
+    (block,) = read_blocks(path, 0)
     held = 420 * 1152 / 44_100
-    assert audio.probe(path).duration_sec < held / 3 and len(block[1]) == pytest.approx(held * 16_000, abs=1)
+    assert probe_audio(path).duration_sec < held / 3 and len(block[1]) == pytest.approx(held * 16_000, abs=1)
 
 
 def reset_peak_memory() -> None:
@@ -646,7 +646,7 @@ class Noting(Transcriber):
 
 
 def test_keeping_silence_gives_whisper_more_of_it(tmp_path, scripted, monkeypatch):
-    monkeypatch.setattr(transcriber, "Transcriber", Noting)
+    monkeypatch.setattr("finetune.audio.transcriber.Transcriber", Noting)
     monkeypatch.setattr(Noting, "given", [])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     pause = np.zeros(4 * RATE, dtype=np.float32)

@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
-from finetune.args import dump_args, flatten, load_args, parse_sources
 from finetune.cli import UserError
+from finetune.config import dump_args, flatten, load_args
+from finetune.data.manifest import parse_sources
 
 MOSHI_FINETUNE = """
 # data

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import sphn
 
+from finetune.audio.files import probe_audio, read_audio, resample, stream_audio
 from finetune.cli import UserError
-from finetune.data import audio
 
 
 def write_wav(path, pcm, sample_rate, float32=False):
@@ -47,15 +47,15 @@ def write_adpcm(path, sample_rate, blocks):
 
 def assert_one_sound(path, source, starts):
     """Whatever is read of a file, in stretches or pieces, is that part of the whole, decoded from its start."""
-    whole = audio.read(path)
-    assert np.array_equal(whole, audio.resample(sphn.FileReader(str(path)).decode_all(), source, 24_000))
+    whole = read_audio(path)
+    assert np.array_equal(whole, resample(sphn.FileReader(str(path)).decode_all(), source, 24_000))
     for seconds in (1, 2, 9, 20):
-        assert np.array_equal(np.concatenate(list(audio.stream(path, piece_sec=seconds)), axis=1), whole)
+        assert np.array_equal(np.concatenate(list(stream_audio(path, piece_sec=seconds)), axis=1), whole)
     for start, duration in starts:
         first = round(start * 24_000)
         stop = None if duration is None else first + round(duration * 24_000)
-        assert np.array_equal(audio.read(path, start, duration), whole[:, first:stop])
-    assert np.array_equal(audio.read(path, 3, 1, channel=1), whole[1:, 72_000:96_000])
+        assert np.array_equal(read_audio(path, start, duration), whole[:, first:stop])
+    assert np.array_equal(read_audio(path, 3, 1, channel=1), whole[1:, 72_000:96_000])
     return whole
 
 
@@ -85,8 +85,8 @@ def test_so_they_are_in_every_format(tmp_path, name, sample_rate):
 def test_a_file_written_anew_is_read_anew(tmp_path):
     for blocks in (100, 120):
         write_adpcm(tmp_path / "a.wav", 16_000, blocks)
-        assert audio.read(tmp_path / "a.wav", 0, 1).shape == (2, 24_000)
-        assert audio.read(tmp_path / "a.wav").shape[1] >= 1.5 * 505 * blocks
+        assert read_audio(tmp_path / "a.wav", 0, 1).shape == (2, 24_000)
+        assert read_audio(tmp_path / "a.wav").shape[1] >= 1.5 * 505 * blocks
 
 
 @pytest.mark.parametrize("source", [8_000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000])
@@ -94,22 +94,22 @@ def test_a_file_written_anew_is_read_anew(tmp_path):
 def test_a_tone_stays_where_it_is_and_what_cannot_be_kept_is_gone(source, target):
     tone = lambda hertz, rate, n: np.sin(2 * np.pi * hertz * np.arange(n) / rate).astype(np.float32)
     for hertz in (300, 3_000):
-        out = audio.resample(tone(hertz, source, source)[None], source, target)[0]
+        out = resample(tone(hertz, source, source)[None], source, target)[0]
         assert np.abs(out - tone(hertz, target, target))[500:-500].max() < 2e-5
     if source > target:
-        out = audio.resample(tone(target * 0.505, source, source)[None], source, target)[0]
+        out = resample(tone(target * 0.505, source, source)[None], source, target)[0]
         assert np.abs(out[500:-500]).max() < 1e-3  # -60 dB
 
 
 def test_the_end_is_kept_and_one_sample_is_something(tmp_path):
     pcm = np.zeros((1, 48_000), dtype=np.float32)
     pcm[0, -96:] = 0.5
-    out = audio.resample(pcm, 48_000, 24_000)
+    out = resample(pcm, 48_000, 24_000)
     assert np.abs(out[0, -40:]).mean() > 0.4 and np.abs(out[0, :-100]).max() < 0.05
     write_wav(tmp_path / "one.wav", np.full((2, 1), 0.5), 48_000)
-    assert audio.read(tmp_path / "one.wav").shape == (2, 1)
+    assert read_audio(tmp_path / "one.wav").shape == (2, 1)
     write_wav(tmp_path / "none.wav", np.zeros((2, 0)), 48_000)
-    assert audio.read(tmp_path / "none.wav").shape == (2, 0)
+    assert read_audio(tmp_path / "none.wav").shape == (2, 0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -3e4])
@@ -117,17 +117,17 @@ def test_samples_that_are_no_sound_are_refused(tmp_path, bad):
     pcm = np.zeros((2, 30_000), dtype=np.float32)
     pcm[1, 29_000] = bad
     write_wav(tmp_path / "bad.wav", pcm, 24_000, float32=True)
-    for use in (audio.read, lambda path: list(audio.stream(path, piece_sec=1))):
+    for use in (read_audio, lambda path: list(stream_audio(path, piece_sec=1))):
         with pytest.raises(UserError, match=r"bad\.wav: holds samples that are not finite"):
             use(tmp_path / "bad.wav")
 
 
 def test_a_truncated_file_gives_what_is_left(noise):
     path = noise(44_100, 5)
-    whole = audio.read(path)
+    whole = read_audio(path)
     path.write_bytes(path.read_bytes()[: 44 + 44_100 * 4 * 2])
-    assert audio.probe(path).duration_sec > 4.9
-    left = np.concatenate(list(audio.stream(path, piece_sec=1)), axis=1)
+    assert probe_audio(path).duration_sec > 4.9
+    left = np.concatenate(list(stream_audio(path, piece_sec=1)), axis=1)
     assert left.shape == (2, 48_000) and np.array_equal(left[:, :-100], whole[:, :47_900])
 
 
@@ -146,14 +146,14 @@ def test_a_panic_of_the_decoder_is_a_sentence_too(tmp_path):
         sphn.FileReader(str(tmp_path / "panic.wav")).decode_all()
     assert not isinstance(raw.value, Exception)
     with pytest.raises(UserError, match=r"panic\.wav: (cannot be decoded|not readable as audio)"):
-        audio.read(tmp_path / "panic.wav")
+        read_audio(tmp_path / "panic.wav")
 
 
 def test_what_cannot_be_read_is_said_in_a_sentence(tmp_path, noise):
     (tmp_path / "text.wav").write_text("not a wav")
     for path, words in ((tmp_path / "no.wav", "no such file"), (tmp_path / "text.wav", "not readable as audio")):
-        for use in (audio.probe, audio.read, lambda path: list(audio.stream(path))):
+        for use in (probe_audio, read_audio, lambda path: list(stream_audio(path))):
             with pytest.raises(UserError, match=words):
                 use(path)
     with pytest.raises(UserError, match="no channel 2"):
-        audio.read(noise(24_000, 1), channel=2)
+        read_audio(noise(24_000, 1), channel=2)

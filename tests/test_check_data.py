@@ -16,16 +16,22 @@ import torch
 from conftest import script, write_config
 from safetensors.torch import load_file, save_file
 
-from finetune import check_data
-from finetune.args import load_args
+from finetune.audio.codes import audio_fingerprint, fingerprint_file, save_codes, save_tensors
+from finetune.audio.files import probe_audio, read_audio
+from finetune.audio.speech import LEVEL_SEC, StereoSound, hear_stereo, response_gaps, talking
 from finetune.cli import UserError
-from finetune.data import audio, codec, dataset, talk
-from finetune.data.checks import ERROR, KINDS, NOTE, WARNING
-from finetune.data.interleaver import Interleaver
-from finetune.model import open_checkpoint
-from finetune.personaplex import build_prompt
-from finetune.prompt_text import wrap_system_prompt
-from finetune.voices import same_speaker_file
+from finetune.config import load_args
+from finetune.data.interleaver import InterleavedTokenizer, Interleaver
+from finetune.data.windows import WindowOrder, open_windows
+from finetune.model.pretrained import open_pretrained
+from finetune.prompts.hybrid import build_prompt
+from finetune.prompts.same_speaker import same_speaker_file
+from finetune.prompts.text import wrap_system_prompt
+from finetune.tools.check_data.checker import window_frames
+from finetune.tools.check_data.command import main
+from finetune.tools.check_data.corpus import CheckResult, check_run, read_lines, wants_prompts
+from finetune.tools.check_data.kinds import ERROR, KINDS, NOTE, WARNING
+from finetune.tools.check_data.summary import describe_check, draw_check
 
 
 def write_wav(path: Path, pcm: np.ndarray, rate: int = 24_000) -> None:
@@ -51,14 +57,14 @@ class Corpus:
 
     @property
     def mimi(self) -> str:
-        return codec.fingerprint_file(open_checkpoint(str(self.world / "model")).mimi_weights())
+        return fingerprint_file(open_pretrained(str(self.world / "model")).mimi_weights())
 
     @property
     def line(self) -> dict:
         return self.lines["train"][1]
 
     def sound(self) -> np.ndarray:
-        return audio.read(self.wav)
+        return read_audio(self.wav)
 
     def change(self, **fields) -> None:
         content = json.loads(self.json.read_text()) | fields
@@ -76,9 +82,9 @@ class Corpus:
         data = {f"data.{name}_data": str(self.folder / f"{name}.jsonl") for name in self.lines}
         return write_config(self.folder, self.world, **data | {"data.shuffle": False} | settings)
 
-    def check(self, prompts: bool | None = None, **settings) -> check_data.Result:
+    def check(self, prompts: bool | None = None, **settings) -> CheckResult:
         self.write()
-        return check_data.check(load_args(self.config(**settings)), prompts, workers=0)
+        return check_run(load_args(self.config(**settings)), prompts, workers=0)
 
 
 @pytest.fixture
@@ -402,7 +408,7 @@ def test_each_mistake_is_found_with_its_line_and_a_remedy(corpus, break_it, kind
     assert {problem.kind for problem in result.problems} <= {kind} | ALSO.get(kind, set())
     if kind != "line":
         assert os.path.splitext(corpus.folder / corpus.line["path"])[0] in own[0].detail
-    report = check_data.tell(result)
+    report = describe_check(result)
     assert f"1 x {KINDS[kind].title}\n" in report and f"-> {KINDS[kind].remedy}\n" in report
     errors = KINDS[kind].level == ERROR
     assert result.failed == errors
@@ -433,7 +439,7 @@ def test_held_out_audio_in_the_training_data_is_a_leak_in_any_container(corpus):
         file.setparams(parameters)
         file.writeframes(frames)
     corpus.wav.write_bytes(corpus.wav.read_bytes() + b"LIST\x04\0\0\0INFO")
-    assert codec.audio_fingerprint(source) != codec.audio_fingerprint(corpus.wav)
+    assert audio_fingerprint(source) != audio_fingerprint(corpus.wav)
     shutil.copy(source.with_suffix(".json"), corpus.json)
     corpus.line["duration"] = corpus.lines["eval"][1]["duration"]
     result = corpus.check()
@@ -454,7 +460,7 @@ def test_words_under_another_label_in_all_files_are_an_error(corpus):
     result = corpus.check(**{"data.speakers": ["AGENT"]})
     kinds = [problem.kind for problem in result.problems]
     assert kinds.count("no words") == 6 and kinds.count("no agent") == 2 and result.failed
-    assert "only of SPEAKER_MAIN, SPEAKER_USER" in check_data.tell(result)
+    assert "only of SPEAKER_MAIN, SPEAKER_USER" in describe_check(result)
 
 
 def test_every_prompt_of_the_settings_is_checked(corpus):
@@ -480,9 +486,9 @@ def with_codes(corpus: Corpus) -> None:
         path = corpus.folder / line["path"]
         frames = math.ceil(line["duration"] * 12.5)
         line["codes_path"] = line["path"].replace(".wav", ".pt")
-        codec.save_codes(
+        save_codes(
             path.with_suffix(".pt"), torch.randint(0, 2048, (2, 8, frames)), line["duration"], corpus.mimi,
-            codec.audio_fingerprint(path),
+            audio_fingerprint(path),
         )  # fmt: skip
 
 
@@ -503,7 +509,7 @@ def test_codes_of_another_model_are_refused_as_training_does(corpus):
     with_codes(corpus)
     other = corpus.folder / "other"
     shutil.copytree(corpus.world / "model", other)
-    mimi = open_checkpoint(str(other)).mimi_weights()
+    mimi = open_pretrained(str(other)).mimi_weights()
     state = load_file(mimi)
     state["quantizer.rvq_first.vq.layers.0._codebook.embedding_sum"][0, 0] += 1
     save_file(state, mimi)
@@ -519,9 +525,7 @@ def test_codes_of_changed_audio_of_another_codec_or_of_one_side(corpus):
     for line, shape, mimi in ((2, (2, 8, 50), "other"), (3, (1, 8, 50), corpus.mimi)):
         path = corpus.folder / corpus.lines["train"][line]["codes_path"]
         wav = path.with_suffix(".wav")
-        codec.save_codes(
-            path, torch.zeros(shape), corpus.lines["train"][line]["duration"], mimi, codec.audio_fingerprint(wav)
-        )
+        save_codes(path, torch.zeros(shape), corpus.lines["train"][line]["duration"], mimi, audio_fingerprint(wav))
     found = [(problem.place[-1], problem.detail) for problem in corpus.check().problems if problem.kind == "codes"]
     assert sorted(place for place, _ in found) == ["2", "3", "4"]
     assert {word for _, text in found for word in ("changed", "Mimi other", "1 channel") if word in text} == {
@@ -535,7 +539,9 @@ def test_same_speaker_voices_of_codes_are_those_that_training_takes(corpus):
     for line in corpus.lines["train"]:
         line["voice_prompt"] = "same_speaker"
         path = corpus.folder / line["codes_path"]
-        codec.save(same_speaker_file(path), {"mimi": corpus.mimi, "speakers": ["SPEAKER_MAIN"], "stretches": [stretch]})
+        save_tensors(
+            same_speaker_file(path), {"mimi": corpus.mimi, "speakers": ["SPEAKER_MAIN"], "stretches": [stretch]}
+        )
     first = corpus.check(duration_sec=1.6).problems  # the stretch is the first window
     assert len(first) == len(corpus.lines["train"])
     assert all(problem.kind == "no stretch" and "1 of its " in problem.detail for problem in first)
@@ -551,7 +557,7 @@ def test_lines_with_and_without_codes_are_refused_as_training_does(corpus):
     (problem,) = corpus.check().problems
     assert problem.kind == "mixed" and "3 of 4 lines" in problem.detail
     with pytest.raises(UserError, match="3 of 4 lines"):
-        dataset.open_windows(str(corpus.folder / "train.jsonl"), 10)
+        open_windows(str(corpus.folder / "train.jsonl"), 10)
 
 
 # --- 3. Whole runs -------------------------------------------------------------------------------------------------
@@ -568,7 +574,7 @@ def test_a_clean_corpus_passes_without_any_weights(config, world, tmp_path, caps
         shutil.copy(world / "model" / name, tmp_path / "model" / name)
     picture = tmp_path / "report.png"
     overrides = [f"moshi_paths.hf_repo_id={tmp_path / 'model'}"]
-    assert check_data.main([str(config), *overrides, "--workers", "0", "--report", str(picture)]) == 0
+    assert main([str(config), *overrides, "--workers", "0", "--report", str(picture)]) == 0
     out = capsys.readouterr().out
     assert out.rstrip().endswith("0 errors, 0 warnings, 0 notes. Ready to train.")
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -581,10 +587,10 @@ def test_worker_processes_find_what_this_one_finds(corpus):
     with_codes(corpus)
     corpus.write()
     config = corpus.config()
-    command = ("-m", "finetune.check_data", config, "--report", corpus.folder / "r.png")
+    command = ("-m", "finetune.tools.check_data", config, "--report", corpus.folder / "r.png")
     done = script(*command, "--workers", 1, check=False)
     assert done.returncode == 1, done.stderr
-    alone = check_data.tell(check_data.check(load_args(config), workers=0))
+    alone = describe_check(check_run(load_args(config), workers=0))
     shown = done.stdout.strip().split("\n")
     [memory] = [line for line in shown if line.startswith("memory: ")]
     assert "GiB on one process at batch_size" in memory
@@ -602,18 +608,18 @@ def test_whatever_the_files_hold_the_report_comes(corpus, tmp_path):
     corpus.write()
     manifest = corpus.folder / "train.jsonl"
     manifest.write_bytes(manifest.read_bytes() + b'\xff\xfe\n[]\n{"path": 3}\n\n{"path": "a", "duration": null}\n')
-    result = check_data.check(load_args(corpus.config()), workers=0)
+    result = check_run(load_args(corpus.config()), workers=0)
     assert result.failed and sum(problem.kind == "line" for problem in result.problems) == 4
-    check_data.tell(result)
-    check_data.draw(result, tmp_path / "r.png")
+    describe_check(result)
+    draw_check(result, tmp_path / "r.png")
 
 
 def test_a_manifest_without_a_usable_line_still_gives_a_report(corpus, tmp_path):
     corpus.lines["train"] = ["nothing", "at all"]
     result = corpus.check()
     assert [problem.place[-1] for problem in result.problems] == ["1", "2", "1"]
-    assert "nothing to train on" in check_data.tell(result)
-    check_data.draw(result, tmp_path / "r.png")
+    assert "nothing to train on" in describe_check(result)
+    draw_check(result, tmp_path / "r.png")
 
 
 def test_a_torn_gz_manifest(corpus):
@@ -621,10 +627,10 @@ def test_a_torn_gz_manifest(corpus):
     whole = gzip.compress((corpus.folder / "train.jsonl").read_bytes())
     torn = corpus.folder / "torn.jsonl.gz"
     torn.write_bytes(whole[:-20])
-    (problem, *_) = check_data.read_lines(torn)[1]
+    (problem, *_) = read_lines(torn)[1]
     assert problem.kind == "line" and "from here on" in problem.detail
     torn.write_bytes(whole)
-    lines, problems = check_data.read_lines(torn)
+    lines, problems = read_lines(torn)
     assert len(lines) == 4 and not problems
 
 
@@ -636,13 +642,13 @@ def test_prompts_are_checked_where_anything_speaks_of_them(corpus, world):
     assert not corpus.check(prompts=False).problems
     assert corpus.check(prompts=False).train.prompt_frames == 0
     args = load_args(corpus.config(**{"prompt.voices_dir": None}))
-    lines = check_data.read_lines(corpus.folder / "train.jsonl")[0]
-    assert check_data.wants_prompts(args, lines)
+    lines = read_lines(corpus.folder / "train.jsonl")[0]
+    assert wants_prompts(args, lines)
     for line in lines:
         line.path.with_suffix(".json").write_text('{"alignments": []}')
-    assert not check_data.wants_prompts(args, lines)
-    assert check_data.wants_prompts(args, [line._replace(fields={"voice_prompt": "x"}) for line in lines])
-    assert check_data.wants_prompts(load_args(corpus.config(**{"prompt.text": "You are Ada."})), lines)
+    assert not wants_prompts(args, lines)
+    assert wants_prompts(args, [line._replace(fields={"voice_prompt": "x"}) for line in lines])
+    assert wants_prompts(load_args(corpus.config(**{"prompt.text": "You are Ada."})), lines)
 
 
 @pytest.mark.parametrize(
@@ -659,7 +665,7 @@ def test_prompts_are_checked_where_anything_speaks_of_them(corpus, world):
 )
 def test_a_config_that_cannot_be_used_is_one_sentence(config, arguments, sentence):
     with pytest.raises(UserError, match=sentence):
-        check_data.main([str(config), *arguments])
+        main([str(config), *arguments])
 
 
 # --- 4. Totals -----------------------------------------------------------------------------------------------------
@@ -668,7 +674,7 @@ def test_a_config_that_cannot_be_used_is_one_sentence(config, arguments, sentenc
 def test_totals_are_those_of_the_samples_that_training_makes(config, world):
     """Against the windows and tokenizers of training, and sums made by hand."""
     args = load_args(config, ["data.shuffle=false"])
-    result = check_data.check(args, workers=0)
+    result = check_run(args, workers=0)
     train, held_out = result.train, result.held_out
 
     rows = [json.loads(row) for row in (world / "data/train.jsonl").read_text().splitlines()]
@@ -677,18 +683,18 @@ def test_totals_are_those_of_the_samples_that_training_makes(config, world):
     assert train.hours * 3600 == pytest.approx(sum(row["duration"] for row in rows))
     assert train.heard_hours == pytest.approx(train.hours)
     words = [word for about in abouts for word, _, speaker in about["alignments"] if speaker == "SPEAKER_MAIN"]
-    spm = open_checkpoint(str(world / "model")).tokenizer()
+    spm = open_pretrained(str(world / "model")).tokenizer()
     assert train.words == len(words)
     assert train.tokens == sum(len(spm.encode(word)) for word in words)
     assert train.prompts == len({about["text_prompt"] for about in abouts})
     assert train.voices == len({about["voice_prompt"] for about in abouts})
 
     # Windows, frames and text of training's own reading; a voice's frames from its wav.
-    windows = dataset.open_windows(args.data.train_data, check_data.window_frames(args))
+    windows = open_windows(args.data.train_data, window_frames(args))
     (index,) = windows.indexes
     assert (train.windows, train.epoch, train.skipped) == (len(windows), len(windows), 0)
-    assert held_out.windows == len(dataset.open_windows(args.data.eval_data, check_data.window_frames(args)))
-    tokenizer = dataset.InterleavedTokenizer(Interleaver(spm), check_data.window_frames(args))
+    assert held_out.windows == len(open_windows(args.data.eval_data, window_frames(args)))
+    tokenizer = InterleavedTokenizer(Interleaver(spm), window_frames(args))
     lengths, text = [], torch.zeros(0, dtype=torch.int64)
     for window in range(len(windows)):
         file, part = index.window(window)
@@ -707,7 +713,7 @@ def test_totals_are_those_of_the_samples_that_training_makes(config, world):
     assert train.batch_padding == pytest.approx(1 - sum(lengths) / filled)
 
     # What the report makes of it: 4 x 2 windows a step, 10 steps.
-    report = check_data.tell(result)
+    report = describe_check(result)
     epochs = 80 / len(windows)
     assert "4 x 2 = 8 windows" in report
     assert f"{len(windows):,} windows = {len(windows) / 8:,.1f} steps; 10 steps = {epochs:.2f} epochs" in report
@@ -717,7 +723,7 @@ def test_totals_are_those_of_the_samples_that_training_makes(config, world):
 
 
 def test_talk_and_answers_are_those_that_the_dialogues_were_made_of(config, world):
-    result = check_data.check(load_args(config), workers=0)
+    result = check_run(load_args(config), workers=0)
     spoken = {"SPEAKER_MAIN": 0.0, "SPEAKER_USER": 0.0}
     answers = []
     for own in (own for own in result.facts if not own.held_out):
@@ -743,15 +749,15 @@ def test_a_mixture_counts_an_epoch_as_training_orders_it(corpus):
     corpus.write()
     mixture = f"{corpus.folder / 'train.jsonl'}:0.25,{corpus.folder / 'eval.jsonl'}:0.75"
     args = load_args(corpus.config(**{"data.train_data": mixture, "data.eval_data": "", "do_eval": False}))
-    train = check_data.check(args, workers=0).train
-    windows = dataset.open_windows(mixture, check_data.window_frames(args))
-    order = dataset.Order([len(index) for index in windows.indexes], windows.weights, 0, False)
+    train = check_run(args, workers=0).train
+    windows = open_windows(mixture, window_frames(args))
+    order = WindowOrder([len(index) for index in windows.indexes], windows.weights, 0, False)
     expected = 0
     for source, window in map(order, range(order.epoch_size)):
         index = windows.indexes[source]
         file, part = index.window(window)
         frames = round(index.line(file).fields["duration"] * 12.5)
-        expected += min(check_data.window_frames(args), frames - part * check_data.window_frames(args))
+        expected += min(window_frames(args), frames - part * window_frames(args))
     assert (train.epoch, train.dialogue_frames) == (order.epoch_size, expected)
 
 
@@ -777,22 +783,22 @@ def test_gaps_overlap_and_backchannels():
                 row[round(start / 0.02) : round(end / 0.02)] = True
         return rows
 
-    assert talk.response_gaps(active([(3, 4)], [(1, 2)])) == pytest.approx([1.0])
-    assert talk.response_gaps(active([(1.6, 4)], [(1, 2)])) == pytest.approx([-0.4])
-    assert talk.response_gaps(active([(1.2, 1.4)], [(1, 2)])) == []  # wholly within the user's speech
-    assert talk.response_gaps(active([(1, 2), (5, 6)], [(3, 4)])) == pytest.approx([1.0])
-    assert talk.response_gaps(active([(1, 2), (3, 4)], [])) == []
+    assert response_gaps(active([(3, 4)], [(1, 2)])) == pytest.approx([1.0])
+    assert response_gaps(active([(1.6, 4)], [(1, 2)])) == pytest.approx([-0.4])
+    assert response_gaps(active([(1.2, 1.4)], [(1, 2)])) == []  # wholly within the user's speech
+    assert response_gaps(active([(1, 2), (5, 6)], [(3, 4)])) == pytest.approx([1.0])
+    assert response_gaps(active([(1, 2), (3, 4)], [])) == []
 
 
 def test_speech_is_found_over_noise_with_short_pauses_closed_and_clicks_left_out():
     pcm = np.stack([tone(10, 0.001), tone(10, 0.001)])
     for start, end in ((1.0, 2.0), (2.1, 3.0), (6.0, 6.02)):
         pcm[0, round(start * 24_000) : round(end * 24_000)] *= 100
-    sound = talk.Sound()
+    sound = StereoSound()
     for i in range(10):
         sound.add(i, pcm[:, i * 24_000 : (i + 1) * 24_000], 24_000)
     assert len(sound.parts) == 1 and sound.seconds == pytest.approx(10)
-    (active,) = talk.talking(sound.parts)
+    (active,) = talking(sound.parts)
     assert np.flatnonzero(np.diff(active[0].astype(int))).tolist() == [49, 149]
     assert not active[1].any()
 
@@ -802,24 +808,24 @@ def test_levels_keep_time_at_every_rate(tmp_path, rate):
     pcm = np.zeros((2, 65 * rate), np.float32)
     pcm[0, 60 * rate : 61 * rate] = tone(1, rate=rate)
     write_wav(tmp_path / "a.wav", pcm, rate)
-    sound = talk.hear(tmp_path / "a.wav", audio.probe(tmp_path / "a.wav"), 65.0, share_sec=100)
+    sound = hear_stereo(tmp_path / "a.wav", probe_audio(tmp_path / "a.wav"), 65.0, share_sec=100)
     (part,) = sound.parts
     loud = np.flatnonzero(part.levels[0] > -40)
-    assert loud[0] * talk.LEVEL_SEC == pytest.approx(60, abs=0.021)
-    assert (loud[-1] + 1) * talk.LEVEL_SEC == pytest.approx(61, abs=0.021)
+    assert loud[0] * LEVEL_SEC == pytest.approx(60, abs=0.021)
+    assert (loud[-1] + 1) * LEVEL_SEC == pytest.approx(61, abs=0.021)
 
 
 def test_of_a_long_file_start_end_and_stretches_between_are_heard(tmp_path):
     pcm = np.stack([tone(200, 0.01, 8_000), tone(200, 0.01, 8_000)])
     pcm[1, -8_000:] = 0
     write_wav(tmp_path / "a.wav", pcm, 8_000)
-    info = audio.probe(tmp_path / "a.wav")
-    whole = talk.hear(tmp_path / "a.wav", info, 200, share_sec=200)
-    part = talk.hear(tmp_path / "a.wav", info, 200, share_sec=40)
+    info = probe_audio(tmp_path / "a.wav")
+    whole = hear_stereo(tmp_path / "a.wav", info, 200, share_sec=200)
+    part = hear_stereo(tmp_path / "a.wav", info, 200, share_sec=40)
     assert whole.seconds == 200 and part.seconds == 40
     assert [p.start for p in part.parts] == [0, 63, 126, 190]
     for stretch in part.parts:
-        first = round(stretch.start / talk.LEVEL_SEC)
+        first = round(stretch.start / LEVEL_SEC)
         assert np.allclose(stretch.levels, whole.levels[:, first : first + 500])
 
 
@@ -828,11 +834,11 @@ SPEECH = Path(__file__).parents[2] / "shared/audio/input_assistant.wav"
 
 @pytest.mark.skipif(not SPEECH.exists(), reason="no recording of real speech")
 def test_real_speech_begins_where_it_begins():
-    pcm = audio.read(SPEECH)
-    sound = talk.Sound()
+    pcm = read_audio(SPEECH)
+    sound = StereoSound()
     sound.add(0.0, np.concatenate([pcm, 0.001 * pcm[:, ::-1]]), 24_000)
-    (active,) = talk.talking(sound.parts)
-    edges = np.flatnonzero(np.diff(active[0].astype(int))) * talk.LEVEL_SEC
+    (active,) = talking(sound.parts)
+    edges = np.flatnonzero(np.diff(active[0].astype(int))) * LEVEL_SEC
     assert len(edges) == 4
     assert edges[[0, 2]] == pytest.approx([3.26, 21.75], abs=0.05)  # "How", "By"
     assert not active[1].any()

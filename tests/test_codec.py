@@ -14,9 +14,18 @@ from conftest import ROOT
 from moshi.models import loaders
 from safetensors.torch import save_file
 
+from finetune.audio.codec import _REFILL_FRAMES, default_lanes, encode_audio, encode_streams
+from finetune.audio.codes import (
+    audio_fingerprint,
+    audio_stamp,
+    check_codes,
+    fingerprint_file,
+    fingerprint_mimi,
+    load_codes,
+    save_codes,
+)
 from finetune.cli import UserError
-from finetune.data import codec
-from finetune.model import open_checkpoint
+from finetune.model.pretrained import open_pretrained
 
 FRAME = 1920
 CONTEXT = 25  # steps of Mimi's attention, here 1 s instead of 10
@@ -87,39 +96,39 @@ def alone(mimi, wavs):
 @pytest.mark.parametrize("lanes", [1, 2, 3, 8, 20])
 def test_every_code_is_that_of_one_stream_alone(mimi, wavs, alone, lanes):
     assert min(len(codebook.unique()) for codebook in torch.cat(alone, dim=1)) > 20
-    ended = dict(codec.encode_streams(mimi, ([wav] for wav in wavs), lanes, exact=True))
+    ended = dict(encode_streams(mimi, ([wav] for wav in wavs), lanes, exact=True))
     for i, codes in enumerate(alone):
         assert ended[i].dtype == torch.int16 and ended[i].shape == (1, 8, -(-LENGTHS[i] // FRAME))
         assert torch.equal(ended[i][0].long(), codes), i
 
 
 def test_the_plain_batch_gives_a_stream_the_same_codes_whatever_is_beside_it(mimi, wavs):
-    together = dict(codec.encode_streams(mimi, ([wav] for wav in wavs), lanes=8))
+    together = dict(encode_streams(mimi, ([wav] for wav in wavs), lanes=8))
     for i in (3, 5):
-        [(_, codes)] = codec.encode_streams(mimi, [[wavs[i]]], lanes=8)
+        [(_, codes)] = encode_streams(mimi, [[wavs[i]]], lanes=8)
         assert torch.equal(codes, together[i])
 
 
 def test_lanes_may_wait_for_each_other(mimi, wavs, alone, monkeypatch):
-    monkeypatch.setitem(codec._REFILL_FRAMES, "cpu", 8)  # as on a GPU
-    ended = dict(codec.encode_streams(mimi, ([wav] for wav in wavs), lanes=3, exact=True))
+    monkeypatch.setitem(_REFILL_FRAMES, "cpu", 8)  # as on a GPU
+    ended = dict(encode_streams(mimi, ([wav] for wav in wavs), lanes=3, exact=True))
     assert all(torch.equal(ended[i][0].long(), codes) for i, codes in enumerate(alone))
 
 
 def test_the_cut_into_pieces_does_not_matter(mimi, wavs, alone):
     rng = np.random.default_rng(0)
     cut = lambda wav: np.split(wav, np.sort(rng.integers(0, len(wav) + 1, 6)))
-    for i, codes in codec.encode_streams(mimi, (cut(wav) for wav in wavs), lanes=4, exact=True):
+    for i, codes in encode_streams(mimi, (cut(wav) for wav in wavs), lanes=4, exact=True):
         assert torch.equal(codes[0].long(), alone[i])
 
 
 @pytest.mark.parametrize("lanes", [2, 3, 5])
 def test_channels_of_a_recording_take_a_lane_each(mimi, lanes):
     stereo = [np.stack(make_wavs([n, n], seed=n)) for n in (5 * FRAME, 100, 12 * FRAME + 3)]
-    for i, codes in list(codec.encode_streams(mimi, ([pcm] for pcm in stereo), lanes, exact=True)):
+    for i, codes in list(encode_streams(mimi, ([pcm] for pcm in stereo), lanes, exact=True)):
         assert torch.equal(codes.long(), torch.stack([by_hand(mimi, channel) for channel in stereo[i]]))
     with pytest.raises(UserError, match="2 channels need as many lanes, there are 1"):
-        list(codec.encode_streams(mimi, [[stereo[0]]], lanes=1))
+        list(encode_streams(mimi, [[stereo[0]]], lanes=1))
     assert not mimi.is_streaming
 
 
@@ -129,7 +138,7 @@ def test_a_broken_recording_costs_the_others_nothing(mimi, wavs, alone):
         raise UserError("lost it")
 
     sources = [[wavs[3]], broken(100), [wavs[5]], broken(9 * FRAME), [np.zeros(0, dtype=np.float32)], [wavs[8]]]
-    ended = dict(codec.encode_streams(mimi, sources, lanes=2, exact=True))
+    ended = dict(encode_streams(mimi, sources, lanes=2, exact=True))
     assert str(ended[1]) == str(ended[3]) == "lost it" and "0 samples" in str(ended[4])
     for i, j in ((0, 3), (2, 5), (5, 8)):
         assert torch.equal(ended[i][0].long(), alone[j])
@@ -144,7 +153,7 @@ def test_recordings_are_opened_as_lanes_become_free_and_read_as_they_are_needed(
             read[i] += 1
             yield np.zeros(FRAME, dtype=np.float32)
 
-    ended = codec.encode_streams(mimi, (source(i) for i in range(6)), lanes=2)
+    ended = encode_streams(mimi, (source(i) for i in range(6)), lanes=2)
     assert next(ended)[0] == 0
     assert opened == [0, 1, 2, 3, 4]  # two done, two in the lanes, one waiting
     assert read[2] < 40 and read[4] == 1
@@ -163,23 +172,23 @@ def test_the_codes_of_a_long_recording_take_little_more_than_themselves(mimi):
                 counts.append(tensors())
             yield np.zeros(FRAME, dtype=np.float32)
 
-    [(_, codes)] = codec.encode_streams(mimi, [source()], lanes=1)
+    [(_, codes)] = encode_streams(mimi, [source()], lanes=1)
     assert codes.shape == (1, 8, 321) and counts[1] - counts[0] <= 160 / 16
 
 
 def test_encode_keeps_the_order_and_leaves_mimi_as_it_was(mimi, wavs, alone):
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
-            codes = codec.encode(mimi, [torch.from_numpy(wav) for wav in wavs])
+            codes = encode_audio(mimi, [torch.from_numpy(wav) for wav in wavs])
         assert not mimi.is_streaming
         for made, wanted in zip(codes, alone):
             assert made.dtype == torch.int64 and torch.equal(made, wanted)
     # Not inference tensors: these cannot be embedded where gradients are wanted.
     table = torch.nn.Embedding(2048, 2)
     table(codes[0]).sum().backward()
-    assert codec.encode(mimi, []) == []
+    assert encode_audio(mimi, []) == []
     with pytest.raises(UserError, match="0 samples"):
-        codec.encode(mimi, [wavs[0], np.zeros(0, dtype=np.float32)])
+        encode_audio(mimi, [wavs[0], np.zeros(0, dtype=np.float32)])
     assert not mimi.is_streaming
 
 
@@ -211,9 +220,9 @@ needs_gpus = lambda count: pytest.mark.skipif(torch.cuda.device_count() < count,
 def test_a_gpu_makes_the_codes_of_a_cpu(wavs, gpu):
     """But for ties: also one that is not the current GPU, through CUDA graphs and without."""
     cpu, mimi = make_mimi(twins=False), make_mimi(twins=False).to(f"cuda:{gpu}")
-    streamed = dict(codec.encode_streams(mimi, ([wav] for wav in wavs), lanes=4))
+    streamed = dict(encode_streams(mimi, ([wav] for wav in wavs), lanes=4))
     same = []
-    for i, (wav, codes) in enumerate(zip(wavs, codec.encode(mimi, wavs))):
+    for i, (wav, codes) in enumerate(zip(wavs, encode_audio(mimi, wavs))):
         same += [(each == by_hand(cpu, wav)).flatten() for each in (codes, streamed[i][0].long())]
     assert torch.cat(same).float().mean() > 0.99
 
@@ -221,14 +230,14 @@ def test_a_gpu_makes_the_codes_of_a_cpu(wavs, gpu):
 @needs_gpus(1)
 def test_encoding_between_steps_depends_on_the_sound_alone_and_keeps_torchs_memory(wavs):
     mimi = make_mimi().to("cuda")
-    [alone] = codec.encode(mimi, wavs[3:4])
-    assert torch.equal(codec.encode(mimi, wavs)[3], alone)
-    lanes = codec.default_lanes("cuda")
+    [alone] = encode_audio(mimi, wavs[3:4])
+    assert torch.equal(encode_audio(mimi, wavs)[3], alone)
+    lanes = default_lanes("cuda")
     hold = torch.empty(int(0.9 * torch.cuda.mem_get_info()[0]), dtype=torch.uint8, device="cuda")
     held = hold.numel()
     del hold  # torch keeps it, as it keeps what a training step has used
-    assert codec.default_lanes("cuda") == lanes
-    assert torch.equal(codec.encode(mimi, wavs)[3], alone) and torch.cuda.memory_reserved() >= held
+    assert default_lanes("cuda") == lanes
+    assert torch.equal(encode_audio(mimi, wavs)[3], alone) and torch.cuda.memory_reserved() >= held
     torch.cuda.empty_cache()
 
 
@@ -236,7 +245,7 @@ def test_encoding_between_steps_depends_on_the_sound_alone_and_keeps_torchs_memo
 
 
 def test_the_fingerprint_is_that_of_the_encoder(mimi, tmp_path):
-    name = codec.fingerprint(mimi)
+    name = fingerprint_mimi(mimi)
     state = mimi.state_dict()
     save_file(state, tmp_path / "mimi.safetensors")
     torch.save({"model": state}, tmp_path / "mimi.pt")
@@ -246,15 +255,15 @@ def test_the_fingerprint_is_that_of_the_encoder(mimi, tmp_path):
         for key, value in state.items()
     }  # fmt: skip
     save_file(renamed, tmp_path / "old.safetensors")
-    assert {codec.fingerprint_file(tmp_path / f) for f in ("mimi.safetensors", "mimi.pt", "old.safetensors")} == {name}
-    assert codec.fingerprint_file(tmp_path / "mimi.safetensors", codebooks=9) != name
-    assert codec.fingerprint(make_mimi()) == name  # also before anything was encoded
+    assert {fingerprint_file(tmp_path / f) for f in ("mimi.safetensors", "mimi.pt", "old.safetensors")} == {name}
+    assert fingerprint_file(tmp_path / "mimi.safetensors", codebooks=9) != name
+    assert fingerprint_mimi(make_mimi()) == name  # also before anything was encoded
 
     def changed(key):
         other = {k: v.clone() for k, v in state.items()}
         other[key].view(-1)[0] += 1e-4
         save_file(other, tmp_path / "other.safetensors")
-        return codec.fingerprint_file(tmp_path / "other.safetensors") != name
+        return fingerprint_file(tmp_path / "other.safetensors") != name
 
     heard = [
         "encoder.model.0.conv.conv.bias", "encoder_transformer.transformer.layers.1.self_attn.in_projs.0.weight",
@@ -277,9 +286,9 @@ def test_a_file_that_is_no_mimi_is_refused(world, tmp_path):
             (tmp_path / f"{name}.{suffix}").write_text(content)
     for path in [*sorted(tmp_path.iterdir()), tmp_path / "none.safetensors", tmp_path / "none.pt"]:
         with pytest.raises(UserError, match=rf"{path.name}: not readable as Mimi's weights \(.+\)"):
-            codec.fingerprint_file(path)
+            fingerprint_file(path)
         with pytest.raises(UserError, match=rf"{path.name}: (does not load as a Mimi|no such file)"):
-            open_checkpoint(str(world / "model"), mimi_path=str(path)).mimi()
+            open_pretrained(str(world / "model"), mimi_path=str(path)).mimi()
 
 
 @pytest.mark.parametrize("size", [0, 10, 50_000, 1_000_000])
@@ -288,16 +297,16 @@ def test_the_audio_fingerprint_follows_the_content_not_the_date(tmp_path, size):
     (tmp_path / "a").write_bytes(content)
     (tmp_path / "b").write_bytes(content)
     os.utime(tmp_path / "b", (0, 0))
-    name = codec.audio_fingerprint(tmp_path / "a")
-    assert codec.audio_fingerprint(tmp_path / "b") == name
+    name = audio_fingerprint(tmp_path / "a")
+    assert audio_fingerprint(tmp_path / "b") == name
     others = [content + b"x", bytes(reversed(content))[:size], content[:-1] + b"!"]
     if size > 200_000:  # silence at both ends, other sound between them
         others.append(content[:10_000] + np.random.default_rng(1).bytes(size - 20_000) + content[-10_000:])
     for other in others[: 1 if size == 0 else None]:
         (tmp_path / "b").write_bytes(other)
-        assert codec.audio_fingerprint(tmp_path / "b") != name
+        assert audio_fingerprint(tmp_path / "b") != name
     with pytest.raises(UserError, match="no such file"):
-        codec.audio_fingerprint(tmp_path / "c")
+        audio_fingerprint(tmp_path / "c")
 
 
 # --- Files ---
@@ -307,7 +316,7 @@ def test_the_audio_fingerprint_follows_the_content_not_the_date(tmp_path, size):
 def entry(tmp_path):
     codes = torch.randint(0, 2048, (2, 8, 100))
     (tmp_path / "call.wav").write_bytes(b"sound")
-    codec.save_codes(tmp_path / "call.pt", codes, 7.95, "mimi-a", codec.audio_fingerprint(tmp_path / "call.wav"))
+    save_codes(tmp_path / "call.pt", codes, 7.95, "mimi-a", audio_fingerprint(tmp_path / "call.wav"))
     return codes, tmp_path / "call.pt"
 
 
@@ -317,9 +326,9 @@ def test_a_file_of_codes_is_what_it_says(entry):
     assert torch.equal(plain["codes"], codes.short()) and plain["codes"].dtype == torch.int16
     assert {k: v for k, v in plain.items() if k != "codes"} == {
         "frame_rate": 12.5, "sample_rate": 24_000, "duration": 7.95, "mimi": "mimi-a",
-        "audio": codec.audio_fingerprint(path.with_suffix(".wav")), "format": 1, "exact": False,
+        "audio": audio_fingerprint(path.with_suffix(".wav")), "format": 1, "exact": False,
     }  # fmt: skip
-    mapped = codec.load_codes(path)
+    mapped = load_codes(path)
     assert torch.equal(mapped["codes"], codes.short())
     maps = Path("/proc/self/maps")
     assert not maps.exists() or str(path) in maps.read_text()  # mapped, not read
@@ -330,8 +339,8 @@ def test_a_save_that_fails_leaves_the_old_file(entry, monkeypatch):
     codes, path = entry
     monkeypatch.setattr(torch, "save", lambda entry, file: (file.write(b"half"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
-        codec.save_codes(path, codes, 1.0, "b", "c")
-    assert codec.load_codes(path)["mimi"] == "mimi-a"
+        save_codes(path, codes, 1.0, "b", "c")
+    assert load_codes(path)["mimi"] == "mimi-a"
 
 
 def test_damaged_and_foreign_files_are_refused(entry, tmp_path):
@@ -341,17 +350,17 @@ def test_damaged_and_foreign_files_are_refused(entry, tmp_path):
     for damaged in (b"", b"hello", content[: len(content) // 2], content[:-10], pickle.dumps(print)):
         bad.write_bytes(damaged)
         with pytest.raises(UserError, match=r"bad\.pt: damaged, or not a file of codes"):
-            codec.load_codes(bad)
+            load_codes(bad)
     for foreign in ([1], {"embeddings": torch.zeros(3)}, {k: v for k, v in good.items() if k != "audio"}):
         torch.save(foreign, bad)
         with pytest.raises(UserError, match=r"bad\.pt: not a file of codes"):
-            codec.load_codes(bad)
+            load_codes(bad)
     for change in ({"format": 2}, {"codes": good["codes"][:, :7]}, {"codes": good["codes"].long()}):
         torch.save(good | change, bad)
         with pytest.raises(UserError, match=r"bad\.pt: holds codes of format"):
-            codec.load_codes(bad)
+            load_codes(bad)
     with pytest.raises(UserError, match=r"none\.pt: no such file"):
-        codec.load_codes(tmp_path / "none.pt")
+        load_codes(tmp_path / "none.pt")
 
 
 def test_a_process_with_too_many_maps_is_told_so(entry):
@@ -359,11 +368,11 @@ def test_a_process_with_too_many_maps_is_told_so(entry):
     if not limit.exists() or int(limit.read_text()) > 300_000:
         pytest.skip("no such limit here")
     code = (
-        "import ctypes, os, sys\nfrom pathlib import Path\nfrom finetune.data import codec\n"
+        "import ctypes, os, sys\nfrom pathlib import Path\nfrom finetune.audio.codes import load_codes\n"
         "mmap, file = ctypes.CDLL(None).mmap, os.open(sys.argv[1], os.O_RDONLY)\n"
         "mmap.restype, mmap.argtypes = ctypes.c_ssize_t, [ctypes.c_void_p, *[ctypes.c_size_t] * 5]\n"
         "while mmap(None, 4096, 1, 1, file, 0) != -1: pass\n"
-        "codec.load_codes(Path(sys.argv[1]))\n"
+        "load_codes(Path(sys.argv[1]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, entry[1]], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode and "UserError" in done.stderr and "too many files mapped already" in done.stderr
@@ -371,15 +380,15 @@ def test_a_process_with_too_many_maps_is_told_so(entry):
 
 def test_codes_of_another_codec_or_of_changed_audio_are_refused_with_both_names(entry, tmp_path):
     path, wav = entry[1], tmp_path / "call.wav"
-    loaded = codec.load_codes(path)
-    codec.check(loaded)
-    codec.check(loaded, path, "mimi-a", wav)
-    codec.check(loaded, path, "mimi-a", tmp_path / "gone.wav")
+    loaded = load_codes(path)
+    check_codes(loaded)
+    check_codes(loaded, path, "mimi-a", wav)
+    check_codes(loaded, path, "mimi-a", tmp_path / "gone.wav")
     with pytest.raises(UserError, match=r"call\.pt: made by Mimi mimi-a, and this model's is mimi-b"):
-        codec.check(loaded, path, "mimi-b", wav)
+        check_codes(loaded, path, "mimi-b", wav)
     wav.write_bytes(b"other")
     with pytest.raises(UserError, match=rf"call\.pt: made of audio {loaded['audio']}, .*call\.wav is now "):
-        codec.check(loaded, path, "mimi-a", wav)
+        check_codes(loaded, path, "mimi-a", wav)
 
 
 def test_audio_of_the_same_date_is_not_read(entry):
@@ -387,12 +396,12 @@ def test_audio_of_the_same_date_is_not_read(entry):
     for nanoseconds, read in ((10**9 + 7, False), (10**9, True)):  # a clock of whole seconds cannot tell
         wav.write_bytes(b"sound")
         os.utime(wav, ns=(nanoseconds, nanoseconds))
-        codec.save_codes(path, entry[0], 7.95, "mimi-a", codec.audio_fingerprint(wav), codec.audio_stamp(wav))
-        loaded = codec.load_codes(path)
+        save_codes(path, entry[0], 7.95, "mimi-a", audio_fingerprint(wav), audio_stamp(wav))
+        loaded = load_codes(path)
         wav.write_bytes(b"other")
         os.utime(wav, ns=(nanoseconds, nanoseconds))
         with pytest.raises(UserError, match="has changed since") if read else nullcontext():
-            codec.check(loaded, path, "mimi-a", wav)
+            check_codes(loaded, path, "mimi-a", wav)
         os.utime(wav, ns=(nanoseconds + 9, nanoseconds + 9))
         with pytest.raises(UserError, match="has changed since"):
-            codec.check(loaded, path, "mimi-a", wav)
+            check_codes(loaded, path, "mimi-a", wav)

@@ -21,26 +21,24 @@ import torch
 from conftest import PEAK, ROOT
 from test_audio import write_wav
 
-from finetune import voices
 from finetune.args import PromptArgs
+from finetune.audio.codec import encode_audio
+from finetune.audio.codes import audio_fingerprint, fingerprint_mimi, load_codes, save_codes
+from finetune.audio.files import read_audio
 from finetune.cli import UserError
-from finetune.data import audio, codec, dataset, manifest
-from finetune.data.dataset import (
-    EvalOrder,
-    InterleavedTokenizer,
-    ManifestIndex,
-    Order,
-    PrecomputedTokenizer,
-    Share,
-    collate,
-    get_dataset_iterator,
-    open_windows,
-)
-from finetune.data.interleaver import Interleaver, TextStats
-from finetune.data.prompts import Prompter
-from finetune.model import open_checkpoint
-from finetune.personaplex import SINE_TOKENS, prompt_length
-from finetune.voices import VoiceBook
+from finetune.data.batch import Sample, TextStats, collate
+from finetune.data.cache import LRUCache
+from finetune.data.dataset import _ahead, get_dataset_iterator
+from finetune.data.interleaver import InterleavedTokenizer, Interleaver, PrecomputedTokenizer
+from finetune.data.manifest import Line, read_manifest, resolve_path
+from finetune.data.prompter import Prompter
+from finetune.data.windows import EvalOrder, ManifestIndex, RankShare, WindowOrder, open_windows
+from finetune.model.pretrained import open_pretrained
+from finetune.prompts.hybrid import prompt_length
+from finetune.prompts.recordings import codes_folder, encode_recordings, load_recording
+from finetune.prompts.same_speaker import SAME_SPEAKER, load_same_speaker, same_speaker_file, save_same_speaker
+from finetune.prompts.voices import VoiceBook, load_voices
+from finetune.streams import SINE_TOKENS
 
 DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
 
@@ -49,19 +47,19 @@ DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_an_epoch_holds_each_window_once(shuffle):
-    order = Order([17], None, seed=3, shuffle=shuffle)
+    order = WindowOrder([17], None, seed=3, shuffle=shuffle)
     epochs = [[order(17 * e + i) for i in range(17)] for e in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == [(0, i) for i in range(17)]
     assert (epochs[0] == epochs[1]) != shuffle
-    again = Order([17], None, seed=3, shuffle=shuffle)
+    again = WindowOrder([17], None, seed=3, shuffle=shuffle)
     assert [again(p) for p in (40, 3, 22)] == [order(p) for p in (40, 3, 22)], "a function of the position alone"
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_mixtures_keep_their_shares_and_go_through_each_source(shuffle):
     sizes = [100, 20, 7]
-    order = Order(sizes, [0.7, 0.2, 0.1], seed=0, shuffle=shuffle)  # of 127 windows: 88.9, 25.4 and 12.7
+    order = WindowOrder(sizes, [0.7, 0.2, 0.1], seed=0, shuffle=shuffle)  # of 127 windows: 88.9, 25.4 and 12.7
     drawn = [order(p) for p in range(1270)]
     for epoch in range(10):
         assert Counter(s for s, _ in drawn[epoch * 127 : epoch * 127 + 127]) == {0: 89, 1: 25, 2: 13}
@@ -73,10 +71,10 @@ def test_mixtures_keep_their_shares_and_go_through_each_source(shuffle):
 
 def test_ranks_and_microbatches_partition_the_stream():
     for batch, ranks in ((1, 4), (4, 1), (2, 2)):
-        taken = [p for m in range(6) for r in range(ranks) for p in Share(batch, r, ranks, position=8).positions(m)]
+        taken = [p for m in range(6) for r in range(ranks) for p in RankShare(batch, r, ranks, position=8).positions(m)]
         assert sorted(taken) == list(range(8, 8 + 6 * batch * ranks))
     step = lambda batch, ranks, micro: sorted(
-        p for m in range(micro) for r in range(ranks) for p in Share(batch, r, ranks).positions(m)
+        p for m in range(micro) for r in range(ranks) for p in RankShare(batch, r, ranks).positions(m)
     )
     assert step(4, 1, 1) == step(1, 4, 1) == step(1, 1, 4) == step(1, 2, 2), "the same windows in the same step"
 
@@ -86,7 +84,7 @@ def test_evaluation_takes_the_same_spread_windows_on_any_number_of_ranks():
     windows = [order(i) for i in range(len(order))]
     assert windows == [(0, 0), (0, 2), (0, 5), (0, 7), (1, 0), (1, 2)]
     for ranks in (1, 2, 4):
-        shares = [Share(2, r, ranks, stop=len(order)) for r in range(ranks)]
+        shares = [RankShare(2, r, ranks, stop=len(order)) for r in range(ranks)]
         assert len({s.microbatches for s in shares}) == 1
         taken = [p for s in shares for m in range(s.microbatches) for p in s.positions(m)]
         assert sorted(taken) == list(range(6))
@@ -138,7 +136,7 @@ def test_a_torn_archive_is_named(tmp_path):
     flipped[len(whole) // 2] ^= 1
     for content in (whole[:-20], bytes(flipped), b"no archive"):
         path.write_bytes(content)
-        for use in (lambda: ManifestIndex(path, 50), lambda: list(manifest.iterate(path, []))):
+        for use in (lambda: ManifestIndex(path, 50), lambda: list(read_manifest(path, []))):
             with pytest.raises(UserError, match=r"m\.jsonl\.gz: cannot be read to its end, beyond line \d+ \(.+\)"):
                 use()
 
@@ -150,13 +148,13 @@ def test_a_manifest_as_editors_of_windows_write_it(tmp_path, suffix, opener):
         file.write('\ufeff{"path": "ä.wav", "duration": 1}\r\n{"path": "b.wav", "duration": 1}\r\n'.encode())
     index, problems = ManifestIndex(path, 50), []
     assert [index.line(i).path.name for i in range(2)] == ["ä.wav", "b.wav"]
-    assert [line.path.name for line in manifest.iterate(path, problems)] == ["ä.wav", "b.wav"] and not problems
+    assert [line.path.name for line in read_manifest(path, problems)] == ["ä.wav", "b.wav"] and not problems
 
 
 def test_a_line_that_is_no_utf8_is_a_bad_line(tmp_path):
     (tmp_path / "m.jsonl").write_bytes(b'{"path": "\xe4.wav", "duration": 1}\n{"path": "b.wav", "duration": 1}\n')
     problems = []
-    assert [line.number for line in manifest.iterate(tmp_path / "m.jsonl", problems)] == [2]
+    assert [line.number for line in read_manifest(tmp_path / "m.jsonl", problems)] == [2]
     assert "line 1: not JSON" in problems[0]
 
 
@@ -167,10 +165,10 @@ def test_an_empty_manifest_is_an_error_at_once(tmp_path):
 
 def test_paths_are_relative_to_the_manifest_and_may_not_leave_it(tmp_path):
     path = tmp_path / "m.jsonl"
-    assert manifest.resolve(path, "x/a.wav") == tmp_path / "x/a.wav"
-    assert manifest.resolve(path, "/data/a.wav").is_absolute()
+    assert resolve_path(path, "x/a.wav") == tmp_path / "x/a.wav"
+    assert resolve_path(path, "/data/a.wav").is_absolute()
     with pytest.raises(UserError, match="leaves the manifest's folder"):
-        manifest.resolve(path, "../a.wav")
+        resolve_path(path, "../a.wav")
 
 
 def test_codes_in_all_lines_or_in_none(tmp_path):
@@ -192,11 +190,11 @@ def test_a_long_manifest_costs_little_memory(tmp_path):
             file.write(f'{{"path": "calls/{i:07d}.wav", "duration": {i % 600}.5}}\n')
     code = (
         "import sys, resource\nfrom pathlib import Path\n"
-        "from finetune.data.dataset import ManifestIndex, Order\n"
+        "from finetune.data.windows import ManifestIndex, WindowOrder\n"
         f"rss = lambda: {PEAK} / 1024\n"
         "before = rss()\n"
         "index = ManifestIndex(Path(sys.argv[1]), 1250)\n"
-        "order = Order([len(index)], None, 0, True)\n"
+        "order = WindowOrder([len(index)], None, 0, True)\n"
         "lines = [index.line(index.window(order(p)[1])[0]) for p in range(100)]\n"
         "print(len(index), rss() - before)\n"
     )
@@ -210,7 +208,7 @@ def test_a_long_manifest_costs_little_memory(tmp_path):
 
 @pytest.fixture(scope="module")
 def parts(world):
-    checkpoint = open_checkpoint(str(world / "model"))
+    checkpoint = open_pretrained(str(world / "model"))
     return checkpoint.mimi("cpu"), sentencepiece.SentencePieceProcessor(str(checkpoint.tokenizer_path()))
 
 
@@ -220,10 +218,10 @@ def encoded(world, parts, tmp_path_factory):
     mimi, _ = parts
     folder = tmp_path_factory.mktemp("encoded")
     lines = []
-    for i, line in enumerate(itertools.islice(manifest.iterate(world / "data/train.jsonl", []), 4)):
-        codes = torch.stack(codec.encode(mimi, list(audio.read(line.path)))).to(torch.int16)
-        codec.save_codes(folder / f"{i}.pt", codes, line.fields["duration"], codec.fingerprint(mimi),
-                         codec.audio_fingerprint(line.path))  # fmt: skip
+    for i, line in enumerate(itertools.islice(read_manifest(world / "data/train.jsonl", []), 4)):
+        codes = torch.stack(encode_audio(mimi, list(read_audio(line.path)))).to(torch.int16)
+        save_codes(folder / f"{i}.pt", codes, line.fields["duration"], fingerprint_mimi(mimi),
+                         audio_fingerprint(line.path))  # fmt: skip
         lines.append(line.fields | {"path": str(line.path), "codes_path": f"{i}.pt"})
     return write_lines(folder / "train_precomputed.jsonl", lines)
 
@@ -233,13 +231,13 @@ def tokenizers(parts, window_frames=40):
     interleaver = Interleaver(pieces)
     return (
         InterleavedTokenizer(interleaver, window_frames, mimi=mimi),
-        PrecomputedTokenizer(interleaver, window_frames, mimi_fingerprint=codec.fingerprint(mimi)),
+        PrecomputedTokenizer(interleaver, window_frames, mimi_fingerprint=fingerprint_mimi(mimi)),
     )
 
 
 def test_both_tokenizers_give_the_same_first_window_of_each_file(parts, encoded):
     live, stored = tokenizers(parts)
-    for line in manifest.iterate(encoded, []):
+    for line in read_manifest(encoded, []):
         a, b = (t.encode([t.read(line, 0)])[0] for t in (live, stored))
         assert a.codes.shape == (17, 40) and torch.equal(a.codes, b.codes) and torch.equal(a.loss_mask, b.loss_mask)
         assert a.name == b.name and a.text == b.text
@@ -247,16 +245,16 @@ def test_both_tokenizers_give_the_same_first_window_of_each_file(parts, encoded)
 
 def test_later_windows_have_the_text_of_live_ones_and_codes_that_have_heard_the_beginning(parts, encoded):
     live, stored = tokenizers(parts)
-    line = next(manifest.iterate(encoded, []))
+    line = next(read_manifest(encoded, []))
     a, b = (t.encode([t.read(line, 1)])[0] for t in (live, stored))
     assert torch.equal(a.codes[0], b.codes[0])
-    whole = codec.load_codes(manifest.resolve(encoded, line.fields["codes_path"]))["codes"].long().flatten(0, 1)
+    whole = load_codes(resolve_path(encoded, line.fields["codes_path"]))["codes"].long().flatten(0, 1)
     assert torch.equal(b.codes[1:], whole[:, 40:80])
 
 
 def test_the_last_window_is_as_long_as_what_is_left(parts, encoded):
     _, stored = tokenizers(parts, window_frames=60)
-    line = next(manifest.iterate(encoded, []))
+    line = next(read_manifest(encoded, []))
     frames = round(line.fields["duration"] * 12.5)
     sample = stored.encode([stored.read(line, frames // 60)])[0]
     assert sample.codes.shape[1] == frames % 60
@@ -265,7 +263,7 @@ def test_the_last_window_is_as_long_as_what_is_left(parts, encoded):
 def test_text_streams_end_with_the_audio(parts, encoded):
     """A window longer than the file: frames past its end are no target at all, rather than padding to be learnt."""
     _, stored = tokenizers(parts, window_frames=1000)
-    samples = [stored.encode([stored.read(line, 0)])[0] for line in itertools.islice(manifest.iterate(encoded, []), 2)]
+    samples = [stored.encode([stored.read(line, 0)])[0] for line in itertools.islice(read_manifest(encoded, []), 2)]
     batch = collate(samples, [], DELAYS, 8)
     short = min(range(2), key=lambda i: samples[i].codes.shape[1])
     length = samples[short].codes.shape[1]
@@ -275,7 +273,7 @@ def test_text_streams_end_with_the_audio(parts, encoded):
 
 def test_codes_of_another_codec_or_of_a_changed_file_are_refused(parts, encoded, tmp_path):
     _, stored = tokenizers(parts)
-    line = next(manifest.iterate(encoded, []))
+    line = next(read_manifest(encoded, []))
     with pytest.raises(UserError, match="made by Mimi"):
         other = PrecomputedTokenizer(stored.interleaver, 40, mimi_fingerprint="another")
         other.read(line, 0)
@@ -287,7 +285,7 @@ def test_codes_of_another_codec_or_of_a_changed_file_are_refused(parts, encoded,
 
 
 def test_the_cache_is_bounded():
-    cache = dataset.Cache(megabytes=1)
+    cache = LRUCache(megabytes=1)
     made = []
     for key in range(10):
         cache.get(key, lambda k=key: (made.append(k) or k, 300_000))
@@ -299,8 +297,8 @@ def test_the_cache_is_bounded():
 def test_files_of_codes_that_are_mapped_are_bounded_too(tmp_path):
     reader = PrecomputedTokenizer(None, 40, cache_mb=1)
     for i in range(40):
-        codec.save_codes(tmp_path / f"{i}.pt", torch.full((2, 8, 50), i), 4.0, "mimi", "audio")
-        line = manifest.Line(1, tmp_path / f"{i}.wav", {"codes_path": f"{i}.pt"}, tmp_path / "m.jsonl")
+        save_codes(tmp_path / f"{i}.pt", torch.full((2, 8, 50), i), 4.0, "mimi", "audio")
+        line = Line(1, tmp_path / f"{i}.wav", {"codes_path": f"{i}.pt"}, tmp_path / "m.jsonl")
         codes, _ = reader._sound(line, 10)
         assert codes.shape == (16, 40) and (codes == i).all()
     rows = Path("/proc/self/maps").read_text().splitlines()
@@ -316,12 +314,12 @@ def prompted(parts, world, **settings):
     mimi, pieces = parts
     args = PromptArgs(voices_dir=str(world / "data/voices"), **settings)
     prompter = Prompter(args, pieces, VoiceBook(world / "data/voices", lambda: None))
-    load = lambda files: voices.load_voices(
-        files, lambda: mimi, lambda: codec.fingerprint(mimi), None, DELAYS, False
+    load = lambda files: load_voices(
+        files, lambda: mimi, lambda: fingerprint_mimi(mimi), None, DELAYS, False
     )  # fmt: skip
     common = (Interleaver(pieces), 40, ["SPEAKER_MAIN"], prompter)
     both = (InterleavedTokenizer(*common, mimi=mimi),
-            PrecomputedTokenizer(*common, mimi_fingerprint=codec.fingerprint(mimi)))  # fmt: skip
+            PrecomputedTokenizer(*common, mimi_fingerprint=fingerprint_mimi(mimi)))  # fmt: skip
     return prompter, load, both
 
 
@@ -330,11 +328,11 @@ def test_each_window_begins_with_its_own_prompt(parts, world, encoded):
     prompter, load, both = prompted(parts, world)
     windows = open_windows(str(encoded), 40)
     prompter.voices = load(prompter.check([prompter.scan(windows.prompts())]))
-    for line in manifest.iterate(encoded, []):
+    for line in read_manifest(encoded, []):
         about = json.loads(line.path.with_suffix(".json").read_text())
         voice = world / "data/voices" / about["voice_prompt"]
-        sound = voices.load_recording(voice)
-        codes = codec.encode(mimi, [torch.from_numpy(sound)])[0]
+        sound = load_recording(voice)
+        codes = encode_audio(mimi, [torch.from_numpy(sound)])[0]
         ids = pieces.encode(about["text_prompt"])
         for index in (0, 1):
             for tokenizer in both:
@@ -352,7 +350,7 @@ def test_prompts_are_dropped_by_position_and_their_silences_stay(parts, world, e
     prompter, load, (_, stored) = prompted(parts, world, drop_text=0.5, drop_voice=0.5)
     windows = open_windows(str(encoded), 40)
     prompter.voices = load(prompter.check([prompter.scan(windows.prompts())]))
-    line = next(manifest.iterate(encoded, []))
+    line = next(read_manifest(encoded, []))
     draw = lambda position: stored.encode([stored.read(line, 0, np.random.default_rng([0, 2, position]))])[0]
     lengths = [int((~draw(position).loss_mask).sum()) for position in range(40)]
     assert len(set(lengths)) == 4 and min(lengths) == 11, "with and without each, and two silences less the first frame"
@@ -365,7 +363,7 @@ def test_long_voices_are_cut_and_long_texts_refused(parts, world, encoded):
     windows = open_windows(str(encoded), 40)
     prompter, load, (_, stored) = prompted(parts, world, max_sec=4.0)
     prompter.voices = load(prompter.check([prompter.scan(windows.prompts())]))
-    line = next(manifest.iterate(encoded, []))
+    line = next(read_manifest(encoded, []))
     assert int((~stored.encode([stored.read(line, 0)])[0].loss_mask).sum()) == 50
     prompter, load, _ = prompted(parts, world, max_sec=2.0)
     with pytest.raises(UserError, match=r"\d+ tokens, and prompt.max_sec 2 has room for 2 beside 12 frames"):
@@ -395,15 +393,15 @@ def test_all_missing_voices_are_listed_at_once(parts, world, tmp_path):
 def test_a_torn_voice_in_the_cache_is_made_anew(parts, world, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     paths = sorted((world / "data/voices").glob("*.wav"))[:2]
-    made, problems = voices.encode_recordings(paths, lambda: parts[0], codec.fingerprint(parts[0]))
-    kept = list(voices.codes_folder().iterdir())
+    made, problems = encode_recordings(paths, lambda: parts[0], fingerprint_mimi(parts[0]))
+    kept = list(codes_folder().iterdir())
     assert len(kept) == 2 and not problems
     kept[0].write_bytes(b"")
     kept[1].write_bytes(kept[1].read_bytes()[:-100])
-    again, _ = voices.encode_recordings(paths, lambda: parts[0], codec.fingerprint(parts[0]))
+    again, _ = encode_recordings(paths, lambda: parts[0], fingerprint_mimi(parts[0]))
     assert all(torch.equal(again[path], made[path]) for path in paths)
     assert all(torch.load(path).dtype == torch.int16 for path in kept)
-    cached, _ = voices.encode_recordings(paths, lambda: pytest.fail("no codec is wanted"), codec.fingerprint(parts[0]))
+    cached, _ = encode_recordings(paths, lambda: pytest.fail("no codec is wanted"), fingerprint_mimi(parts[0]))
     assert all(torch.equal(cached[path], made[path]) for path in paths)
 
 
@@ -420,13 +418,13 @@ def test_a_voice_that_comes_after_the_start_is_one_bad_window(parts, world, enco
     prompter, _, (_, stored) = prompted(parts, world)
     assert not prompter.voices
     with pytest.raises(UserError, match="was not there when the run began"):
-        stored.read(next(manifest.iterate(encoded, [])), 0)
+        stored.read(next(read_manifest(encoded, [])), 0)
 
 
 def test_batches_are_pinned_for_a_gpu(parts, encoded, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 0)
     stored = PrecomputedTokenizer(Interleaver(parts[1]), 40)
-    batch = collate(stored.encode([stored.read(line, 0) for line in manifest.iterate(encoded, [])]), [], DELAYS, 16)
+    batch = collate(stored.encode([stored.read(line, 0) for line in read_manifest(encoded, [])]), [], DELAYS, 16)
     pinned = batch.pin_memory()
     for a, b in zip((batch.codes, batch.loss_mask, *batch.plan), (pinned.codes, pinned.loss_mask, *pinned.plan)):
         assert torch.equal(a.long(), b.long()) and a.data_ptr() != b.data_ptr()
@@ -467,14 +465,14 @@ def test_workers_do_not_outlive_a_killed_run(tmp_path):
 
 def test_same_speaker_is_heard_from_outside_the_window(parts, world, encoded):
     mimi, _ = parts
-    _, _, (live, stored) = prompted(parts, world, voice=voices.SAME_SPEAKER)
-    lines = list(manifest.iterate(encoded, []))
+    _, _, (live, stored) = prompted(parts, world, voice=SAME_SPEAKER)
+    lines = list(read_manifest(encoded, []))
     for line in lines:
-        line.fields["voice_prompt"] = voices.SAME_SPEAKER
+        line.fields["voice_prompt"] = SAME_SPEAKER
     with pytest.raises(UserError, match="--same-speaker"):
         stored.read(lines[0], 0)
-    files = [(line.path, manifest.resolve(encoded, line.fields["codes_path"])) for line in lines]
-    assert voices.save_same_speaker(files, mimi, codec.fingerprint(mimi)) == {}
+    files = [(line.path, resolve_path(encoded, line.fields["codes_path"])) for line in lines]
+    assert save_same_speaker(files, mimi, fingerprint_mimi(mimi)) == {}
     voiced = 0
     for line in lines:
         for index in range(math.ceil(line.fields["duration"] * 12.5 / 40)):
@@ -485,7 +483,7 @@ def test_same_speaker_is_heard_from_outside_the_window(parts, world, encoded):
             if draft.prompt.voice is not None:
                 voiced += 1
                 codes = files[0][1].with_name(line.fields["codes_path"])
-                spans = voices.load_same_speaker(voices.same_speaker_file(codes), None, ["SPEAKER_MAIN"])
+                spans = load_same_speaker(same_speaker_file(codes), None, ["SPEAKER_MAIN"])
                 window = (index * 3.2, index * 3.2 + 3.2)
                 used = next(s for s in spans if torch.equal(s["codes"].long()[:, : draft.prompt.voice.frames],
                                                             draft.prompt.voice.codes))  # fmt: skip
@@ -495,10 +493,10 @@ def test_same_speaker_is_heard_from_outside_the_window(parts, world, encoded):
 
 def test_a_text_that_fills_the_prompt_leaves_no_voice(parts, world, encoded):
     text = "You are Ada."
-    line = next(manifest.iterate(encoded, []))
-    line.fields.update(voice_prompt=voices.SAME_SPEAKER, text_prompt=text)
-    files = [(line.path, manifest.resolve(encoded, line.fields["codes_path"]))]
-    assert voices.save_same_speaker(files, parts[0], codec.fingerprint(parts[0])) == {}
+    line = next(read_manifest(encoded, []))
+    line.fields.update(voice_prompt=SAME_SPEAKER, text_prompt=text)
+    files = [(line.path, resolve_path(encoded, line.fields["codes_path"]))]
+    assert save_same_speaker(files, parts[0], fingerprint_mimi(parts[0])) == {}
     prompter, _, (live, _) = prompted(parts, world)
     window = next(i for i in range(9) if live.read(line, i).prompt.pcm is not None)
     frames = prompt_length(0, len(prompter.encode(text)))
@@ -507,7 +505,7 @@ def test_a_text_that_fills_the_prompt_leaves_no_voice(parts, world, encoded):
         for tokenizer in both:
             [sample] = tokenizer.encode([tokenizer.read(line, window)])
             assert int((~sample.loss_mask).sum()) == frames + more and sample.voiceless == (not more)
-    voices.same_speaker_file(files[0][1]).unlink()
+    same_speaker_file(files[0][1]).unlink()
 
 
 @pytest.mark.parametrize("quiet", [3, 6], ids=["first", "all"])
@@ -519,12 +517,12 @@ def test_same_speaker_passes_over_words_in_silence(parts, world, tmp_path, quiet
     write_wav(tmp_path / "a.wav", sound, 24_000)
     words = [["so", [0.0, 1.9], "SPEAKER_MAIN"], ["and", [3.0, 4.5], "SPEAKER_MAIN"]]
     (tmp_path / "a.json").write_text(json.dumps({"alignments": words}))
-    assert voices.save_same_speaker([(tmp_path / "a.wav", tmp_path / "a.pt")], mimi, "mimi") == {}
-    kept = voices.load_same_speaker(voices.same_speaker_file(tmp_path / "a.pt"), "mimi", ["SPEAKER_MAIN"])
+    assert save_same_speaker([(tmp_path / "a.wav", tmp_path / "a.pt")], mimi, "mimi") == {}
+    kept = load_same_speaker(same_speaker_file(tmp_path / "a.pt"), "mimi", ["SPEAKER_MAIN"])
     assert [stretch["start"] for stretch in kept] == ([3.0] if quiet == 3 else [])
 
-    line = {"path": "a.wav", "duration": 9, "voice_prompt": voices.SAME_SPEAKER, "text_prompt": "Hi."}
-    line = next(manifest.iterate(write_lines(tmp_path / "m.jsonl", [line]), []))
+    line = {"path": "a.wav", "duration": 9, "voice_prompt": SAME_SPEAKER, "text_prompt": "Hi."}
+    line = next(read_manifest(write_lines(tmp_path / "m.jsonl", [line]), []))
     _, _, (live, _) = prompted(parts, world)
     [sample] = live.encode([live.read(line, 2)])
     assert sample.voiceless == (not kept)
@@ -540,7 +538,7 @@ def bad_corpus(world, folder):
     """One line for each way in which a file can be bad, between good ones."""
     import shutil
 
-    good = next(manifest.iterate(world / "data/train.jsonl", []))
+    good = next(read_manifest(world / "data/train.jsonl", []))
     data = good.path.read_bytes()
 
     def copy(name, audio=data, sidecar='{"alignments": []}', duration=good.fields["duration"]):
@@ -573,7 +571,7 @@ def bad_corpus(world, folder):
 def test_bad_files_are_left_out_and_named(world, parts, tmp_path, workers):
     live, _ = tokenizers(parts, window_frames=400)
     windows = open_windows(str(bad_corpus(world, tmp_path)), 400)
-    batches = get_dataset_iterator(windows, live, Share(4), DELAYS, 8, workers=workers, evaluation=True)
+    batches = get_dataset_iterator(windows, live, RankShare(4), DELAYS, 8, workers=workers, evaluation=True)
     batches = list(batches)
     names = [name for b in batches for name in b.names]
     problems = "\n".join(p for b in batches for p in b.problems)
@@ -594,7 +592,7 @@ def test_padding_is_no_target():
     """A batch counts what its windows count alone: padding behind the shorter does not change its last frame."""
     generator = np.random.default_rng(0)
     samples = [
-        dataset.Sample(codes, torch.ones(codes.shape[1], dtype=torch.bool), None, "", TextStats())
+        Sample(codes, torch.ones(codes.shape[1], dtype=torch.bool), None, "", TextStats())
         for codes in (torch.from_numpy(generator.integers(4, 2000, (17, t))) for t in (9, 5))
     ]
     together = collate(samples, [], DELAYS, 16).counts
@@ -606,12 +604,12 @@ def test_no_worker_outlives_a_run(world, parts, encoded):
     _, stored = tokenizers(parts)
     windows = open_windows(str(encoded), 40)
     before = set(multiprocessing.active_children())
-    stream = get_dataset_iterator(windows, stored, Share(2), DELAYS, 8, workers=2, shuffle=True)
+    stream = get_dataset_iterator(windows, stored, RankShare(2), DELAYS, 8, workers=2, shuffle=True)
     first = [next(stream) for _ in range(5)]
-    direct = get_dataset_iterator(windows, stored, Share(2), DELAYS, 8, workers=0, shuffle=True)
+    direct = get_dataset_iterator(windows, stored, RankShare(2), DELAYS, 8, workers=0, shuffle=True)
     for a, b in zip(first, direct):
         assert torch.equal(a.codes, b.codes) and a.names == b.names, "workers change nothing"
-    resumed = get_dataset_iterator(windows, stored, Share(2, position=6), DELAYS, 8, workers=2, shuffle=True)
+    resumed = get_dataset_iterator(windows, stored, RankShare(2, position=6), DELAYS, 8, workers=2, shuffle=True)
     assert next(resumed).names == first[3].names
     workers = set(multiprocessing.active_children()) - before
     stream.close()
@@ -646,7 +644,7 @@ def test_memory_does_not_grow_over_epochs(parts, encoded):
     interleaver = Interleaver(parts[1])
     stored = PrecomputedTokenizer(interleaver, 40, cache_mb=0.001)
     windows = open_windows(str(encoded), 40)
-    stream = get_dataset_iterator(windows, stored, Share(4), DELAYS, 8, shuffle=True)
+    stream = get_dataset_iterator(windows, stored, RankShare(4), DELAYS, 8, shuffle=True)
     maps = lambda: Path("/proc/self/maps").read_text().count("\n")
 
     def epochs(count):
@@ -673,7 +671,7 @@ def test_a_batch_is_taken_while_the_one_before_is_in_use():
             taken.append(i)
             yield i
 
-    ahead = dataset._ahead(source())
+    ahead = _ahead(source())
     assert next(ahead) == 0
     deadline = time.monotonic() + 5
     while taken != [0, 1] and time.monotonic() < deadline:

@@ -9,10 +9,12 @@ import pytest
 import sentencepiece
 import torch
 
-from finetune import dialogue, toy
-from finetune.data import audio
-from finetune.data.audio import FRAME_RATE, FRAME_SIZE
-from finetune.data.interleaver import Interleaver, read_alignments
+from finetune.audio.files import FRAME_RATE, FRAME_SIZE, read_audio
+from finetune.audio.speech import find_spans, voice_activity
+from finetune.audio.words import read_alignments
+from finetune.data.interleaver import Interleaver
+from finetune.dialogue import measure_reply, repetition, reply_verdict, spoken_words, summarise_replies
+from finetune.tools.toy.world import WORDS
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -31,7 +33,7 @@ def sound(seconds, spans, level_db=-25.0, noise_db=None):
 
 def heard(pcm):
     """Spans of voice activity in seconds."""
-    return [(s.first / FRAME_RATE, s.last / FRAME_RATE) for s in dialogue.spans(dialogue.voice_activity(pcm))]
+    return [(s.first / FRAME_RATE, s.last / FRAME_RATE) for s in find_spans(voice_activity(pcm))]
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +84,15 @@ def test_faint_sounds_of_a_silent_decoder_are_not_speech():
 
 def test_any_length_will_do():
     assert heard(np.zeros(0, np.float32)) == []
-    assert dialogue.voice_activity(np.ones(FRAME_SIZE * 3 // 2, np.float32) / 10).tolist() == [True, True]
+    assert voice_activity(np.ones(FRAME_SIZE * 3 // 2, np.float32) / 10).tolist() == [True, True]
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs a recording")
 def test_recorded_speech_begins_where_it_begins():
-    pcm = audio.read(SHARED / "audio/input_assistant.wav")[0]
+    pcm = read_audio(SHARED / "audio/input_assistant.wav")[0]
     starts = [start for start, _ in heard(pcm)]
     assert starts == pytest.approx([3.26, 21.75], abs=0.08)  # "How", "By"
-    measures = dialogue.measure(np.zeros_like(pcm), pcm, [3] * 500)
+    measures = measure_reply(np.zeros_like(pcm), pcm, [3] * 500)
     assert (measures["turns"], measures["pauses"]) == (2, 0) and measures["silence"] == 1
 
 
@@ -101,11 +103,11 @@ def test_words_are_what_the_interleaver_laid_out(tokenizer):
     interleaver = Interleaver(tokenizer)
     given = [("hello", 0.4, 0.5), ("harbour", 0.8, 1.2), ("seven", 1.04, 1.3), ("books", 4.0, 4.2)]
     frames, _ = interleaver(given, 0, 75)
-    found = dialogue.words(frames, tokenizer)
+    found = spoken_words(frames, tokenizer)
     assert [word for word, _, _ in found] == [word for word, _, _ in given]
     for (_, start, _), (_, said, end) in zip(given, found):
         assert said <= start + 0.24 and said > start - 0.08 and end > said
-    assert dialogue.words([3, 0, -1, 3], tokenizer) == []
+    assert spoken_words([3, 0, -1, 3], tokenizer) == []
 
 
 def brute_force(tokens):
@@ -128,18 +130,18 @@ def test_repetition_is_the_share_of_the_longest_repeated_phrase():
     rng = random.Random(0)
     for _ in range(300):
         tokens = [rng.randrange(rng.choice((1, 2, 3, 6))) for _ in range(rng.randrange(40))]
-        assert dialogue.repetition(tokens) == pytest.approx(brute_force(tokens)), tokens
+        assert repetition(tokens) == pytest.approx(brute_force(tokens)), tokens
 
 
 def test_repetition_of_loops_phrases_and_short_texts():
     fresh = list(range(100, 180))
-    assert dialogue.repetition(fresh) == 0
-    assert dialogue.repetition([7] * 200) == 1
-    assert dialogue.repetition([1, 2, 3, 4, 5] * 20) == 1
-    assert dialogue.repetition([*fresh[:40], *[1, 2] * 20]) == 0.5
-    assert dialogue.repetition([*fresh[:36], 1, 2, 3, 4, *fresh[36:72], 1, 2, 3, 4]) == pytest.approx(0.1)
+    assert repetition(fresh) == 0
+    assert repetition([7] * 200) == 1
+    assert repetition([1, 2, 3, 4, 5] * 20) == 1
+    assert repetition([*fresh[:40], *[1, 2] * 20]) == 0.5
+    assert repetition([*fresh[:36], 1, 2, 3, 4, *fresh[36:72], 1, 2, 3, 4]) == pytest.approx(0.1)
     for short in ([], [1], [1, 1, 1], [1, 2, 1, 2, 1, 2, 1]):
-        assert dialogue.repetition(short) == 0
+        assert repetition(short) == 0
 
 
 # --- 3. Turn-taking ------------------------------------------------------------------------------------------------
@@ -148,12 +150,12 @@ def test_repetition_of_loops_phrases_and_short_texts():
 def scene(seconds, user, agent, tokenizer, **kwargs):
     """Measures of a conversation: spans of the user; (start, end, words) of the agent."""
     text = [3] * round(seconds * FRAME_RATE)
-    token = next(ids[0] for ids in map(tokenizer.encode, toy.WORDS) if len(ids) == 1)
+    token = next(ids[0] for ids in map(tokenizer.encode, WORDS) if len(ids) == 1)
     for start, _, count in agent:
         first = round(start * FRAME_RATE)
         text[first : first + count] = [token] * count
     agent_pcm = sound(seconds, [(start, end) for start, end, _ in agent], **kwargs)
-    return dialogue.measure(agent_pcm, sound(seconds, user, **kwargs), torch.tensor(text), tokenizer)
+    return measure_reply(agent_pcm, sound(seconds, user, **kwargs), torch.tensor(text), tokenizer)
 
 
 # The user speaks 1-3 s and 3.6-5.2 s: one turn with one pause; it ends at 5.2 s. Word counts are the agent's.
@@ -185,11 +187,11 @@ def test_take_over_latency_and_backchannels(agent, tor_turn, latency, tor_pause,
 
 def test_words_may_be_written_a_little_before_they_sound(tokenizer):
     agent = sound(16, [(6, 6.8)])
-    token = next(ids[0] for ids in map(tokenizer.encode, toy.WORDS) if len(ids) == 1)
+    token = next(ids[0] for ids in map(tokenizer.encode, WORDS) if len(ids) == 1)
     for first, taken in ((73, 1), (72, 0)):  # 0.16 s before the sound, and 0.24 s
         text = [3] * 200
         text[first : first + 2] = [token] * 2
-        assert dialogue.measure(agent, sound(16, [(1, 5)]), text, tokenizer)["tor_turn"] == taken
+        assert measure_reply(agent, sound(16, [(1, 5)]), text, tokenizer)["tor_turn"] == taken
 
 
 def test_pauses_are_longer_than_hesitations_and_shorter_than_ends(tokenizer):
@@ -218,11 +220,11 @@ def test_shares_and_paces(tokenizer):
     assert found["overlap"] == pytest.approx(1.04 / 20)
     assert found["words"] == 15 and found["words_per_minute"] == pytest.approx(45)
     assert found["words_per_minute_speaking"] == pytest.approx(15 / 7.52 * 60)
-    unread = dialogue.measure(sound(20, [(4, 9)]), sound(20, [(0, 4)]), [3] * 250)
+    unread = measure_reply(sound(20, [(4, 9)]), sound(20, [(0, 4)]), [3] * 250)
     assert unread["words"] is None and unread["words_per_minute"] is None and unread["tor_turn"] == 1
-    shorter = dialogue.measure(sound(10, [(4, 9.04)]), sound(20, [(0, 4)]), [3] * 125)
+    shorter = measure_reply(sound(10, [(4, 9.04)]), sound(20, [(0, 4)]), [3] * 125)
     assert shorter["seconds"] == 20 and shorter["silence"] == pytest.approx(1 - 5.04 / 20)
-    nothing = dialogue.measure(np.zeros(0), np.zeros(0), [], tokenizer)
+    nothing = measure_reply(np.zeros(0), np.zeros(0), [], tokenizer)
     assert nothing["silence"] is None and nothing["words_per_minute"] is None
     assert scene(20, [(0, 4)], [(6, 6.8, 3)], tokenizer)["words_per_minute_speaking"] is None  # of less than a second
     json.dumps([found, unread, nothing], allow_nan=False)
@@ -234,17 +236,17 @@ def test_the_dialogues_of_the_tiny_world_are_measured_as_they_were_made(world, t
     for path in sorted((world / "data/eval").glob("*.wav")):
         facts = json.loads(path.with_suffix(".json").read_text())
         words = read_alignments(facts["alignments"])
-        pcm = audio.read(path)
-        frames = len(dialogue.voice_activity(pcm[0]))
+        pcm = read_audio(path)
+        frames = len(voice_activity(pcm[0]))
         text, _ = interleaver(words, 0, frames)
-        found = dialogue.measure(*pcm, text, tokenizer)
+        found = measure_reply(*pcm, text, tokenizer)
         assert found["turns"] == len(facts["turns"]) and found["tor_turn"] == 1
         assert found["words"] == len(words) and found["overlap"] == found["pauses"] == 0
         for turn, latency in zip(facts["turns"], found["latencies"]):
             answer = min(start for _, start, _ in words if start >= turn["asked_sec"])
             assert latency == pytest.approx(answer - turn["asked_sec"], abs=0.0801)
         replies.append(found)
-    assert dialogue.verdict(dialogue.summarise(replies)) is None
+    assert reply_verdict(summarise_replies(replies)) is None
 
 
 # --- 4. Many replies -----------------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ def test_a_summary_is_what_one_long_conversation_would_measure(tokenizer):
         joined[0].extend((a + shift, b + shift) for a, b in user)
         joined[1].extend((a + shift, b + shift, n) for a, b, n in agent)
         shift += seconds
-    summary = dialogue.summarise([scene(*part, tokenizer) for part in parts])
+    summary = summarise_replies([scene(*part, tokenizer) for part in parts])
     whole = scene(shift, *joined, tokenizer)
     same = set(summary) & set(whole) - {"repetition"}
     assert same >= {"seconds", "silence", "overlap", "words_per_minute", "turns", "tor_turn", "latency", "tor_pause"}
@@ -272,9 +274,9 @@ def test_a_summary_is_what_one_long_conversation_would_measure(tokenizer):
 
 
 def test_no_replies_make_an_empty_summary():
-    assert dialogue.summarise([])["silence"] is None
-    assert dialogue.verdict(dialogue.summarise([])) is None
-    assert dialogue.verdict({}) is None
+    assert summarise_replies([])["silence"] is None
+    assert reply_verdict(summarise_replies([])) is None
+    assert reply_verdict({}) is None
 
 
 def test_verdicts(tokenizer):
@@ -283,7 +285,7 @@ def test_verdicts(tokenizer):
     mute = scene(20, user, [(4, 4.4, 1)], tokenizer)
     babble = scene(20, user, [(4, 12, 0)], tokenizer)
     loop = sound_reply | {"repetition": 0.8}
-    say = lambda *replies: dialogue.verdict(dialogue.summarise(replies))
+    say = lambda *replies: reply_verdict(summarise_replies(replies))
     assert say(*[sound_reply | {"repetition": 0.1}] * 4) is None
     assert say(mute, mute) == "mute: silent 98% of the time"
     assert say(babble) == "wordless: 0.0 words a minute"

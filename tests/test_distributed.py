@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from finetune.cli import UserError
 from finetune.distributed import World, _environment, make_mesh, pick_device, shard
-from finetune.model import PERSONAPLEX
+from finetune.model.pretrained import PERSONAPLEX
 
 SETTINGS = {"max_steps": 2, "do_eval": False, "batch_size": 1, "num_microbatches": 1}
 

@@ -16,12 +16,17 @@ from moshi.modules.lora import replace_all_linear_with_lora
 from safetensors.torch import load_file, save_file
 from test_personaplex import TINY, tiny_lm
 
-from finetune import export, lora, model, toy
-from finetune.args import DataArgs, LoraArgs, PathsArgs, TrainArgs, dump_args
-from finetune.checkpointing import Artefact
+from finetune.args import DataArgs, LoraArgs, PathsArgs, TrainArgs
 from finetune.cli import UserError
-from finetune.personaplex import expand_moshiko_to_personaplex, fuse
-from finetune.weights import write_safetensors
+from finetune.config import dump_args
+from finetune.lora import add_adapters, is_adapter
+from finetune.model.build import StoredWeights, build_lm, load_weights, set_trainable
+from finetune.model.consolidated import Artefact
+from finetune.model.expansion import expand_moshiko_to_personaplex
+from finetune.model.pretrained import MOSHI, PERSONAPLEX, inference_config, lm_kwargs, load_tokenizer, open_pretrained
+from finetune.model.weights import fuse, write_safetensors
+from finetune.tools.export.command import main
+from finetune.tools.toy.world import make_model
 
 RANK, SCALING = 3, 1.5
 REVISION = "0" * 40
@@ -31,7 +36,7 @@ CODES = torch.randint(0, 60, (2, 17, 12), generator=torch.Generator().manual_see
 @pytest.fixture(scope="module")
 def companions(tmp_path_factory) -> Path:
     """A folder with the tiny world's Mimi and tokenizer."""
-    folder = toy.make_model(tmp_path_factory.mktemp("companions"), num_layers=1, depformer_num_layers=1)
+    folder = make_model(tmp_path_factory.mktemp("companions"), num_layers=1, depformer_num_layers=1)
     (folder / "model.safetensors").unlink()
     return folder
 
@@ -50,7 +55,7 @@ def adapted(lm: LMModel, tables: bool = False) -> LMModel:
     torch.manual_seed(7)
     lm = copy.deepcopy(lm)
     replace_all_linear_with_lora(lm, RANK, SCALING)
-    model.set_trainable(lm, full=False, ft_embed=tables)
+    set_trainable(lm, full=False, ft_embed=tables)
     if tables:
         with torch.no_grad():
             for name, parameter in lm.named_parameters():
@@ -59,11 +64,11 @@ def adapted(lm: LMModel, tables: bool = False) -> LMModel:
     return lm
 
 
-def save_checkpoint(folder: Path, base: Path, lm: LMModel, adapters: bool, spec=model.MOSHI) -> Path:
+def save_checkpoint(folder: Path, base: Path, lm: LMModel, adapters: bool, spec=MOSHI) -> Path:
     """What a run leaves in `consolidated/`."""
     folder.mkdir(parents=True)
-    checkpoint = model.open_checkpoint(str(base))
-    config = model.inference_config(checkpoint, model.lm_kwargs(checkpoint, spec))
+    checkpoint = open_pretrained(str(base))
+    config = inference_config(checkpoint, lm_kwargs(checkpoint, spec))
     artefact = Artefact(config, (RANK, SCALING) if adapters else None, torch.float32)
     assert artefact.write(lm, folder, is_main=True) is None
     return folder
@@ -73,7 +78,7 @@ def save_run(folder: Path, base: Path, lm: LMModel) -> Path:
     """A run folder of train_personaplex.py: two checkpoints of adapters, metrics, settings, a manifest."""
     for step, weights in ((2, adapted(tiny_lm(16))), (10, lm)):
         checkpoint = folder / f"checkpoints/checkpoint_{step:06d}"
-        save_checkpoint(checkpoint / "consolidated", base, weights, adapters=True, spec=model.PERSONAPLEX)
+        save_checkpoint(checkpoint / "consolidated", base, weights, adapters=True, spec=PERSONAPLEX)
         (checkpoint / "train_state.json").write_text(json.dumps({"step": step, "position": 8 * step, "files": {}}))
     manifest = folder / "train.jsonl"
     manifest.write_text('{"path": "a.wav", "duration": 5400}\n{"path": "b.wav", "duration": 3600}\n')
@@ -89,7 +94,7 @@ def save_run(folder: Path, base: Path, lm: LMModel) -> Path:
 
 def command(monkeypatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
-    export.main()
+    main()
 
 
 @pytest.fixture
@@ -210,8 +215,8 @@ def test_expand_is_the_expansion_and_a_base(tmp_path, companions, stock, monkeyp
     assert stored.keys() == expected.keys() and all(torch.equal(stored[key], expected[key]) for key in stored)
     assert stock(tmp_path / "base16")[1].dep_q == 16
 
-    opened = model.open_checkpoint(str(tmp_path / "base16"))
-    weights = model.Weights(opened.moshi_weights(), model.lm_kwargs(opened, model.PERSONAPLEX)["dep_q"])
+    opened = open_pretrained(str(tmp_path / "base16"))
+    weights = StoredWeights(opened.moshi_weights(), lm_kwargs(opened, PERSONAPLEX)["dep_q"])
     assert not weights.origin.expanded
     with pytest.raises(UserError, match="has 16 codebooks already"):
         command(monkeypatch, "--expand", tmp_path / "base16", tmp_path / "again")
@@ -255,15 +260,15 @@ def test_an_export_is_the_base_of_a_new_run(tmp_path, companions, monkeypatch):
     shutil.rmtree(base)
     moved = out.rename(tmp_path / "elsewhere")
 
-    opened = model.open_checkpoint(str(moved))
-    kwargs = model.lm_kwargs(opened, model.MOSHI)
-    lm = model.build_lm(kwargs, torch.float32).to_empty(device="cpu")
-    weights = model.Weights(opened.moshi_weights(), kwargs["dep_q"])
+    opened = open_pretrained(str(moved))
+    kwargs = lm_kwargs(opened, MOSHI)
+    lm = build_lm(kwargs, torch.float32).to_empty(device="cpu")
+    weights = StoredWeights(opened.moshi_weights(), kwargs["dep_q"])
     weights.check({name: p.shape for name, p in lm.named_parameters()})
-    model.fill(lm, weights, seed=0)
+    load_weights(lm, weights, seed=0)
     same(logits(lm), logits(trained))
     assert opened.mimi().num_codebooks == 8
-    assert model.load_tokenizer(opened.tokenizer_path()).vocab_size() == 400
+    assert load_tokenizer(opened.tokenizer_path()).vocab_size() == 400
 
 
 def test_what_the_hub_has_is_referred_to(tmp_path, companions, hub, stock, monkeypatch):
@@ -301,7 +306,7 @@ def test_the_card_tells_of_the_run(tmp_path, companions, monkeypatch):
     for words in (
         "# out", "expanded from 8 to 16 codebooks", "LoRA (rank 3, scaling 1.5)", "| steps | 10 |", "80 (8 a step)",
         "2.50 h in 2 files", "|  | step 0 | step 10 |", "| objective | 9.5000 | 8.5000 |", "Step 0 is the base model",
-        "--moshi-weight model.safetensors --mimi-weight mimi.safetensors", "do not fit", "finetune.voice make",
+        "--moshi-weight model.safetensors --mimi-weight mimi.safetensors", "do not fit", "finetune.tools.make_voice",
     ):  # fmt: skip
         assert words in card, words
     assert str(tmp_path) not in card
@@ -348,7 +353,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, companions):
     sizes = {"dim": 1024, "num_heads": 8, "num_layers": 12, "hidden_scale": 4.125, "depformer_dim": 256}
     kwargs = TINY | sizes | {"dep_q": 8}
     noise = torch.randn(8_000_000)
-    lm = model.build_lm(kwargs, torch.bfloat16)
+    lm = build_lm(kwargs, torch.bfloat16)
     layout = {key: (torch.bfloat16, tuple(v.shape)) for key, v in fuse(lm.state_dict(), 8).items()}
     base = tmp_path / "base"
     shutil.copytree(companions, base)
@@ -357,9 +362,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path, companions):
     random = lambda layout: ((k, noise[: torch.Size(s).numel()].view(s)) for k, (_, s) in layout.items())
     write_safetensors(base / "model.safetensors", layout, random(layout))
 
-    lm = model.build_lm(kwargs | {"dep_q": 16}, torch.bfloat16)
-    lora.add_adapters(lm, 16, 2.0)
-    layout = {k: (torch.bfloat16, tuple(p.shape)) for k, p in lm.named_parameters() if lora.is_adapter(k)}
+    lm = build_lm(kwargs | {"dep_q": 16}, torch.bfloat16)
+    add_adapters(lm, 16, 2.0)
+    layout = {k: (torch.bfloat16, tuple(p.shape)) for k, p in lm.named_parameters() if is_adapter(k)}
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     config |= {"dep_q": 16, "lora": True, "lora_rank": 16, "lora_scaling": 2.0}

@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.step import peak_memory
-from finetune import fast
 from finetune.cli import UserError
 from finetune.distributed import make_mesh, session, shard
-from finetune.fast import TrainingLM, count_targets, make_plan
-from finetune.plan import Meter
+from finetune.model.products import GATED_PER_CHUNK, LOGITS_PER_CHUNK
+from finetune.model.targets import count_targets, make_targets
+from finetune.model.training_lm import TrainingLM
+from finetune.tools.plan.meter import Meter
 
 torch._dynamo.config.disable = True  # moshi compiles its norms on first use
 DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
@@ -143,8 +144,8 @@ def test_short_windows(batch, frames):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_few_frames_at_a_time_give_the_same(lora, checkpointing, monkeypatch):
-    monkeypatch.setitem(fast.LOGITS_PER_CHUNK, "cpu", 16 * 24 * 3)
-    monkeypatch.setitem(fast.GATED_PER_CHUNK, "cpu", 16 * 88 * 5)
+    monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", 16 * 24 * 3)
+    monkeypatch.setitem(GATED_PER_CHUNK, "cpu", 16 * 88 * 5)
     assert_equal_to_stock(tiny_lm(16, lora), *random_batch(), checkpointing)
     with Results() as results:
         TrainingLM(tiny_lm(16, lora), checkpointing)(*random_batch()).ce.sum().backward()
@@ -207,7 +208,7 @@ def test_padding_behind_a_shorter_window_changes_nothing():
 def test_a_plan_made_beforehand_gives_the_same():
     codes, mask = random_batch()
     training = TrainingLM(tiny_lm(16), gradient_checkpointing=False)
-    plan = make_plan(codes, mask, DELAYS, 16)
+    plan = make_targets(codes, mask, DELAYS, 16)
     with torch.no_grad():
         assert torch.equal(training(codes, mask, plan=plan).ce, training(codes, mask).ce)
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from test_personaplex import DELAYS, Runtime, embed, engine_frames, random_frames, tiny_lm
 
-from finetune import voices
-from finetune.fast import TrainingLM
 from finetune.generate import Sampling, generate
-from finetune.personaplex import DEP_Q, SINE_TOKENS, Voice, build_prompt
+from finetune.model.training_lm import TrainingLM
+from finetune.prompts.embedded import load_embedded
+from finetune.prompts.hybrid import VoicePrompt, build_prompt
+from finetune.streams import DEP_Q, SINE_TOKENS
 
 
 def conversation(rng, frames):
@@ -57,10 +58,10 @@ def greedy_by_runtime(lm, voice, text, user):
 def test_replies_are_the_runtimes(embedded, tmp_path):
     lm = tiny_lm(DEP_Q)
     voice, text, user = conversation(random.Random(2), 15)
-    source = Voice("v", codes=torch.tensor(voice).T)
+    source = VoicePrompt("v", codes=torch.tensor(voice).T)
     if embedded:
         torch.save(Runtime().run([[3, *codes, *SINE_TOKENS] for codes in voice]).save_voice(lm), tmp_path / "v.pt")
-        source = voices.load_embedded(tmp_path / "v.pt", DELAYS, lambda c: embed(lm, c.view(1, 17, 1))[0, 0])
+        source = load_embedded(tmp_path / "v.pt", DELAYS, lambda c: embed(lm, c.view(1, 17, 1))[0, 0])
     reply = generate(lm, [build_prompt(source, text)], [user], Sampling(greedy=True))[0]
     expected_text, expected_codes = greedy_by_runtime(lm, voice, text, user)
     assert reply.text.tolist() == expected_text.tolist()
@@ -72,7 +73,7 @@ def test_a_batch_gives_each_its_own_reply():
     lm = tiny_lm(DEP_Q)
     rng = random.Random(4)
     conversations = [conversation(rng, frames) for frames in (12, 5, 9)]
-    voice = lambda codes: Voice("v", codes=torch.tensor(codes).T)
+    voice = lambda codes: VoicePrompt("v", codes=torch.tensor(codes).T)
     prompts = [build_prompt(voice(v), t + [14] * i) for i, (v, t, _) in enumerate(conversations)]
     prompts[1] = None
     users = [u for _, _, u in conversations]
@@ -86,7 +87,7 @@ def test_a_batch_gives_each_its_own_reply():
 def test_the_user_is_heard():
     lm = tiny_lm(DEP_Q)
     voice, text, user = conversation(random.Random(6), 12)
-    prompt = build_prompt(Voice("v", codes=torch.tensor(voice).T), text)
+    prompt = build_prompt(VoicePrompt("v", codes=torch.tensor(voice).T), text)
     other = user.clone()
     other[:, 5:] = (other[:, 5:] + 1) % 2048
     a, b = generate(lm, [prompt, prompt], [user, other], Sampling(greedy=True))
@@ -97,7 +98,7 @@ def test_greedy_tokens_are_the_most_likely_of_the_training_forward():
     """What is generated, fed back as a training sample: every free token is the argmax of the training forward."""
     lm = tiny_lm(DEP_Q)
     voice, text, user = conversation(random.Random(8), 14)
-    prompt = build_prompt(Voice("v", codes=torch.tensor(voice).T), text)
+    prompt = build_prompt(VoicePrompt("v", codes=torch.tensor(voice).T), text)
     reply = generate(lm, [prompt], [user], Sampling(greedy=True))[0]
     dialogue = torch.cat([reply.text[None], reply.codes, user])
     sequence = torch.cat([prompt.frames, dialogue], dim=1)[None]

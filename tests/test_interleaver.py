@@ -5,8 +5,9 @@ from fractions import Fraction
 
 import pytest
 
+from finetune.audio.words import read_alignments
 from finetune.cli import UserError
-from finetune.data.interleaver import Interleaver, read_alignments
+from finetune.data.interleaver import Interleaver
 
 EPAD, PAD = 0, 3
 

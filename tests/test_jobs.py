@@ -12,18 +12,9 @@ import pytest
 from test_workers import alive, wait_for
 
 from finetune.cli import UserError
-from finetune.jobs import (
-    Failures,
-    Progress,
-    Queue,
-    _reason,
-    device_of,
-    error_file,
-    forget_error,
-    replacing,
-    run_shards,
-    shard,
-)
+from finetune.files import replacing
+from finetune.jobs.failures import Failures, HoursBar, device_of, error_file, forget_error, take_shard
+from finetune.jobs.slurm import SlurmQueue, _death_reason, run_shards
 
 
 def square_or_die(folder: str, index: int, count: int) -> int:
@@ -42,11 +33,11 @@ def note_and_sleep(folder: str, index: int, count: int) -> None:
 
 def test_shards_partition_the_items_and_balance_sorted_lengths():
     lengths = sorted((7 * i % 101 for i in range(100)), reverse=True)
-    shards = [shard(lengths, i, 8) for i in range(8)]
+    shards = [take_shard(lengths, i, 8) for i in range(8)]
     assert sorted(x for s in shards for x in s) == sorted(lengths)
     totals = [sum(s) for s in shards]
     assert max(totals) - min(totals) <= max(lengths)
-    assert shard([1, 2], 5, 8) == []
+    assert take_shard([1, 2], 5, 8) == []
 
 
 @pytest.mark.slow
@@ -81,7 +72,7 @@ def test_jobs_of_this_machine_see_its_gpus_and_have_time(tmp_path, monkeypatch, 
 def test_ctrl_c_ends_the_jobs_too(tmp_path):
     code = (
         "from functools import partial; from pathlib import Path; from test_jobs import note_and_sleep\n"
-        "from finetune.cli import run; from finetune.jobs import run_shards\n"
+        "from finetune.cli import run; from finetune.jobs.slurm import run_shards\n"
         f"folder = {str(tmp_path)!r}\n"
         "run(lambda: run_shards(partial(note_and_sleep, folder), 2, Path(folder, 'jobs'), 'nap'))"
     )
@@ -100,7 +91,7 @@ def test_without_slurm_a_partition_is_refused_in_a_sentence(tmp_path, monkeypatc
 
 
 def test_a_job_is_over_when_its_state_is_final_or_the_queue_has_forgotten_it():
-    queue = Queue()
+    queue = SlurmQueue()
     for job in ("7_0", "7_1", "7_2", "8"):
         queue.register_job(job)
     queue._info_dict = queue.read_info(b"7_0|OUT_OF_MEMORY|n1\n7_1|CONFIGURING|n2\n8|RUNNING|n3\n9|PENDING|\n")
@@ -111,11 +102,13 @@ def test_a_job_is_over_when_its_state_is_final_or_the_queue_has_forgotten_it():
 
 def test_why_a_job_died_is_its_exception_or_what_srun_says():
     head = "Job 7_0 has not produced any output (state: FAILED)\nError stream produced:\n----\n"
-    assert _reason("FAILED", head + "srun: error: n1: task 0: Out Of Memory\n") == (
+    assert _death_reason("FAILED", head + "srun: error: n1: task 0: Out Of Memory\n") == (
         "state FAILED: n1: task 0: Out Of Memory"
     )
-    assert _reason("FAILED", head + "Traceback (most recent call last):\nOSError: no space\n") == "OSError: no space"
-    assert _reason("NODE_FAIL", head) == "state NODE_FAIL"
+    assert (
+        _death_reason("FAILED", head + "Traceback (most recent call last):\nOSError: no space\n") == "OSError: no space"
+    )
+    assert _death_reason("NODE_FAIL", head) == "state NODE_FAIL"
 
 
 def test_gpus_are_taken_in_turn_and_others_refused(monkeypatch):
@@ -177,7 +170,7 @@ def test_of_several_writers_of_one_file_each_puts_a_whole_one_there(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed_a_day_later(tmp_path):
-    code = "import os, sys; from pathlib import Path; from finetune.jobs import replacing\n"
+    code = "import os, sys; from pathlib import Path; from finetune.files import replacing\n"
     code += "with replacing(Path(sys.argv[1])) as file: file.write_text('half'); os.kill(os.getpid(), 9)"
     for name in ("old", "new"):
         command = [sys.executable, "-c", code, tmp_path / f"{name}.json"]
@@ -194,12 +187,12 @@ def test_what_a_killed_writer_left_is_removed_a_day_later(tmp_path):
 
 
 def test_progress_counts_hours_and_multiples_of_real_time(capsys):
-    with Progress([1800.0, 1800.0], "annotating") as bar:
+    with HoursBar([1800.0, 1800.0], "annotating") as bar:
         time.sleep(0.05)
         bar.update(1800)
         shown = str(bar)
     assert "annotating" in shown and "0.50/1.00 h" in shown and "x real time" in shown and "left" in shown
     speed = float(shown.split("h, ")[1].split("x")[0])
     assert speed == pytest.approx(1800 / bar.format_dict["elapsed"], rel=0.5)
-    with Progress([1800.0, None], "annotating") as bar:
+    with HoursBar([1800.0, None], "annotating") as bar:
         assert "left" not in str(bar) and "0.00 h" in str(bar)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune import make_manifest
+from finetune.audio.files import probe_audio, read_audio
 from finetune.cli import UserError
-from finetune.data import audio
-from finetune.data.dataset import ManifestIndex
+from finetune.data.windows import ManifestIndex
+from finetune.tools.make_manifest import command
 
 
 def voice(seconds: float, seed: int, rate: int = 8_000) -> np.ndarray:
@@ -33,7 +33,7 @@ def stereo(path: Path, seconds: float = 2.0, seed: int = 0) -> Path:
 
 
 def main(*arguments: object) -> int:
-    return make_manifest.main([*map(str, arguments), "--workers", "0"])
+    return command.main([*map(str, arguments), "--workers", "0"])
 
 
 def rows(path: Path) -> list[dict]:
@@ -41,9 +41,7 @@ def rows(path: Path) -> list[dict]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()
-    }
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -88,7 +86,7 @@ def test_two_mono_files_become_one_stereo_file(calls, tmp_path, left, right):
     (row,) = rows(out)
     assert row == {"path": f"out_pairs/x/call1{left}+call1{right}.wav", "duration": 12.0}
     assert contents(calls) == before
-    pcm = audio.read(tmp_path / row["path"], sample_rate=8_000)
+    pcm = read_audio(tmp_path / row["path"], sample_rate=8_000)
     assert np.abs(pcm[0] - agent).max() < 1e-4
     assert np.abs(pcm[1, : len(user)] - user).max() < 1e-4
     assert not pcm[1, len(user) :].any()
@@ -113,8 +111,8 @@ def test_sides_of_different_rates_meet_at_the_higher(calls, tmp_path):
     write_wav(calls / "1_b.wav", user, rate=8_000)
     main(calls, tmp_path / "out.jsonl", "--split", 0)
     path = tmp_path / rows(tmp_path / "out.jsonl")[0]["path"]
-    assert audio.probe(path) == (2, 24_000, 25.0)
-    pcm = audio.read(path)
+    assert probe_audio(path) == (2, 24_000, 25.0)
+    pcm = read_audio(path)
     assert np.abs(pcm[0] - agent).max() < 1e-4
     assert np.abs(pcm[1, 1000:-1000] - agent[1000:-1000]).max() < 1e-3  # the same tone, in time
 
@@ -124,7 +122,7 @@ def test_a_stereo_file_with_one_side_in_both_channels_is_that_side(calls, tmp_pa
     write_wav(calls / "1_agent.wav", agent, agent)
     write_wav(calls / "1_user.wav", user)
     assert main(calls, tmp_path / "out.jsonl", "--split", 0) == 0
-    pcm = audio.read(tmp_path / rows(tmp_path / "out.jsonl")[0]["path"], sample_rate=8_000)
+    pcm = read_audio(tmp_path / rows(tmp_path / "out.jsonl")[0]["path"], sample_rate=8_000)
     assert np.abs(pcm - np.stack([agent, user])).max() < 1e-4
 
 
@@ -348,7 +346,7 @@ def test_worker_processes_do_the_same(calls, tmp_path):
     write_wav(calls / "x_user.wav", voice(1, 51))
     write_wav(calls / "mixed.wav", voice(1, 51))
     for name, workers in (("here", 0), ("there", 1)):
-        code = make_manifest.main([str(calls), str(tmp_path / name / "out.jsonl"), "--workers", str(workers)])
+        code = main([str(calls), str(tmp_path / name / "out.jsonl"), "--workers", str(workers)])
         assert code == 1
     here, there = (
         [row["path"].replace(name, "") for row in rows(tmp_path / name / "out.jsonl")] for name in ("here", "there")

@@ -20,8 +20,10 @@ import torch
 from conftest import ROOT, live, script, train_here, write_config
 from safetensors.torch import load_file, save_file
 
-from finetune import cli, model
+from finetune import cli
+from finetune.model.pretrained import PERSONAPLEX
 
+TOOLS = {"voice": "make_voice"}
 SCRIPTS = {"train", "train_personaplex", "annotate", "precompute_codes"}
 WORDS = {"alignments": [["hello", [0.2, 0.6], "SPEAKER_MAIN"]]}
 NOWHERE = "/proc/nowhere"  # where nobody can make a folder, not even root
@@ -33,7 +35,7 @@ def test_a_full_gpu_is_said_in_a_sentence(capsys):
 
     with pytest.raises(SystemExit) as end:
         cli.run(full)
-    assert end.value.code == 2 and "finetune.plan" in capsys.readouterr().err
+    assert end.value.code == 2 and "finetune.tools.plan" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="shape"):  # a defect keeps its traceback
         cli.run(lambda: torch.zeros(2).view(3))
 
@@ -342,7 +344,7 @@ MANIFESTS = [
         d.config(data__train_data=f"{d.world}/codes/train_precomputed.jsonl,{d.world}/data/train.jsonl")]),
     personaplex("'../call.wav' leaves", "absolute path",
             lambda d: [d.on({"path": "../call.wav", "duration": 3})]),
-    check_data("duration that costs windows", "finetune.make_manifest",
+    check_data("duration that costs windows", "finetune.tools.make_manifest",
             lambda d: d.check(d.call(seconds=9) | {"duration": 0})),
     check_data("some.jsonl:2", "on each line", lambda d: d.check(d.call(), '{"path": "call.wav"')),
     check_data("some.jsonl", "on each line", lambda d: d.check()),
@@ -365,7 +367,7 @@ MANIFESTS = [
 ]
 
 AUDIO = [
-    manifest("gone.wav: no such file", "finetune.check_data", {"path": "gone.wav", "duration": 3}),
+    manifest("gone.wav: no such file", "finetune.tools.check_data", {"path": "gone.wav", "duration": 3}),
     train("call.wav: not readable as audio", "export it again as wav or flac",
             lambda d: [d.on({"path": d.file("call.wav", "hello").name, "duration": 3})]),
     sound("has 1 channel", "must be stereo, agent left, user right", channels=1),
@@ -440,8 +442,8 @@ PROMPTS = [
           lambda d: d.voice("v.pt", EMBEDDED | {"embeddings": torch.zeros(9, 1, 1, 4096)})),
     voice_file("v.pt: made with other embedding tables", "use the recording itself",
                lambda d: d.voice("v.pt", EMBEDDED)),
-    voice_file("v.pt: not a voice file", "finetune.voice", lambda d: d.file("v.pt", "hello")),
-    voice_file("v.pt: not a voice file", "finetune.voice", lambda d: d.voice("v.pt", Untrusted())),
+    voice_file("v.pt: not a voice file", "finetune.tools.make_voice", lambda d: d.file("v.pt", "hello")),
+    voice_file("v.pt: not a voice file", "finetune.tools.make_voice", lambda d: d.voice("v.pt", Untrusted())),
     voice_file("v.pt: not a voice file", '"embeddings" and "cache"', lambda d: d.voice("v.pt", {"a": 1})),
     voice_file("v.pt: holds embeddings of the tables as they were", "use the recording itself",
           lambda d: d.voice("v.pt", EMBEDDED), lora__enable=False, full_finetuning=True),
@@ -492,7 +494,7 @@ MODELS = [
             lambda d: [d.live(moshi_paths__hf_repo_id=str(d.model(mimi_config_json=halved)))]),
     precompute("mimi.safetensors: not readable as Mimi's weights", "the model's own Mimi",
             lambda d: [*d.encode(d.call()), "--mimi-path", d.model(mimi_safetensors=halved) / "mimi.safetensors"]),
-    train("holds adapters", "finetune.export ... --merge", lambda d: [
+    train("holds adapters", "finetune.tools.export ... --merge", lambda d: [
         d.config(moshi_paths__hf_repo_id=str(d.run / "checkpoints/checkpoint_000001/consolidated"))]),
     export("lora.safetensors: not a whole safetensors file", "download or copy it again",
             lambda d: [d.adapters(halved), d / "out", "--format", "moshi"]),
@@ -567,7 +569,7 @@ def run(world, tmp_path_factory) -> Path:
     """A trained run: PersonaPlex, adapters, one step."""
     folder = tmp_path_factory.mktemp("trained")
     settings = {"max_steps": 1, "do_eval": False, "duration_sec": 1}
-    assert train_here(write_config(folder, world, **settings), model.PERSONAPLEX) == 0
+    assert train_here(write_config(folder, world, **settings), PERSONAPLEX) == 0
     return folder / "run"
 
 
@@ -583,7 +585,8 @@ def call(monkeypatch, capfd) -> Callable:
     before = root.handlers[:], root.level
 
     def run(command: str, arguments: list) -> tuple[object, str, str]:
-        path = ROOT / (f"{command}.py" if command in SCRIPTS else f"finetune/{command}.py")
+        path = ROOT / (f"{command}.py" if command in SCRIPTS else f"finetune/tools/{TOOLS.get(command, command)}")
+        path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
@@ -628,7 +631,8 @@ REAL = [
 
 @pytest.mark.parametrize("mistake", REAL, ids=lambda m: f"{m.command}-{m.found}")
 def test_a_mistake_ends_a_process(mistake, desk):
-    command = [f"{mistake.command}.py"] if mistake.command in SCRIPTS else ["-m", f"finetune.{mistake.command}"]
+    tool = TOOLS.get(mistake.command, mistake.command)
+    command = [f"{mistake.command}.py"] if mistake.command in SCRIPTS else ["-m", f"finetune.tools.{tool}"]
     ended = script(*command, *mistake.make(desk), check=False, HF_HUB_OFFLINE="1", timeout=60)
     verify(mistake, ended.returncode, ended.stdout, ended.stderr)
 

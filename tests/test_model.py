@@ -13,28 +13,31 @@ from moshi.models import loaders
 from safetensors.torch import load_file, save_file
 from test_personaplex import TINY, fused, tiny_lm
 
-from finetune import lora, model, weights
 from finetune.cli import UserError
-from finetune.distributed import pick_device
-from finetune.fast import TrainingLM
-from finetune.model import MOSHI, PERSONAPLEX, open_checkpoint
+from finetune.distributed import make_mesh, pick_device, session, shard
+from finetune.lora import add_adapters, is_adapter
+from finetune.model.build import StoredWeights, build_lm, load_weights, set_trainable
+from finetune.model.expansion import expand_moshiko_to_personaplex
+from finetune.model.pretrained import MOSHI, PERSONAPLEX, lm_kwargs, open_pretrained
+from finetune.model.training_lm import TrainingLM
+from finetune.model.weights import WeightFile, write_safetensors
 
 
 def folder_with(tmp_path, lm, config=None):
     save_file({k: v.contiguous() for k, v in fused(lm).items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"dep_q": lm.dep_q} if config is None else config))
-    return open_checkpoint(str(tmp_path))
+    return open_pretrained(str(tmp_path))
 
 
 def filled(checkpoint, spec, rank=None):
-    kwargs = model.lm_kwargs(checkpoint, spec)
-    source = model.Weights(checkpoint.moshi_weights(), kwargs["dep_q"])
-    lm = model.build_lm(kwargs, torch.float32)
+    kwargs = lm_kwargs(checkpoint, spec)
+    source = StoredWeights(checkpoint.moshi_weights(), kwargs["dep_q"])
+    lm = build_lm(kwargs, torch.float32)
     if rank:
-        lora.add_adapters(lm, rank, 2.0)
-    model.set_trainable(lm, full=rank is None, ft_embed=False)
+        add_adapters(lm, rank, 2.0)
+    set_trainable(lm, full=rank is None, ft_embed=False)
     lm.to_empty(device="cpu")
-    model.fill(lm, source, seed=0)
+    load_weights(lm, source, seed=0)
     return lm, source.origin
 
 
@@ -46,7 +49,6 @@ def test_moshi_weights_load_as_they_are(tmp_path):
 
 
 def test_personaplex_weights_are_never_expanded_and_moshi_ones_always_are(tmp_path):
-    from finetune.personaplex import expand_moshiko_to_personaplex
 
     for dep_q in (8, 16):
         (tmp_path / str(dep_q)).mkdir()
@@ -68,7 +70,7 @@ def test_step_0_with_adapters_is_the_base_model(tmp_path):
     with torch.no_grad():
         assert torch.equal(TrainingLM(adapted, False)(codes, mask).ce, TrainingLM(lm, False)(codes, mask).ce)
     trainable = {n for n, p in adapted.named_parameters() if p.requires_grad}
-    assert trainable and all(lora.is_adapter(n) for n in trainable)
+    assert trainable and all(is_adapter(n) for n in trainable)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_truncated_weights_are_named(tmp_path):
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_named(tmp_path):
     save_file({"a.weight": torch.arange(12.0).view(4, 3), "s": torch.tensor(2.0)}, tmp_path / "w.safetensors")
-    file = weights.WeightFile(tmp_path / "w.safetensors")
+    file = WeightFile(tmp_path / "w.safetensors")
     assert torch.equal(file.read("a.weight", 1, 3), torch.arange(3.0, 9.0).view(2, 3))
     assert file.read("a.weight", 3, 9).tolist() == [[9, 10, 11]] and file.read("s").tolist() == 2
     for out in (torch.empty(2, 3), torch.empty(2, 3, dtype=torch.float64), torch.empty(3, 2).t()):
@@ -112,28 +114,28 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_named(tmp_path):
 
 def test_the_hubs_personaplex_config_is_enough(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "personaplex", "version": "7b-v1"}')
-    kwargs = model.lm_kwargs(open_checkpoint(str(tmp_path)), PERSONAPLEX)
+    kwargs = lm_kwargs(open_pretrained(str(tmp_path)), PERSONAPLEX)
     assert kwargs == dict(loaders._lm_kwargs) | {"dep_q": 16}
-    model.build_lm(kwargs, torch.bfloat16)
+    build_lm(kwargs, torch.bfloat16)
 
 
 def test_nvidias_depformer_causal_is_dropped(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"depformer_causal": True, "dep_q": 16}))
-    model.build_lm(model.lm_kwargs(open_checkpoint(str(tmp_path)), PERSONAPLEX), torch.float32)
+    build_lm(lm_kwargs(open_pretrained(str(tmp_path)), PERSONAPLEX), torch.float32)
 
 
 @pytest.mark.parametrize("change", [{"n_q": 32}, {"dep_q": 4}])
 def test_models_that_are_not_full_duplex_are_refused(tmp_path, change):
     (tmp_path / "config.json").write_text(json.dumps(TINY | change))
     with pytest.raises(UserError, match="full-duplex training needs"):
-        model.lm_kwargs(open_checkpoint(str(tmp_path)), MOSHI)
+        lm_kwargs(open_pretrained(str(tmp_path)), MOSHI)
 
 
 def test_mimi_has_eight_codebooks_for_personaplex(world, tmp_path):
     shutil.copytree(world / "model", tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text()) | {"dep_q": 16}
     (tmp_path / "m/config.json").write_text(json.dumps(config))
-    assert open_checkpoint(str(tmp_path / "m")).mimi().num_codebooks == 8
+    assert open_pretrained(str(tmp_path / "m")).mimi().num_codebooks == 8
 
 
 def hub_cache(home, repo, files):
@@ -149,8 +151,8 @@ def hub_cache(home, repo, files):
 def test_a_warm_hub_cache_needs_no_network(world, tmp_path):
     hub_cache(tmp_path, "kyutai/tiny", list((world / "model").iterdir()))
     code = (
-        "from finetune.model import *\n"
-        "c = open_checkpoint('kyutai/tiny')\n"
+        "from finetune.model.pretrained import *\n"
+        "c = open_pretrained('kyutai/tiny')\n"
         "print(c.moshi_weights().name, c.mimi().num_codebooks, c.tokenizer().vocab_size(), c.voices_archive())\n"
         "print(inference_config(c, lm_kwargs(c, MOSHI))['mimi_name'])\n"
     )
@@ -168,19 +170,19 @@ def test_a_warm_hub_cache_needs_no_network(world, tmp_path):
 def test_folders_say_what_they_lack(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"holds no model.safetensors \(it holds notes.txt\)"):
-        open_checkpoint(str(tmp_path)).moshi_weights()
+        open_pretrained(str(tmp_path)).moshi_weights()
     with pytest.raises(UserError, match="neither a local folder nor a repository"):
-        open_checkpoint("not a repo at all").moshi_weights()
+        open_pretrained("not a repo at all").moshi_weights()
 
 
 def test_mimi_alone_needs_no_hub(tmp_path):
     """With a file given, an unreachable repository (tests run offline) means the standard Mimi."""
     weights = tmp_path / "mimi.safetensors"
     weights.write_bytes(b"")
-    checkpoint = open_checkpoint("kyutai/not-in-the-cache", mimi_path=str(weights))
+    checkpoint = open_pretrained("kyutai/not-in-the-cache", mimi_path=str(weights))
     assert checkpoint.mimi_weights() == weights and checkpoint.mimi_config() is None
     with pytest.raises(UserError, match="cannot be reached"):
-        open_checkpoint("kyutai/not-in-the-cache").mimi_config()
+        open_pretrained("kyutai/not-in-the-cache").mimi_config()
 
 
 def test_a_mimi_beside_a_broken_model_is_not_taken_for_the_standard_one(tmp_path):
@@ -190,9 +192,9 @@ def test_a_mimi_beside_a_broken_model_is_not_taken_for_the_standard_one(tmp_path
     config.write_text('{"mimi_config_name": ')
     mimi = {"mimi_path": str(weights)}
     for checkpoint, words in (
-        (open_checkpoint(str(tmp_path), **mimi), r"config\.json: not readable as JSON"),
-        (open_checkpoint("kyutai/not-in-the-cache", config_path=str(config), **mimi), r"config\.json: not readable"),
-        (open_checkpoint(str(tmp_path / "mistyped"), **mimi), "mistyped: neither a local folder nor a repository"),
+        (open_pretrained(str(tmp_path), **mimi), r"config\.json: not readable as JSON"),
+        (open_pretrained("kyutai/not-in-the-cache", config_path=str(config), **mimi), r"config\.json: not readable"),
+        (open_pretrained(str(tmp_path / "mistyped"), **mimi), "mistyped: neither a local folder nor a repository"),
     ):
         for use in (checkpoint.mimi_config, checkpoint.mimi):
             with pytest.raises(UserError, match=words):
@@ -203,21 +205,21 @@ def test_loading_holds_one_copy_and_a_tensor(tmp_path):
     """A 300 MB model: what the process grows by, against the model's own size."""
     code = (
         "import resource, sys, torch\n"
-        "from finetune import model\n"
+        "from finetune.model.build import *\nfrom finetune.model.pretrained import *\n"
         f"rss = lambda: {PEAK} * 1024\n"
-        "c = model.open_checkpoint(sys.argv[1])\n"
-        "kwargs = model.lm_kwargs(c, model.PERSONAPLEX)\n"
-        "source = model.Weights(c.moshi_weights(), 16)\n"
-        "lm = model.build_lm(kwargs, torch.bfloat16)\n"
+        "c = open_pretrained(sys.argv[1])\n"
+        "kwargs = lm_kwargs(c, PERSONAPLEX)\n"
+        "source = StoredWeights(c.moshi_weights(), 16)\n"
+        "lm = build_lm(kwargs, torch.bfloat16)\n"
         "before = rss()\n"
-        "lm.to_empty(device='cpu'); model.fill(lm, source, 0)\n"
+        "lm.to_empty(device='cpu'); load_weights(lm, source, 0)\n"
         "sizes = [p.numel() * p.element_size() for p in lm.parameters()]\n"
         "print(rss() - before, sum(sizes), max(sizes))\n"
     )
     kwargs = TINY | {"dim": 1024, "num_heads": 8, "num_layers": 6, "hidden_scale": 4.125, "text_card": 8000}
-    lm = model.build_lm(kwargs, torch.bfloat16)
+    lm = build_lm(kwargs, torch.bfloat16)
     layout = {k: (torch.bfloat16, tuple(v.shape)) for k, v in fused(lm).items()}
-    weights.write_safetensors(
+    write_safetensors(
         tmp_path / "model.safetensors", layout, ((k, torch.zeros(shape)) for k, (_, shape) in layout.items())
     )
     (tmp_path / "config.json").write_text(json.dumps(kwargs))
@@ -250,8 +252,6 @@ def test_fully_shard_accepts_moshis_modules(tmp_path):
     """The remedy for "object layout differs" touches torch's own table of classes: this fails if a torch changes it."""
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.distributed.fsdp._fully_shard import _fully_shard as fsdp2
-
-    from finetune.distributed import make_mesh, session, shard
 
     with session("cpu") as world:
         plain = tiny_lm(8)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_personaplex import tiny_lm
 
-from finetune import lora, optim
 from finetune.args import OptimArgs
+from finetune.lora import initial_adapter
 from finetune.optim import build_optimizer, clip_gradients, is_depth, lr_factor, set_lr
 
 
@@ -51,12 +51,12 @@ def test_clipping_returns_the_norm_before():
 
 
 def test_adapters_start_at_the_base_model_and_the_same_on_any_number_of_ranks():
-    b = lora.initial("x.lora_B.weight", torch.Size([8, 4]), seed=0)
-    a = lora.initial("x.lora_A.weight", torch.Size([4, 64]), seed=0)
+    b = initial_adapter("x.lora_B.weight", torch.Size([8, 4]), seed=0)
+    a = initial_adapter("x.lora_A.weight", torch.Size([4, 64]), seed=0)
     assert (b == 0).all() and a.abs().max() <= 1 / 8 and a.std() > 0.05
-    assert torch.equal(a, lora.initial("x.lora_A.weight", torch.Size([4, 64]), seed=0))
-    assert not torch.equal(a, lora.initial("y.lora_A.weight", torch.Size([4, 64]), seed=0))
-    assert not torch.equal(a, lora.initial("x.lora_A.weight", torch.Size([4, 64]), seed=1))
+    assert torch.equal(a, initial_adapter("x.lora_A.weight", torch.Size([4, 64]), seed=0))
+    assert not torch.equal(a, initial_adapter("y.lora_A.weight", torch.Size([4, 64]), seed=0))
+    assert not torch.equal(a, initial_adapter("x.lora_A.weight", torch.Size([4, 64]), seed=1))
 
 
 def test_only_what_is_asked_for_is_optimised():
@@ -64,5 +64,5 @@ def test_only_what_is_asked_for_is_optimised():
     for p in lm.parameters():
         p.requires_grad_(False)
     lm.text_emb.weight.requires_grad_(True)
-    groups = optim.build_optimizer(lm, OptimArgs(), torch.device("cpu")).param_groups
+    groups = build_optimizer(lm, OptimArgs(), torch.device("cpu")).param_groups
     assert sum(len(g["params"]) for g in groups) == 1

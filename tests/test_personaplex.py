@@ -14,19 +14,16 @@ import torch
 from moshi.models import LMModel, loaders
 from torch.nn import functional as F
 
-from finetune import personaplex, voices
 from finetune.cli import UserError
-from finetune.fast import TrainingLM
-from finetune.personaplex import (
-    DEP_Q,
-    SILENCE_TOKENS,
-    SINE_TOKENS,
-    Voice,
-    build_prompt,
-    expand_moshiko_to_personaplex,
-    phase,
-)
-from finetune.prompt_text import wrap_system_prompt
+from finetune.model.expansion import expand_moshiko_to_personaplex
+from finetune.model.training_lm import TrainingLM
+from finetune.model.weights import fuse
+from finetune.prompts.embedded import load_embedded
+from finetune.prompts.hybrid import VoicePrompt, build_prompt, prompt_length
+from finetune.prompts.same_speaker import voice_segments
+from finetune.prompts.text import wrap_system_prompt
+from finetune.prompts.voices import VoiceBook, cache_folder, unpack_voices
+from finetune.streams import DEP_Q, SILENCE_TOKENS, SINE_TOKENS, stack_streams
 
 DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
 TINY = dict(
@@ -113,12 +110,12 @@ def test_prompt_inputs_are_the_runtimes(seed):
     expected = Runtime().run(engine_frames(voice, text, dialogue)).inputs
 
     voice_codes = torch.tensor(voice, dtype=torch.long).reshape(len(voice), 8).T
-    prompt = build_prompt(Voice("v", codes=voice_codes) if voice else None, text)
+    prompt = build_prompt(VoicePrompt("v", codes=voice_codes) if voice else None, text)
     frames = torch.tensor(dialogue).T
-    sequence = torch.cat([prompt.frames, phase(frames[0].tolist(), frames[1:9], frames[9:])], dim=1)
+    sequence = torch.cat([prompt.frames, stack_streams(frames[0].tolist(), frames[1:9], frames[9:])], dim=1)
     assert prompt.embeddings is None
     assert our_inputs(sequence) == expected
-    assert prompt.frames.shape[1] == personaplex.prompt_length(len(voice), len(text))
+    assert prompt.frames.shape[1] == prompt_length(len(voice), len(text))
 
 
 def test_keeping_the_first_frame_would_be_wrong():
@@ -139,7 +136,7 @@ def test_prompt_of_a_shipped_voice_is_the_runtimes(length, tmp_path):
     torch.save(Runtime().run([[3, *codes, *SINE_TOKENS] for codes in voice]).save_voice(lm), tmp_path / "v.pt")
     columns = torch.tensor(Runtime().run(engine_frames(voice, text, dialogue)).inputs).T[None]
 
-    loaded = voices.load_embedded(tmp_path / "v.pt", DELAYS, lambda c: embed(lm, c.view(1, 17, 1))[0, 0].detach())
+    loaded = load_embedded(tmp_path / "v.pt", DELAYS, lambda c: embed(lm, c.view(1, 17, 1))[0, 0].detach())
     prompt = build_prompt(loaded, text)
     frames = torch.tensor(dialogue).T
     sequence = torch.cat([prompt.frames, frames], dim=1)
@@ -173,9 +170,9 @@ def test_teacher_forced_equals_streaming(with_embeddings, tmp_path):
 
     if with_embeddings:
         torch.save(Runtime().run([[3, *codes, *SINE_TOKENS] for codes in voice]).save_voice(lm), tmp_path / "v.pt")
-        source = voices.load_embedded(tmp_path / "v.pt", DELAYS, lambda c: embed(lm, c.view(1, 17, 1))[0, 0].detach())
+        source = load_embedded(tmp_path / "v.pt", DELAYS, lambda c: embed(lm, c.view(1, 17, 1))[0, 0].detach())
     else:
-        source = Voice("v", codes=torch.tensor(voice).T)
+        source = VoicePrompt("v", codes=torch.tensor(voice).T)
     prompt = build_prompt(source, text)
     sequence = torch.cat([prompt.frames, torch.tensor(dialogue).T], dim=1)[None]
     model = TrainingLM(lm, gradient_checkpointing=False)
@@ -206,11 +203,11 @@ def test_voices_of_other_tables_are_refused(tmp_path):
     lm, other = tiny_lm(DEP_Q), tiny_lm(DEP_Q, seed=1)
     path = saved_voice(tmp_path, lm)
     table = lambda m: lambda c: embed(m, c.view(1, 17, 1))[0, 0].detach()
-    voices.load_embedded(path, DELAYS, table(lm))
+    load_embedded(path, DELAYS, table(lm))
     with pytest.raises(UserError, match="other embedding tables"):
-        voices.load_embedded(path, DELAYS, table(other))
+        load_embedded(path, DELAYS, table(other))
     halved = lambda c: table(lm)(c).bfloat16()
-    voices.load_embedded(path, DELAYS, lambda c: halved(c).float())
+    load_embedded(path, DELAYS, lambda c: halved(c).float())
 
 
 @pytest.mark.parametrize(
@@ -224,7 +221,7 @@ def test_voices_of_other_tables_are_refused(tmp_path):
 def test_malformed_voices_are_refused(tmp_path, changes, sentence):
     path = saved_voice(tmp_path, tiny_lm(DEP_Q), **changes)
     with pytest.raises(UserError, match=sentence):
-        voices.load_embedded(path, DELAYS, lambda c: torch.zeros(32))
+        load_embedded(path, DELAYS, lambda c: torch.zeros(32))
 
 
 def test_a_voice_file_runs_no_code(tmp_path):
@@ -234,7 +231,7 @@ def test_a_voice_file_runs_no_code(tmp_path):
 
     torch.save({"embeddings": Evil(), "cache": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="not a voice file"):
-        voices.load_embedded(tmp_path / "evil.pt", DELAYS, lambda c: c)
+        load_embedded(tmp_path / "evil.pt", DELAYS, lambda c: c)
     assert not (tmp_path / "written").exists()
 
 
@@ -248,7 +245,7 @@ def test_names_lead_to_the_folder_then_the_archive(tmp_path):
             member.size = 3
             tar.addfile(member, io.BytesIO(b"own"))
     opened = []
-    book = voices.VoiceBook(tmp_path / "mine", lambda: opened.append(1) or archive)
+    book = VoiceBook(tmp_path / "mine", lambda: opened.append(1) or archive)
     assert book.find("NATF2").read_bytes() == b"mine" and not opened
     assert book.find("NATM1.pt").read_bytes() == b"own" == book.find("NATM1").read_bytes()
     assert len(opened) == 1
@@ -263,15 +260,15 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path):
         member.size = 1
         tar.addfile(member, io.BytesIO(b"x"))
     with pytest.raises(UserError, match="cannot be unpacked"):
-        voices.unpack(archive)
-    assert not (voices.cache_folder() / "escaped.pt").exists()
+        unpack_voices(archive)
+    assert not (cache_folder() / "escaped.pt").exists()
 
 
 def test_stretches_of_the_same_speaker_do_not_touch():
     words = [(f"w{i}", 0.5 * i, 0.5 * i + 0.45) for i in range(100)]
-    first, second = voices.speech_stretches(words, 50.0)
+    first, second = voice_segments(words, 50.0)
     assert first[1] <= second[0] or second[1] <= first[0]
-    assert voices.speech_stretches([("a", 0.0, 0.2)], 50.0) == []
+    assert voice_segments([("a", 0.0, 0.2)], 50.0) == []
 
 
 @pytest.mark.parametrize(
@@ -292,7 +289,7 @@ def test_wrapping(text, wrapped):
 
 
 def fused(lm):
-    return personaplex.fuse(lm.state_dict(), lm.dep_q)
+    return fuse(lm.state_dict(), lm.dep_q)
 
 
 def test_shapes_of_the_7b_expansion():

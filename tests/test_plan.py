@@ -1,4 +1,4 @@
-"""What `finetune.plan` tells against what a step allocates, multiplies, and what the command says."""
+"""What `finetune.tools.plan` tells against what a step allocates, multiplies, and what the command says."""
 
 import contextlib
 import json
@@ -14,14 +14,18 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from finetune import cli, lora, model, optim, plan
 from finetune.args import TrainArgs
-from finetune.cli import UserError
-from finetune.data.dataset import Sample
-from finetune.data.interleaver import TextStats
+from finetune.cli import UserError, run
+from finetune.data.batch import Sample, TextStats
 from finetune.distributed import World, make_mesh, session, shard
 from finetune.evaluate import free_run
-from finetune.fast import TrainingLM, make_plan
+from finetune.lora import add_adapters, is_adapter, is_embedding
+from finetune.model.build import build_lm, local_rows, set_trainable
+from finetune.model.targets import make_targets
+from finetune.model.training_lm import TrainingLM
+from finetune.optim import build_optimizer, clip_gradients
+from finetune.tools.plan.command import main
+from finetune.tools.plan.sizes import RunSizes
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -55,10 +59,10 @@ def ranks_of(size: int, node: int):
 def build(args: TrainArgs, kwargs: dict, world: World) -> TrainingLM:
     """As train.run_training does."""
     dtype = getattr(torch, args.param_dtype)
-    lm = model.build_lm(kwargs, dtype)
+    lm = build_lm(kwargs, dtype)
     if args.lora.enable:
-        lora.add_adapters(lm, args.lora.rank, args.lora.scaling)
-    model.set_trainable(lm, args.full_finetuning, args.lora.ft_embed)
+        add_adapters(lm, args.lora.rank, args.lora.scaling)
+    set_trainable(lm, args.full_finetuning, args.lora.ft_embed)
     training = TrainingLM(lm, args.gradient_checkpointing)
     shard(training, [*lm.transformer.layers, *lm.depformer.layers], make_mesh(world, args.sharding), dtype)
     return training
@@ -67,7 +71,7 @@ def build(args: TrainArgs, kwargs: dict, world: World) -> TrainingLM:
 def fill(training: TrainingLM) -> None:
     training.to_empty(device="cpu")
     for parameter in training.parameters():
-        model.local_rows(parameter)[1].normal_(0, 0.02)
+        local_rows(parameter)[1].normal_(0, 0.02)
 
 
 @contextlib.contextmanager
@@ -104,16 +108,16 @@ def measured_step(args: TrainArgs, kwargs: dict, group, prompt: int = 0) -> int:
     mask[:, :prompt] = False
     with group as world:
         training = build(args, kwargs, world)
-        chosen = make_plan(codes, mask, kwargs["delays"], kwargs["dep_q"])
+        chosen = make_targets(codes, mask, kwargs["delays"], kwargs["dep_q"])
         with allocator() as peak:
             fill(training)
             trained = [p for p in training.parameters() if p.requires_grad]
-            optimizer = optim.build_optimizer(training.lm, args.optim, CPU)
+            optimizer = build_optimizer(training.lm, args.optim, CPU)
             for _ in range(2):
                 for i in range(args.num_microbatches):
                     training.set_requires_gradient_sync(i == args.num_microbatches - 1)
                     training(codes, mask, plan=chosen).ce.sum().backward()
-                optim.clip_gradients(trained, 1.0)
+                clip_gradients(trained, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
     return peak[0]
@@ -144,7 +148,7 @@ def test_a_step_takes_what_was_planned(case):
     method, values, config, ranks = CASES[case]
     args, kwargs, prompts = settings(**method, **values, prompt={"max_sec": 2.0}), CONFIG | config, "prompt" in case
     over_gloo = "gloo" in case
-    sizes = plan.Run(args, kwargs, prompts, ranks, 2)
+    sizes = RunSizes(args, kwargs, prompts, ranks, 2)
     sizes.over_gloo = over_gloo
     planned = sizes.total(args.batch_size, args.gradient_checkpointing)
     few = "few frames" in case  # there one tensor more or less of an optimizer's kernels is seen
@@ -166,7 +170,7 @@ def test_what_stays_is_what_a_rank_keeps():
     with ranks_of(4, 4) as world:
         training = build(args, CONFIG, world)
         kept = [(p.requires_grad, p.to_local().nbytes) for p in training.parameters()]
-    state = plan.Run(args, CONFIG, False, 4).state
+    state = RunSizes(args, CONFIG, False, 4).state
     assert state["frozen"] == sum(size for trained, size in kept if not trained)
     assert state["adapters"] + state["trained weights"] == sum(size for trained, size in kept if trained)
     assert state["moments"] == 2 * sum(size for trained, size in kept if trained)
@@ -184,23 +188,23 @@ def test_an_evaluation_takes_what_was_planned():
         training.zero_grad()
         with allocator() as peak:
             free_run(training, [sample, sample], 0.16, 0)
-    assert plan.Run(args, CONFIG, False).evaluation.total() == pytest.approx(peak[0], rel=0.15)
+    assert RunSizes(args, CONFIG, False).evaluation.total() == pytest.approx(peak[0], rel=0.15)
 
 
 def test_flops_are_those_of_the_products():
     """Written down: 2 for each weight and row that meets it; two products of attention."""
     args = settings(**LORA, duration_sec=8.0, num_microbatches=3, prompt={"max_sec": 2.0})
-    lm = model.build_lm(CONFIG, torch.float32)
-    lora.add_adapters(lm, 8, 2.0)
+    lm = build_lm(CONFIG, torch.float32)
+    add_adapters(lm, 8, 2.0)
     rows = {"transformer.": 125, "text_linear.": 100, "depformer": 100, "linears.": 100}  # of a window
     products = 0
     for name, p in lm.named_parameters():
-        if p.ndim == 2 and not lora.is_embedding(name):
+        if p.ndim == 2 and not is_embedding(name):
             products += 2 * p.numel() * next(n for start, n in rows.items() if name.startswith(start))
     attention = 2 * 4 * 125**2 * 64 + 2 * 4 * 8**2 * 48 * 100
-    sizes = plan.Run(args, CONFIG, True, 4)
-    assert sizes.parameters == sum(p.numel() for n, p in lm.named_parameters() if not lora.is_adapter(n))
-    assert sizes.trained == sum(p.numel() for n, p in lm.named_parameters() if lora.is_adapter(n))
+    sizes = RunSizes(args, CONFIG, True, 4)
+    assert sizes.parameters == sum(p.numel() for n, p in lm.named_parameters() if not is_adapter(n))
+    assert sizes.trained == sum(p.numel() for n, p in lm.named_parameters() if is_adapter(n))
     flops = sizes.flops()
     assert flops["forward"] == (products + attention) * 2 * 3 * 4  # batch, microbatches, ranks
     assert flops["recompute"] < flops["forward"] < flops["backward"] < 2 * flops["forward"]
@@ -211,7 +215,7 @@ def test_on_a_gpu_no_pass_holds_scores_of_all_frames_with_all():
     many_heads = CONFIG | {"num_heads": 32, "context": 3000}
     for checkpointing in (True, False):
         short, long = (
-            plan.Run(settings(**LORA, duration_sec=sec, device="auto"), many_heads, False).step(1, checkpointing).peak
+            RunSizes(settings(**LORA, duration_sec=sec, device="auto"), many_heads, False).step(1, checkpointing).peak
             for sec in (72.0, 144.0)
         )
         assert 1.9 < long / short < 2.01
@@ -219,7 +223,7 @@ def test_on_a_gpu_no_pass_holds_scores_of_all_frames_with_all():
 
 def test_the_largest_batch_is_the_largest():
     for checkpointing in (True, False):
-        sizes = plan.Run(settings(**LORA, duration_sec=8.0, device="auto"), CONFIG, True)
+        sizes = RunSizes(settings(**LORA, duration_sec=8.0, device="auto"), CONFIG, True)
         room = 2**29
         largest = sizes.largest_batch(room, checkpointing)
         assert largest > 10
@@ -246,7 +250,7 @@ def config(tmp_path):
 
 
 def tell(capsys, *arguments) -> tuple[int, str]:
-    code = plan.main([str(a) for a in arguments])
+    code = main([str(a) for a in arguments])
     return code, capsys.readouterr().out
 
 
@@ -295,13 +299,13 @@ def test_what_cannot_be_used_is_one_sentence(config, capsys):
         "moshi_paths.hf_repo_id=nowhere": "neither a folder",
     }.items():
         with pytest.raises(UserError, match=message):
-            plan.main([str(config), wrong])
+            main([str(config), wrong])
     for wrong in ("--gpus=0", "--gpu-memory=2", "--gpu-memory=nan"):
         with pytest.raises(UserError, match=wrong[:6]):
-            plan.main([str(config), wrong])
+            main([str(config), wrong])
     (config.parent / "model/config.json").write_text("{")
     with pytest.raises(SystemExit) as end:
-        cli.run(lambda: plan.main([str(config)]))
+        run(lambda: main([str(config)]))
     said = capsys.readouterr()
     assert end.value.code == 2 and not said.out
     assert said.err.startswith("error: ") and "config.json: not readable as JSON" in said.err
@@ -311,7 +315,7 @@ def test_what_cannot_be_used_is_one_sentence(config, capsys):
 def test_the_7b_example_is_planned_without_its_weights(tmp_path):
     measure = "import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_module(sys.argv[0], alter_sys=True, "
     measure += f"run_name='__main__')\nfinally: print({PEAK})"
-    done = script("-c", measure, "finetune.plan", "example/personaplex_config.yaml", "--gpu-memory", 80)
+    done = script("-c", measure, "finetune.tools.plan", "example/personaplex_config.yaml", "--gpu-memory", 80)
     assert "\n8,371,408,896 parameters, 498,499,584 trained" in done.stdout
     assert re.search(r"frozen weights, bfloat16 +15.59 +15.59\n", done.stdout)  # 16.74 GB
     assert re.search(r"fits 80 GiB +yes +no\n", done.stdout)

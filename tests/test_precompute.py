@@ -16,13 +16,16 @@ from safetensors.torch import load_file, save_file
 from test_audio import write_panic, write_wav
 
 import precompute_codes
+from finetune.audio.codec import _LaneByLane
+from finetune.audio.codes import audio_fingerprint, check_codes, fingerprint_file, fingerprint_mimi, load_codes
+from finetune.audio.files import FRAME_SIZE, read_audio, to_frames
 from finetune.cli import UserError
-from finetune.data import audio, codec, manifest
-from finetune.data.dataset import PrecomputedTokenizer
-from finetune.model import open_checkpoint
-from finetune.voices import load_same_speaker
+from finetune.data.interleaver import PrecomputedTokenizer
+from finetune.data.manifest import read_manifest, resolve_path
+from finetune.model.pretrained import open_pretrained
+from finetune.prompts.same_speaker import load_same_speaker
 
-FRAME = audio.FRAME_SIZE
+FRAME = FRAME_SIZE
 
 
 def sound(seconds, sample_rate=24_000, channels=2, seed=0):
@@ -62,7 +65,7 @@ def encode(world, *command):
 
 def by_hand(mimi, path):
     """Codes [2, 8, frames] of a file, one channel after the other, frame by frame."""
-    pcm = torch.from_numpy(audio.read(path))
+    pcm = torch.from_numpy(read_audio(path))
     pcm = torch.nn.functional.pad(pcm, (0, -pcm.shape[1] % FRAME))
     codes = []
     for channel in pcm:
@@ -73,24 +76,24 @@ def by_hand(mimi, path):
 
 @pytest.fixture(scope="module")
 def mimi(world):
-    return open_checkpoint(str(world / "model")).mimi("cpu")
+    return open_pretrained(str(world / "model")).mimi("cpu")
 
 
 def test_codes_and_manifest_of_a_data_set(world, mimi, data, tmp_path, capsys):
     out = tmp_path / "encoded"
     assert encode(world, data / "egs.jsonl", "--output-dir", out, "--lanes", 6) == 0
     assert [p.name for p in out.iterdir() if p.name not in ("codes", "egs_precomputed.jsonl")] == []
-    name = codec.fingerprint(mimi)
+    name = fingerprint_mimi(mimi)
     seconds = {"a": 1.5, "b": 0.9, "c": (5 * FRAME + 1) / 24_000, "one": 1 / 24_000}
     problems = []
-    for line, old in zip(manifest.iterate(out / "egs_precomputed.jsonl", problems), lines_of(data / "egs.jsonl")):
+    for line, old in zip(read_manifest(out / "egs_precomputed.jsonl", problems), lines_of(data / "egs.jsonl")):
         stem = line.path.stem
         assert line.path == data / old["path"]
         assert line.fields["codes_path"] == f"codes/calls/{stem}.wav.pt"
         assert line.fields["duration"] == pytest.approx(seconds[stem], abs=1e-6)
-        path = manifest.resolve(out / "egs_precomputed.jsonl", line.fields["codes_path"])
-        entry = codec.load_codes(path)
-        codec.check(entry, path, name, line.path)
+        path = resolve_path(out / "egs_precomputed.jsonl", line.fields["codes_path"])
+        entry = load_codes(path)
+        check_codes(entry, path, name, line.path)
         assert entry["duration"] == pytest.approx(seconds[stem], abs=1e-4)
         assert torch.equal(entry["codes"].long(), by_hand(mimi, line.path)), stem
     assert not problems
@@ -102,16 +105,16 @@ def test_codes_and_manifest_of_a_data_set(world, mimi, data, tmp_path, capsys):
 def test_lanes_are_summed_one_by_one_only_if_asked(world, data, tmp_path, monkeypatch):
     modes = []
 
-    class LaneByLane(codec._LaneByLane):
+    class LaneByLane(_LaneByLane):
         def __init__(self, busy):
             modes.append(busy)
             super().__init__(busy)
 
-    monkeypatch.setattr(codec, "_LaneByLane", LaneByLane)
+    monkeypatch.setattr("finetune.audio.codec._LaneByLane", LaneByLane)
     assert encode(world, data / "egs.jsonl", "--output-dir", tmp_path / "batch") == 0 and not modes
     assert encode(world, data / "egs.jsonl", "--output-dir", tmp_path / "exact", "--exact") == 0 and modes
     for name in ("a", "b", "c", "one"):
-        batch, exact = (codec.load_codes(tmp_path / f"{mode}/codes/calls/{name}.wav.pt") for mode in ("batch", "exact"))
+        batch, exact = (load_codes(tmp_path / f"{mode}/codes/calls/{name}.wav.pt") for mode in ("batch", "exact"))
         assert torch.equal(batch["codes"], exact["codes"])
 
 
@@ -150,7 +153,7 @@ def test_broken_inputs_are_listed_and_cost_the_others_nothing(world, data, tmp_p
         assert words in report, words
     made = {Path(line["path"]).stem: line for line in lines_of(out / "egs_precomputed.jsonl")}
     assert set(made) == {"a", "b", "c", "one", "cut"}
-    assert made["cut"]["duration"] == 1.0 and codec.load_codes(out / made["cut"]["codes_path"])["codes"].shape[2] == 13
+    assert made["cut"]["duration"] == 1.0 and load_codes(out / made["cut"]["codes_path"])["codes"].shape[2] == 13
     assert (out / "codes/mono.wav.pt.err").read_text().count("mono.wav") == 1
     assert encode(world, data / "egs.jsonl", "--output-dir", out, "--strict") == 1
     write(data / "bad.jsonl", [{"path": "gone.wav"}])
@@ -170,7 +173,7 @@ def test_a_second_run_does_only_what_is_missing_or_stale(world, data, tmp_path, 
             if path.exists():
                 os.utime(path, (0, 0))
         assert encode(world, data / "egs.jsonl", "--output-dir", out) == 0
-        assert all(codec.load_codes(path) for path in files.values())
+        assert all(load_codes(path) for path in files.values())
         return {name for name, path in files.items() if path.stat().st_mtime > 0}
 
     assert redone() == set(files)
@@ -190,11 +193,11 @@ def test_a_second_run_does_only_what_is_missing_or_stale(world, data, tmp_path, 
     write_wav(data / "calls/a.wav", sound(8, seed=9), 24_000)
     assert redone() == {"a"}
     edited = data / "calls/a.wav"  # in place, between the blocks that its fingerprint looks at
-    name, content = codec.audio_fingerprint(edited), bytearray(edited.read_bytes())
+    name, content = audio_fingerprint(edited), bytearray(edited.read_bytes())
     content[9000] ^= 1
     edited.write_bytes(content)
     os.utime(edited, (1e9, 1e9))
-    assert codec.audio_fingerprint(edited) == name and redone() == {"a"}
+    assert audio_fingerprint(edited) == name and redone() == {"a"}
     entry = torch.load(files["one"], weights_only=True)
     torch.save(entry | {"mimi": "another"}, files["one"])
     assert redone() == {"one"}
@@ -216,7 +219,7 @@ def test_a_duration_that_cannot_be_is_corrected(world, data, tmp_path, stated):
     (data / "egs.jsonl").write_text(f'{{"path": "calls/a.wav", "duration": {stated}}}\n')
     assert encode(world, data / "egs.jsonl", "--output-dir", tmp_path / "encoded") == 0
     [line] = lines_of(tmp_path / "encoded/egs_precomputed.jsonl")
-    assert line["duration"] == round((38_400 - 3) / 24_000, 6) and audio.to_frames(line["duration"]) == 20
+    assert line["duration"] == round((38_400 - 3) / 24_000, 6) and to_frames(line["duration"]) == 20
 
 
 def test_half_a_character_in_a_field_stays_what_it_is(world, data, tmp_path):
@@ -284,7 +287,7 @@ def test_voices_are_of_the_speakers_that_training_has(world, mimi, data, tmp_pat
     write(data / "egs.jsonl", [{"path": "calls/a.wav", "duration": 9}])
     out = tmp_path / "encoded"
     command = (data / "egs.jsonl", "--output-dir", out, "--same-speaker")
-    path, name = out / "codes/calls/a.wav.pt.voices", codec.fingerprint(mimi)
+    path, name = out / "codes/calls/a.wav.pt.voices", fingerprint_mimi(mimi)
     starts = lambda speakers: [each["start"] for each in load_same_speaker(path, name, speakers)]
     assert encode(world, *command) == 0 and starts(["SPEAKER_MAIN"]) == [5.0]
     with pytest.raises(UserError, match=r"the speech of SPEAKER_MAIN, and data\.speakers is AGENT; .*--speakers AGENT"):
@@ -300,7 +303,7 @@ def test_voices_are_of_the_speakers_that_training_has(world, mimi, data, tmp_pat
     path.write_bytes(path.read_bytes()[:-50])
     assert encode(world, *command, "--speakers", "SPEAKER_MAIN", "AGENT") == 0
     assert starts(["AGENT", "SPEAKER_MAIN"]) == [0.0, 5.0]
-    line = next(manifest.iterate(out / "egs_precomputed.jsonl", []))
+    line = next(read_manifest(out / "egs_precomputed.jsonl", []))
     reader = PrecomputedTokenizer(None, 25, ["AGENT", "SPEAKER_MAIN"], mimi_fingerprint=name)
     assert len(reader._stretches(line)()) == 2
     reader.speakers = ["AGENT"]
@@ -312,13 +315,13 @@ def test_voices_are_of_the_speakers_that_training_has(world, mimi, data, tmp_pat
 def test_another_mimi_makes_all_codes_stale(world, data, tmp_path):
     out, weights = tmp_path / "encoded", tmp_path / "other.safetensors"
     encode(world, data / "egs.jsonl", "--output-dir", out)
-    before = codec.load_codes(out / "codes/calls/a.wav.pt")["mimi"]
-    state = load_file(open_checkpoint(str(world / "model")).mimi_weights())
+    before = load_codes(out / "codes/calls/a.wav.pt")["mimi"]
+    state = load_file(open_pretrained(str(world / "model")).mimi_weights())
     state["quantizer.rvq_first.vq.layers.0._codebook.embedding_sum"][0] += 1
     save_file(state, weights)
     assert encode(world, data / "egs.jsonl", "--output-dir", out, "--mimi-path", weights) == 0
-    after = {codec.load_codes(path)["mimi"] for path in out.rglob("*.pt")}
-    assert after == {codec.fingerprint_file(weights)} != {before}
+    after = {load_codes(path)["mimi"] for path in out.rglob("*.pt")}
+    assert after == {fingerprint_file(weights)} != {before}
 
 
 def test_a_manifest_that_grows_meanwhile(world, data, tmp_path):
@@ -355,7 +358,7 @@ def test_fields_names_and_paths_of_several_manifests(world, data, tmp_path):
     assert first["path"] == str(elsewhere / "calls/a.wav")
     assert second["codes_path"] == mine[2]["codes_path"] and second["duration"] == mine[2]["duration"]
     assert third["path"] == "local/x.wav" and third["duration"] == 0.2001
-    assert codec.load_codes(out / first["codes_path"])["duration"] == pytest.approx(0.3)
+    assert load_codes(out / first["codes_path"])["duration"] == pytest.approx(0.3)
 
     # A moved data set: the same names, so that nothing is encoded again.
     moved = tmp_path / "moved"
@@ -392,7 +395,7 @@ def test_a_later_run_leaves_the_codes_of_another_manifest(world, mimi, data, tmp
     assert all(path.stat().st_mtime_ns == made for path, made in before.items())
     for name, wav in (("egs", data / "calls/a.wav"), ("more", tmp_path / "more/calls/a.wav")):
         codes = lines_of(tmp_path / f"out/{name}_precomputed.jsonl")[0]["codes_path"]
-        assert torch.equal(codec.load_codes(tmp_path / "out" / codes)["codes"].long(), by_hand(mimi, wav))
+        assert torch.equal(load_codes(tmp_path / "out" / codes)["codes"].long(), by_hand(mimi, wav))
 
 
 def test_mistakes_of_the_command_line(world, data, tmp_path):
@@ -435,7 +438,7 @@ def test_a_killed_run_loses_only_what_it_had_in_hand(world, tmp_path, end):
     done = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
     assert 2 <= len(done) < 8 and not (out / "egs_precomputed.jsonl").exists()
     for path in done:
-        codec.load_codes(path)
+        load_codes(path)
     finished = script(*command[:-1], 16)
     assert len(lines_of(out / "egs_precomputed.jsonl")) == 8 and "8 with codes, 0 failed" in finished.stdout
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
@@ -460,5 +463,5 @@ def test_two_shards_do_together_what_one_run_does(world, data, tmp_path, capsys)
     assert "4 with codes, 1 failed" in capsys.readouterr().out.split("egs_precomputed.jsonl")[-1]
     assert (one / "egs_precomputed.jsonl").read_text() == (two / "egs_precomputed.jsonl").read_text()
     for line in lines_of(one / "egs_precomputed.jsonl"):
-        codes = [codec.load_codes(folder / line["codes_path"])["codes"] for folder in (one, two)]
+        codes = [load_codes(folder / line["codes_path"])["codes"] for folder in (one, two)]
         assert torch.equal(*codes)

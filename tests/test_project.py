@@ -12,8 +12,9 @@ import yaml
 from conftest import ROOT, train_here
 
 import train
-from finetune.args import load_args, settings_table
-from finetune.model import MOSHI, PERSONAPLEX
+from finetune.args import settings_table
+from finetune.config import load_args
+from finetune.model.pretrained import MOSHI, PERSONAPLEX
 
 README = (ROOT / "README.md").read_text()
 

@@ -16,8 +16,9 @@ import pytest
 from conftest import ROOT
 from test_model import hub_cache
 
-from finetune import export, voice
 from finetune.metrics import read_rows
+from finetune.tools import make_voice
+from finetune.tools.export import command as export_command
 
 SMALL = [
     "max_steps=2", "batch_size=1", "num_microbatches=1", "duration_sec=3", "lora.rank=2", "eval_max_samples=1",
@@ -58,9 +59,9 @@ def evening(world, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
         assert not module.main()
 
-    call(export, "--expand", world / "model", tmp_path / "personaplex")
+    call(export_command, "--expand", world / "model", tmp_path / "personaplex")
     (tmp_path / "voices").mkdir()
-    call(voice, "make", folder / "me.wav", tmp_path / "voices/NATF2.pt", "--weights", tmp_path / "personaplex")
+    call(make_voice, "make", folder / "me.wav", tmp_path / "voices/NATF2.pt", "--weights", tmp_path / "personaplex")
     with tarfile.open(tmp_path / "personaplex/voices.tgz", "w:gz") as archive:
         archive.add(tmp_path / "voices", "voices")
     hub_cache(tmp_path / "hub", "kyutai/moshiko-pytorch-bf16", list((world / "model").iterdir()))
@@ -75,7 +76,7 @@ def test_from_recordings_to_a_reply(evening, monkeypatch, capsys):
         more = SMALL if any(w in ("train.py", "train_personaplex.py") for w in words) else []
         code = run(monkeypatch, words, *more)
         shown = capsys.readouterr()
-        assert code == 0 or "finetune.plan" in words, (words, shown.out, shown.err)
+        assert code == 0 or "finetune.tools.plan" in words, (words, shown.out, shown.err)
         assert "Traceback" not in shown.err
     for product in (
         "reply.wav", "data_encoded/train_precomputed.jsonl", "runs/personaplex/report.html",

@@ -18,11 +18,23 @@ import sphn
 import torch
 from conftest import script, train_here, write_config
 
-from finetune import loss, report
+from finetune.audio.files import read_audio
 from finetune.cli import UserError
-from finetune.data import audio
+from finetune.loss import loss_report
 from finetune.metrics import read_rows
-from finetune.model import PERSONAPLEX
+from finetune.model.pretrained import PERSONAPLEX
+from finetune.tools.report.page import (
+    MOST_POINTS,
+    chart,
+    curve,
+    duration,
+    encode_audio,
+    main,
+    number,
+    picture,
+    ticks,
+    write_report,
+)
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 SHAPES = {"path", "rect", "circle"}  # may close themselves in SVG
@@ -110,7 +122,7 @@ def real(world, tmp_path_factory):
     settings = {"ckpt_freq": 1, "eval_free_samples": 1, "eval_free_sec": 1.5, "batch_size": 2, "eval_max_samples": 1}
     config = write_config(folder, world, **settings)
     assert train_here(config, PERSONAPLEX) == 0
-    return folder / "run", Page(report.write_report(folder / "run"))
+    return folder / "run", Page(write_report(folder / "run"))
 
 
 # --- A real run ----------------------------------------------------------------------------------------------------
@@ -136,12 +148,12 @@ def test_curves_are_the_metrics(real):
     for title, key in (("Objective", "loss"), ("Text: words", "text_word_loss"), ("User’s audio", "user_loss")):
         (style, trained), (other, held) = charts[title]
         assert (style, other) == ("train", "held")
-        assert trained == [[row["step"], report.number(row[key])] for row in train if key in row]
-        assert held == [[row["step"], report.number(row[key])] for row in held_out]
-        assert f"base {report.number(held_out[0][key])}" in page.text
+        assert trained == [[row["step"], number(row[key])] for row in train if key in row]
+        assert held == [[row["step"], number(row[key])] for row in held_out]
+        assert f"base {number(held_out[0][key])}" in page.text
     # 8 small charts a side (the script knows the last one of each number, which is the user's).
     assert {str(k) for k in range(8)} < set(charts) and page.source.count('class="chart small"') == 16
-    assert charts["7"][1][1] == [[row["step"], report.number(row["codebook_15_loss"])] for row in held_out]
+    assert charts["7"][1][1] == [[row["step"], number(row["codebook_15_loss"])] for row in held_out]
 
 
 def test_samples_play_and_are_what_was_saved(real):
@@ -151,7 +163,7 @@ def test_samples_play_and_are_what_was_saved(real):
     sounds = page.sounds()
     assert len(sounds) == 2
     for path, (pcm, rate) in zip(saved, sounds):
-        original = audio.read(path, sample_rate=24_000)
+        original = read_audio(path, sample_rate=24_000)
         seconds = original.shape[1] / 24_000
         assert pcm.shape[0] == 2 and pcm.shape[1] / rate == pytest.approx(seconds, abs=0.08)
         loud = lambda x, rate: [np.sqrt((channel**2).mean()) for channel in x]
@@ -175,7 +187,7 @@ def test_arithmetic_and_data_are_those_of_the_run(real, world):
     frames = sum(
         row["frames_per_sec"] * row["interval_sec"] for row in read_rows(run / "metrics.train.jsonl") if "lr" in row
     )
-    assert f"{report.number(frames / 12.5 / 3600)} h of frames that carry loss" in text
+    assert f"{number(frames / 12.5 / 3600)} h of frames that carry loss" in text
     assert "lora.safetensors" in text and "optim.lr 0.001 0.0001 Peak learning rate." in text
 
 
@@ -183,10 +195,10 @@ def test_the_command_writes_the_page_and_says_where(real, monkeypatch, capsys):
     run, page = real
     (run / "report.html").unlink()
     monkeypatch.setattr(sys, "argv", ["report", str(run)])
-    report.main()
+    main()
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert (run / "report.html").read_text() == page.source
-    done = script("-m", "finetune.report", run / "nothing", check=False)
+    done = script("-m", "finetune.tools.report", run / "nothing", check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no such folder" in done.stderr
 
 
@@ -196,7 +208,7 @@ def test_the_command_writes_the_page_and_says_where(real, monkeypatch, capsys):
 def row(step, value=2.0, **more):
     """A row of metrics with every loss of a PersonaPlex model near `value`."""
     counts = torch.full((18,), 50.0)
-    return {"step": step} | loss.report(counts * value, counts * 0.5, counts, torch.ones(18)) | more
+    return {"step": step} | loss_report(counts * value, counts * 0.5, counts, torch.ones(18)) | more
 
 
 def write_rows(folder, kind, rows):
@@ -245,16 +257,16 @@ def make_part(folder, part):
 )
 def test_any_part_alone_makes_a_page(part, sections, tmp_path):
     make_part(tmp_path, part)
-    page = Page(report.write_report(tmp_path))
+    page = Page(write_report(tmp_path))
     check_nothing_is_fetched(page)
     assert [name for name in page.sections if name != "arithmetic"] == [n for n in sections if n != "arithmetic"]
 
 
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        report.write_report(tmp_path / "nowhere")
+        write_report(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no run"):
-        report.write_report(tmp_path)
+        write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -268,7 +280,7 @@ def test_broken_files_are_named_and_cost_nothing_else(tmp_path):
     write_sample(tmp_path, 1, "empty", {}, seconds=0.0)
     odd = write_sample(tmp_path, 1, "odd", {"text": [["no times"]], "measures": "none"})
     odd.with_suffix(".json").write_text("[")
-    page = Page(report.write_report(tmp_path))
+    page = Page(write_report(tmp_path))
     for what in ("args.yaml cannot be read", "checkpoint_000001 has no readable train_state.json", "broken.wav: not",
                  "empty.wav"):  # fmt: skip
         assert what in page.text, what
@@ -280,7 +292,7 @@ def test_text_from_outside_stays_text(tmp_path):
     (tmp_path / "args.yaml").write_text(json.dumps({"prompt": {"text": hostile}, "data": {"train_data": "x.jsonl"}}))
     (tmp_path / "x").mkdir()
     write_sample(tmp_path, 0, "a", {"text": [[hostile, 0.5, 0.9]], "of": hostile, "prompt": hostile, "voice": hostile})
-    page = Page(report.write_report(tmp_path))
+    page = Page(write_report(tmp_path))
     check_nothing_is_fetched(page)
     assert len(page.all("script")) == 1 and not page.all("img")
     assert page.text.count(hostile) == 5  # word, text, prompt, voice, setting
@@ -289,11 +301,11 @@ def test_text_from_outside_stays_text(tmp_path):
 def test_a_run_that_went_mute_says_so(tmp_path):
     said = {"free_silence": 0.61, "free_words_per_minute": 80.0, "free_looping": 0.0, "free_replies": 4}
     write_rows(tmp_path, "eval", [row(0, **said), row(100, **said | {"free_silence": 0.99})])
-    page = Page(report.write_report(tmp_path))
+    page = Page(write_report(tmp_path))
     assert "Step 100: mute: silent 99% of the time." in page.text
     assert page.all("div", **{"class": "tile bad"})
     write_rows(tmp_path, "eval", [row(0, **said | {"free_silence": 0.99}), row(100, **said)])
-    page = Page(report.write_report(tmp_path))
+    page = Page(write_report(tmp_path))
     assert "mute:" not in page.text and not page.all("div", **{"class": "tile bad"})
 
 
@@ -301,7 +313,7 @@ def test_a_card_holds_one_conversation_over_steps(tmp_path):
     for step in (0, 20, 100):
         for name in ("00", "01"):
             write_sample(tmp_path, step, name, {"of": f"calls/{name}.wav", "text": [[f"w{step}of{name}", 0.1, 0.4]]})
-    page = Page(report.write_report(tmp_path))
+    page = Page(write_report(tmp_path))
     assert len(page.all("article")) == 2 and len(page.all("audio")) == 6
     order = [f"w{step}of{name}" for name in ("00", "01") for step in (100, 20, 0)]
     assert re.findall(r'data-end="0.40">(\w+)<', page.source) == order
@@ -311,9 +323,9 @@ def test_a_card_holds_one_conversation_over_steps(tmp_path):
 def test_sound_beyond_the_budget_is_named(tmp_path, monkeypatch):
     for step in (0, 10, 20, 30):
         write_sample(tmp_path, step, "a", {"text": [[f"word{step}", 0.1, 0.4]]})
-    one = len(report.encode_audio(audio.read(tmp_path / "samples/step_000030/a.wav"))[1])
-    monkeypatch.setattr(report, "AUDIO_BUDGET", round(2.5 * one))
-    page = Page(report.write_report(tmp_path))
+    one = len(encode_audio(read_audio(tmp_path / "samples/step_000030/a.wav"))[1])
+    monkeypatch.setattr("finetune.tools.report.page.AUDIO_BUDGET", round(2.5 * one))
+    page = Page(write_report(tmp_path))
     assert len(page.sounds()) == 2
     assert "word30" in page.text and "word0" in page.text  # the newest and the base
     assert "samples/step_000010/a.wav" in page.text and "samples/step_000020/a.wav" in page.text
@@ -324,10 +336,10 @@ def test_a_long_run_stays_a_small_page_with_true_means(tmp_path):
     first = row(1, lr=1e-5, tokens_per_sec=1e4, interval_sec=2.0)
     rows = [{k: v * rng.uniform(0.5, 1.5) for k, v in first.items()} | {"step": step} for step in range(1, 4001)]
     write_rows(tmp_path, "train", rows)
-    path = report.write_report(tmp_path)
+    path = write_report(tmp_path)
     assert path.stat().st_size < 1.5e6
     ((style, points),) = Page(path).charts()["Objective"]
-    assert style == "train" and len(points) == report.MOST_POINTS
+    assert style == "train" and len(points) == MOST_POINTS
     mean = np.mean([float(value) for _, value in points])
     assert mean == pytest.approx(np.mean([r["loss"] for r in rows]), rel=1e-3)
 
@@ -338,7 +350,7 @@ def test_a_long_run_stays_a_small_page_with_true_means(tmp_path):
 def test_points_are_drawn_where_the_axis_says():
     values = {0: 4.0, 50: 3.0, 100: 1.5}
     rows = [{"step": step, "loss": value} for step, value in values.items()]
-    drawn = report.chart("Objective", [report.curve("held", rows, "loss")], 100, base=4.0)
+    drawn = chart("Objective", [curve("held", rows, "loss")], 100, base=4.0)
     labels = re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', drawn)
     slope, offset = np.polyfit([float(y) - 3.5 for y, _ in labels], [float(label) for _, label in labels], 1)
     circles = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)
@@ -347,27 +359,27 @@ def test_points_are_drawn_where_the_axis_says():
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1])
     base = float(re.search(r'class="base" d="M[\d.]+,([\d.]+)H', drawn)[1])
     assert base == pytest.approx(float(circles[0][1]))
-    assert report.chart("Objective", [report.curve("held", [], "loss")], 100) == ""
+    assert chart("Objective", [curve("held", [], "loss")], 100) == ""
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.97, 0.972), (3e-6, 4e-5), (-2, 1e4), (0, 1e-9)])
 def test_ticks_are_round_few_and_inside(low, high):
     for most in (2, 3, 5):
-        found = report.ticks(low, high, most)
+        found = ticks(low, high, most)
         assert 1 <= len(found) <= most + 1
         assert all(low - 1e-9 * abs(high) <= tick <= high * (1 + 1e-9) for tick in found)
 
 
 def test_numbers_for_people():
-    assert [report.number(v) for v in (0, 2.12345, 13.897, 428.32, 1234567, 1.5e-6)] == [
+    assert [number(v) for v in (0, 2.12345, 13.897, 428.32, 1234567, 1.5e-6)] == [
         "0", "2.123", "13.90", "428.3", "1,234,567", "1.50e-06"
     ]  # fmt: skip
-    assert [report.duration(v) for v in (7, 300, 7200)] == ["7 s", "5 min", "2.0 h"]
+    assert [duration(v) for v in (7, 300, 7200)] == ["7 s", "5 min", "2.0 h"]
 
 
 def test_words_of_one_row_do_not_overlap():
     words = [("extraordinarily", 0.1 * i, 0.1 * i + 0.1) for i in range(3)] + [("yes", 1.9, 2.0)]
-    drawn = report.picture(np.zeros((2, 48_000), np.float32), words)
+    drawn = picture(np.zeros((2, 48_000), np.float32), words)
     rows: dict[str, list[tuple[float, int]]] = {}
     for x, y, word in re.findall(r'class="word" x="([\d.]+)" y="([\d.]+)"[^>]*>(\w+)<', drawn):
         rows.setdefault(y, []).append((float(x), len(word)))

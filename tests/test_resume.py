@@ -20,11 +20,11 @@ from moshi.models import LMGen
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from finetune import checkpointing
 from finetune.cli import UserError
-from finetune.data.setup import Data
+from finetune.data.run_data import RunData
 from finetune.loop import EXIT_PREEMPTED
-from finetune.model import MOSHI, PERSONAPLEX
+from finetune.model.pretrained import MOSHI, PERSONAPLEX
+from finetune.run_dir import list_checkpoints
 
 STEPS = 6
 SETTINGS = {
@@ -44,7 +44,7 @@ def straight(world, tmp_path_factory):
 def copy_of(straight, tmp_path, world, upto=3, **settings):
     """The same run, as it stood at a step."""
     shutil.copytree(straight / "run", tmp_path / "run")
-    for step, path in checkpointing.checkpoints(tmp_path / "run"):
+    for step, path in list_checkpoints(tmp_path / "run"):
         if step > upto:
             shutil.rmtree(path)
     config = write_config(tmp_path, world, **SETTINGS | settings)
@@ -161,12 +161,12 @@ def test_a_checkpoint_beyond_the_one_gone_on_from_does_not_outlive_new_ones(stra
     shutil.copytree(tmp_path / "run/checkpoints/checkpoint_000003", later)
     (later / "train_state.json").write_text("{")
     assert train_here(config, PERSONAPLEX, ("num_ckpt_keep=1",)) == 0
-    assert [step for step, _ in checkpointing.checkpoints(tmp_path / "run")] == [STEPS]
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [STEPS]
 
 
 def test_a_signal_does_not_wait_for_an_evaluation_to_end(world, tmp_path, monkeypatch):
     config = write_config(tmp_path, world, **SETTINGS | {"do_eval": True, "eval_freq": 2, "ckpt_freq": 0})
-    evaluations, batches = [], Data.eval_batches
+    evaluations, batches = [], RunData.eval_batches
 
     def eval_batches(data):
         evaluations.append(0)
@@ -176,10 +176,10 @@ def test_a_signal_does_not_wait_for_an_evaluation_to_end(world, tmp_path, monkey
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(Data, "eval_batches", eval_batches)
+    monkeypatch.setattr(RunData, "eval_batches", eval_batches)
     assert train_here(config, PERSONAPLEX) == EXIT_PREEMPTED
     assert train_here(config, PERSONAPLEX) == EXIT_PREEMPTED
-    assert [step for step, _ in checkpointing.checkpoints(tmp_path / "run")] == [2]
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2]
     assert train_here(config, PERSONAPLEX) == 0
     assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [0, 2, 4, 6]
     whole = evaluations[-1]
@@ -189,7 +189,7 @@ def test_a_signal_does_not_wait_for_an_evaluation_to_end(world, tmp_path, monkey
 def test_a_signal_does_not_wait_for_the_replies_to_end(world, tmp_path, monkeypatch, caplog):
     config = write_config(tmp_path, world, **SETTINGS | {"do_eval": True, "max_steps": 1, "eval_free_samples": 1,
                                                          "eval_free_sec": 4.0})  # fmt: skip
-    samples, steps, step = Data.eval_samples, [], LMGen.step
+    samples, steps, step = RunData.eval_samples, [], LMGen.step
 
     def eval_samples(data, count):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -197,7 +197,7 @@ def test_a_signal_does_not_wait_for_the_replies_to_end(world, tmp_path, monkeypa
 
     monkeypatch.setattr(LMGen, "step", lambda *args: (steps.append(args), step(*args))[1])
     with monkeypatch.context() as signalled, caplog.at_level("INFO"):
-        signalled.setattr(Data, "eval_samples", eval_samples)
+        signalled.setattr(RunData, "eval_samples", eval_samples)
         assert train_here(config, PERSONAPLEX) == EXIT_PREEMPTED
     assert 0 < len(steps) <= 13 and not list((tmp_path / "run").rglob("*.wav"))
     assert "SIGTERM: stopped before its first step; the same command begins anew" in caplog.text
@@ -267,7 +267,7 @@ def test_what_comes_back_does_not_overwrite_itself(straight, world, tmp_path, mo
     assert (tmp_path / "run/checkpoints/checkpoint_000001/train_state.json").stat().st_mtime_ns == begun
     launch("18")
     assert train_here(config, PERSONAPLEX, (*overwrite, "max_steps=1")) == 0
-    assert [step for step, _ in checkpointing.checkpoints(tmp_path / "run")] == [1]
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [1]
     assert (tmp_path / "run/mine.txt").exists()
 
 
@@ -291,7 +291,7 @@ def test_a_run_that_was_removed_by_half_is_still_one(straight, world, tmp_path, 
 def test_old_checkpoints_are_pruned_by_step(straight, world, tmp_path):
     config = copy_of(straight, tmp_path, world)
     assert train_here(config, PERSONAPLEX, ("ckpt_freq=1", "num_ckpt_keep=2")) == 0
-    assert [step for step, _ in checkpointing.checkpoints(tmp_path / "run")] == [5, 6]
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [5, 6]
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(straight, world, tmp_path):
@@ -301,7 +301,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(straight, world, tmp_path):
     done = subprocess.run([sys.executable, "train_personaplex.py", config], preexec_fn=limit, **signal_safe)
     assert done.returncode == 2 and "the last checkpoint could not be written" in done.stderr
     assert "could not be written" in done.stderr and "the one before is kept" in done.stderr
-    assert [step for step, _ in checkpointing.checkpoints(tmp_path / "run")] == [3]
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [3]
     assert train_here(config, PERSONAPLEX) == 0
     assert_same_end(tmp_path / "run", straight)
 

@@ -13,12 +13,29 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 from safetensors.torch import load_file
 
-from finetune import toy
+from finetune.audio.files import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, probe_audio, read_audio
+from finetune.audio.words import sidecar
 from finetune.cli import UserError
-from finetune.data import audio, manifest
-from finetune.data.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
-from finetune.personaplex import SILENCE_TOKENS, SINE_TOKENS
-from finetune.weights import split_names
+from finetune.data.manifest import read_manifest
+from finetune.model.weights import split_names
+from finetune.streams import SILENCE_TOKENS, SINE_TOKENS
+from finetune.tools.toy.world import (
+    AGENT_VOICES,
+    NEUTRAL_WORDS,
+    QUESTIONS,
+    ROLES,
+    VOICES,
+    WORDS,
+    detect_voice,
+    detect_words,
+    expected_reply,
+    greeting,
+    held_out,
+    main,
+    make_corpus,
+    make_model,
+    synthesise,
+)
 
 
 def checkpoint(folder: Path) -> CheckpointInfo:
@@ -70,13 +87,13 @@ class Side:
 @pytest.fixture(scope="module")
 def sides(world, mimi) -> list[Side]:
     paths = sorted((world / "data").glob("eval/*.wav")) + sorted((world / "data").glob("train/*.wav"))[:14]
-    wavs = [wav for path in paths for wav in audio.read(path)]
+    wavs = [wav for path in paths for wav in read_audio(path)]
     padded = np.zeros((len(wavs), max(map(len, wavs))), dtype=np.float32)
     for row, wav in zip(padded, wavs):
         row[: len(wav)] = wav
     codes = encode(mimi, padded)
     decoded = decode(mimi, codes)
-    abouts = [json.loads(manifest.sidecar(path).read_text()) for path in paths]
+    abouts = [json.loads(sidecar(path).read_text()) for path in paths]
     whos = [(about, who) for about in abouts for who in ("SPEAKER_MAIN", "SPEAKER_USER")]
     return [Side(*who, *rest) for who, *rest in zip(whos, wavs, codes, decoded)]
 
@@ -84,9 +101,9 @@ def sides(world, mimi) -> list[Side]:
 def lines(folder: Path, name: str) -> list[tuple[dict, dict, Path]]:
     """(manifest line, its .json, its wav) of a split."""
     problems: list[str] = []
-    found = list(manifest.iterate(folder / f"{name}.jsonl", problems))
+    found = list(read_manifest(folder / f"{name}.jsonl", problems))
     assert not problems
-    return [(line.fields, json.loads(manifest.sidecar(line.path).read_text()), line.path) for line in found]
+    return [(line.fields, json.loads(sidecar(line.path).read_text()), line.path) for line in found]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -113,7 +130,7 @@ def test_stock_loaders_read_the_model_folder(world):
     assert tokenizer.vocab_size() == lm.text_card
     ids = (tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id())
     assert ids == (0, 1, 2, 3) and lm.existing_text_padding_id == 3
-    pieces = {word: len(tokenizer.encode(word)) for word in toy.WORDS}
+    pieces = {word: len(tokenizer.encode(word)) for word in WORDS}
     assert max(pieces.values()) <= 4 and np.mean([n <= 3 for n in pieces.values()]) > 0.9
     assert max(pieces.values()) > 1, "some words need several pieces, or interleaving is not tried"
     assert tokenizer.decode(tokenizer.encode("Zürich & 3")) == "Zürich & 3"  # by bytes
@@ -135,8 +152,8 @@ def test_weights_are_stored_fused_as_published(world):
 
 def test_the_seed_decides_everything(tmp_path):
     def make(name: str, seed: int) -> dict[str, bytes]:
-        toy.make_model(tmp_path / name / "model", seed, num_layers=1)
-        toy.make_corpus(tmp_path / name / "data", hours=0.004, seed=seed)
+        make_model(tmp_path / name / "model", seed, num_layers=1)
+        make_corpus(tmp_path / name / "data", hours=0.004, seed=seed)
         return contents(tmp_path / name)
 
     first, again, other = make("a", 0), make("b", 0), make("c", 1)
@@ -152,9 +169,9 @@ def test_the_seed_decides_everything(tmp_path):
 
 def test_pairs_of_role_and_voice_are_held_out_of_training(world):
     pairs = {name: [(j["role"], j["voice"]) for _, j, _ in lines(world / "data", name)] for name in ("train", "eval")}
-    unseen = {(r, v) for r in toy.ROLES for v in toy.AGENT_VOICES if toy.held_out(r, v)}
-    assert len(unseen) == len(toy.ROLES) == len({v for _, v in unseen})
-    assert set(pairs["train"]) == {(r, v) for r in toy.ROLES for v in toy.AGENT_VOICES} - unseen
+    unseen = {(r, v) for r in ROLES for v in AGENT_VOICES if held_out(r, v)}
+    assert len(unseen) == len(ROLES) == len({v for _, v in unseen})
+    assert set(pairs["train"]) == {(r, v) for r in ROLES for v in AGENT_VOICES} - unseen
     flags = [fields["held_out"] for fields, _, _ in lines(world / "data", "eval")]
     assert flags == [pair in unseen for pair in pairs["eval"]]
     assert set(flags) == {True, False}
@@ -166,27 +183,27 @@ def test_dialogues_follow_the_role_and_the_questions(world):
         for word, _, who in about["alignments"]:
             words[who].append(word)
         role, questions = about["role"], [turn["question"] for turn in about["turns"]]
-        replies = [toy.expected_reply(role, question) for question in questions]
-        assert words["SPEAKER_MAIN"] == [word for said in (toy.greeting(role), *replies) for word in said]
-        assert words["SPEAKER_USER"] == [word for question in questions for word in toy.QUESTIONS[question]]
+        replies = [expected_reply(role, question) for question in questions]
+        assert words["SPEAKER_MAIN"] == [word for said in (greeting(role), *replies) for word in said]
+        assert words["SPEAKER_USER"] == [word for question in questions for word in QUESTIONS[question]]
         assert [turn["reply"] for turn in about["turns"]] == replies
-        assert about["text_prompt"] == f"<system> You are {role} from the {toy.ROLES[role].place}. <system>"
+        assert about["text_prompt"] == f"<system> You are {role} from the {ROLES[role].place}. <system>"
         starts = {start: who for _, (start, _), who in about["alignments"]}
         for turn in about["turns"]:
             reply = min(start for start, who in starts.items() if who == "SPEAKER_MAIN" and start > turn["asked_sec"])
             assert 0.2 <= reply - turn["asked_sec"] <= 0.6
-    assert len({tuple(toy.expected_reply(r, q)) for r in toy.ROLES for q in toy.QUESTIONS}) == 20
+    assert len({tuple(expected_reply(r, q)) for r in ROLES for q in QUESTIONS}) == 20
 
 
 def test_word_times_are_where_the_sound_is(world):
     for fields, about, path in lines(world / "data", "train") + lines(world / "data", "eval"):
-        info = audio.probe(path)
+        info = probe_audio(path)
         assert (info.channels, info.sample_rate) == (2, SAMPLE_RATE)
         assert fields["duration"] == pytest.approx(info.duration_sec) and 5.9 <= info.duration_sec <= 16.5
         starts = [start for _, (start, _), _ in about["alignments"]]
         assert starts == sorted(starts)
         for channel, who in ((0, "SPEAKER_MAIN"), (1, "SPEAKER_USER")):
-            wav = audio.read(path)[channel]
+            wav = read_audio(path)[channel]
             hops = np.sqrt((wav[: len(wav) // 480 * 480].reshape(-1, 480) ** 2).mean(1))  # 20 ms
             speech = np.zeros(len(hops), dtype=bool)
             for _, (start, end), speaker in about["alignments"]:
@@ -199,14 +216,14 @@ def test_word_times_are_where_the_sound_is(world):
 
 def test_voice_prompts_are_other_speech_at_the_loudness_of_a_prompt(world):
     spoken = {word for _, j, _ in lines(world / "data", "train") for word, _, _ in j["alignments"]}
-    assert {j["voice_prompt"] for _, j, _ in lines(world / "data", "train")} == {f"{v}.wav" for v in toy.AGENT_VOICES}
-    for voice in toy.AGENT_VOICES:
-        wav = audio.read(world / "data/voices" / f"{voice}.wav")
+    assert {j["voice_prompt"] for _, j, _ in lines(world / "data", "train")} == {f"{v}.wav" for v in AGENT_VOICES}
+    for voice in AGENT_VOICES:
+        wav = read_audio(world / "data/voices" / f"{voice}.wav")
         assert wav.shape[0] == 1 and 3.0 <= wav.shape[1] / SAMPLE_RATE <= 4.0
-        words = [word for word, _ in toy.detect_words(wav[0])]
-        assert len(words) > 6 and set(words) <= set(toy.NEUTRAL_WORDS)
+        words = [word for word, _ in detect_words(wav[0])]
+        assert len(words) > 6 and set(words) <= set(NEUTRAL_WORDS)
         assert not spoken & set(words)
-        assert toy.detect_voice(wav[0])[0] == voice
+        assert detect_voice(wav[0])[0] == voice
         assert pyloudnorm.Meter(SAMPLE_RATE).integrated_loudness(wav[0]) == pytest.approx(-24, abs=0.6)
 
 
@@ -234,8 +251,8 @@ def test_the_acoustic_codebooks_name_the_voice(sides):
         assert min(shares) > 0.98
         names = {voice: c.most_common(1)[0][0] for voice, c in heard.items()}
         if codebook == 1:
-            assert len(set(names.values())) == len(toy.VOICES)
-        assert len({names[voice] for voice in toy.AGENT_VOICES}) == len(toy.AGENT_VOICES)
+            assert len(set(names.values())) == len(VOICES)
+        assert len({names[voice] for voice in AGENT_VOICES}) == len(AGENT_VOICES)
 
 
 def test_a_word_in_a_voice_has_the_same_codes_everywhere(sides):
@@ -266,7 +283,7 @@ def test_few_ids_occur(sides):
 
 
 def test_codes_survive_a_change_of_level(mimi):
-    wav = toy.synthesise([*toy.QUESTIONS["when"], "Celia", "library"], "cedar", lead_in=2)
+    wav = synthesise([*QUESTIONS["when"], "Celia", "library"], "cedar", lead_in=2)
     plain, louder, softer = encode(mimi, np.stack([wav, wav * 1.4, wav * 0.75]))
     assert (plain == louder).mean() > 0.99 and (plain == softer).mean() > 0.99
 
@@ -283,14 +300,14 @@ def test_ids_that_stand_for_nothing_decode_to_silence(mimi, sides):
 def test_judges_are_right_on_clean_sound():
     rng = np.random.default_rng(0)
     said = heard = voices = total = 0
-    for name in toy.VOICES:
+    for name in VOICES:
         for _ in range(4):
-            words = [str(word) for word in rng.choice(toy.WORDS, 12)]
-            wav = toy.synthesise(words, name, lead_in=2)
-            found = [word for word, _ in toy.detect_words(wav)]
+            words = [str(word) for word in rng.choice(WORDS, 12)]
+            wav = synthesise(words, name, lead_in=2)
+            found = [word for word, _ in detect_words(wav)]
             said += sum(a == b for a, b in zip(words, found))
             heard += max(len(words), len(found))
-            voices += toy.detect_voice(wav)[0] == name
+            voices += detect_voice(wav)[0] == name
             total += 1
     assert said >= 0.98 * heard and voices >= 0.98 * total
 
@@ -301,10 +318,10 @@ def test_judges_are_right_on_dialogues(sides, kind):
     for side in sides:
         sound = getattr(side, kind)
         words = [(word, start) for word, start, _ in side.words]
-        found = toy.detect_words(sound)
+        found = detect_words(sound)
         right += len(set(words) & set(found))
         said += max(len(words), len(found))
-        name, confidence = toy.detect_voice(sound)
+        name, confidence = detect_voice(sound)
         voices.append(name == side.voice and confidence > 0.9)
     assert right >= 0.98 * said and np.mean(voices) >= 0.98
 
@@ -313,26 +330,26 @@ def test_judges_hear_nothing_in_silence():
     silence = np.random.default_rng(0).standard_normal(20 * FRAME_SIZE) * 1e-3
     codes = np.repeat(np.array(SILENCE_TOKENS)[:, None], 20, axis=1)
     for sound in (silence, codes):
-        assert toy.detect_words(sound) == [] and toy.detect_voice(sound) == (None, 0.0)
+        assert detect_words(sound) == [] and detect_voice(sound) == (None, 0.0)
 
 
 def test_judges_tell_a_wrong_voice_and_a_missing_word(sides):
     side = sides[0]
-    mixed = np.concatenate([toy.synthesise(["hello"], "basalt"), toy.synthesise(["this", "is"], "willow")])
-    name, confidence = toy.detect_voice(mixed)
+    mixed = np.concatenate([synthesise(["hello"], "basalt"), synthesise(["this", "is"], "willow")])
+    name, confidence = detect_voice(mixed)
     assert name == "willow" and confidence < 0.9
     codes = side.codes.copy()
     _, start, end = side.words[1]
     codes[:, start:end] = np.array(SILENCE_TOKENS)[:, None]
     expected = [(word, start) for word, start, _ in side.words]
-    assert toy.detect_words(codes) == expected[:1] + expected[2:]
+    assert detect_words(codes) == expected[:1] + expected[2:]
 
 
 # --- The command ---
 
 
 def test_the_command_writes_both_folders(tmp_path):
-    call = [sys.executable, "-m", "finetune.toy", str(tmp_path / "world"), "--hours", "0.002"]
+    call = [sys.executable, "-m", "finetune.tools.toy", str(tmp_path / "world"), "--hours", "0.002"]
     subprocess.run(call, check=True, cwd=Path(__file__).parents[1])
     assert {p.name for p in (tmp_path / "world").iterdir()} == {"model", "data"}
     assert len(lines(tmp_path / "world/data", "train")) == 2
@@ -344,4 +361,4 @@ def test_the_command_explains_mistakes(tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["toy", *args])
     with pytest.raises(UserError, match=words):
-        toy.main()
+        main()

@@ -15,13 +15,22 @@ from moshi.modules.lora import LoRALinear
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
-from finetune import checkpointing, evaluate, export, generate, lora, loss, model, optim
-from finetune.args import DataArgs, OptimArgs, TrainArgs, load_args
+from finetune.args import DataArgs, OptimArgs, TrainArgs
+from finetune.checkpointing import load_checkpoint
 from finetune.cli import UserError
-from finetune.data import dataset
-from finetune.fast import TrainingLM
-from finetune.model import MOSHI, PERSONAPLEX
-from finetune.personaplex import expand_moshiko_to_personaplex
+from finetune.config import load_args
+from finetune.data.dataset import get_dataset_iterator
+from finetune.lora import add_adapters
+from finetune.loss import group_weights, loss_report, loss_scales
+from finetune.model.build import StoredWeights, build_lm, load_weights, set_trainable
+from finetune.model.consolidated import Artefact
+from finetune.model.expansion import expand_moshiko_to_personaplex
+from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs, open_pretrained
+from finetune.model.training_lm import TrainingLM
+from finetune.optim import build_optimizer
+from finetune.tools import generate as generate_command
+from finetune.tools.evaluate import main
+from finetune.tools.export import command as export_command
 
 
 def consolidated(run, step):
@@ -96,14 +105,14 @@ def test_evaluations_reply_to_held_out_users(which, request):
 def test_training_on_codes_has_no_mimi_but_to_listen_to_replies(world, tmp_path, monkeypatch):
     """And none of those stays, which moshi's modules would until Python looks for cycles."""
     loaded = []
-    load = model.Checkpoint.mimi
+    load = Pretrained.mimi
 
     def noted(*args):
         mimi = load(*args)
         loaded.append(weakref.ref(mimi))
         return mimi
 
-    monkeypatch.setattr(model.Checkpoint, "mimi", noted)
+    monkeypatch.setattr(Pretrained, "mimi", noted)
     run = lambda name, **settings: train_here(
         write_config(tmp_path, world, **settings | {"run_dir": str(tmp_path / name)}), MOSHI
     )
@@ -119,7 +128,7 @@ def test_training_on_codes_has_no_mimi_but_to_listen_to_replies(world, tmp_path,
 def test_evaluate_judges_a_run_as_the_run_did(personaplex_run, monkeypatch, capsys):
     run, _ = personaplex_run
     monkeypatch.setattr(sys, "argv", ["evaluate", str(run), "eval_free_samples=0"])
-    assert evaluate.main() == 0
+    assert main() == 0
     found = json.loads((run / "evaluation_000002.json").read_text())
     own = rows(run, "eval")
     assert found["loss"] == pytest.approx(own[-1]["loss"], rel=1e-4)
@@ -141,7 +150,7 @@ def test_what_was_trained_is_what_speaks_in_every_form(personaplex_run, world, t
     def replies(source, out):
         """Of both users, one after the other: (wav, words) each."""
         call(
-            generate, source, "--user-wav", *users, "--voice", sorted((world / "data/voices").glob("*.wav"))[0],
+            generate_command, source, "--user-wav", *users, "--voice", sorted((world / "data/voices").glob("*.wav"))[0],
             "--text-prompt", "You are Ada.", "--greedy", "--dtype", "fp32", "--batch-size", 1, "--tail-sec", 0.5,
             "--out", out, "--text", out,
         )  # fmt: skip
@@ -151,10 +160,10 @@ def test_what_was_trained_is_what_speaks_in_every_form(personaplex_run, world, t
     assert trained[0] != trained[1]
     for runtime in ("moshi", "personaplex"):
         folder = tmp_path / runtime
-        call(export, run, folder, "--format", runtime, "--merge", "--dtype", "fp32")
+        call(export_command, run, folder, "--format", runtime, "--merge", "--dtype", "fp32")
         assert "free-running: silence" in (folder / "README.md").read_text()
         assert replies(folder, tmp_path / f"{runtime}-said") == trained
-    together = call(generate, tmp_path / "moshi", "--user-wav", *users, "--greedy", "--out", tmp_path / "both")
+    together = call(generate_command, tmp_path / "moshi", "--user-wav", *users, "--greedy", "--out", tmp_path / "both")
     assert together.count(".wav: ") == 2
 
 
@@ -187,19 +196,19 @@ def test_stock_moshi_gives_the_trained_logits(world, personaplex_run, tmp_path):
     folder = consolidated(run, 2)
     config = json.loads((folder / "config.json").read_text())
     assert (config["lora"], config["lora_rank"], config["dep_q"]) == (True, 4, 16)
-    checkpoint = model.open_checkpoint(str(world / "model"))
-    kwargs = model.lm_kwargs(checkpoint, PERSONAPLEX)
-    trained = model.build_lm(kwargs, torch.float32)
-    lora.add_adapters(trained, 4, 2.0)
-    model.set_trainable(trained, full=False, ft_embed=False)
+    checkpoint = open_pretrained(str(world / "model"))
+    kwargs = lm_kwargs(checkpoint, PERSONAPLEX)
+    trained = build_lm(kwargs, torch.float32)
+    add_adapters(trained, 4, 2.0)
+    set_trainable(trained, full=False, ft_embed=False)
     trained.to_empty(device="cpu")
-    model.fill(trained, model.Weights(checkpoint.moshi_weights(), 16), seed=0)
-    optimizer = optim.build_optimizer(trained, OptimArgs(), torch.device("cpu"))
+    load_weights(trained, StoredWeights(checkpoint.moshi_weights(), 16), seed=0)
+    optimizer = build_optimizer(trained, OptimArgs(), torch.device("cpu"))
     codes, mask = torch.randint(4, 300, (2, 17, 20)), torch.ones(2, 20, dtype=torch.bool)
     losses = lambda lm: TrainingLM(lm, False)(codes, mask).ce
     with torch.no_grad():
         base = losses(trained)
-        checkpointing.load(folder.parent, trained, optimizer, 2)
+        load_checkpoint(folder.parent, trained, optimizer, 2)
         expected = losses(trained)
         assert not torch.allclose(expected, base, rtol=1e-5)
 
@@ -208,7 +217,7 @@ def test_stock_moshi_gives_the_trained_logits(world, personaplex_run, tmp_path):
         torch.testing.assert_close(losses(adapted), expected, rtol=1e-6, atol=1e-4)
 
         config = {k: v for k, v in config.items() if k != "lora"}
-        artefact = checkpointing.Artefact(config, None, torch.float32)
+        artefact = Artefact(config, None, torch.float32)
         assert artefact.write(trained, tmp_path, is_main=True) is None
         merged = stock(world, tmp_path / "config.json", tmp_path / "consolidated.safetensors")
         assert not any(isinstance(m, LoRALinear) for m in merged.modules())
@@ -261,13 +270,13 @@ def test_a_step_reads_one_tensor_back(world, tmp_path, monkeypatch):
     """Losses, gradient norm and what the ranks wish for come to the host together, and nothing else does. Reading
     batches is the workers' work, so it is done before."""
     settings = {"do_eval": False, "do_ckpt": False, "log_freq": 100, "num_microbatches": 2, "batch_size": 1}
-    batches = dataset.get_dataset_iterator
+    batches = get_dataset_iterator
 
     def ahead(*args, **kwargs):
         read = list(itertools.islice(batches(*args, **kwargs), 20))
         return (batch for batch in read)
 
-    monkeypatch.setattr(dataset, "get_dataset_iterator", ahead)
+    monkeypatch.setattr("finetune.data.run_data.get_dataset_iterator", ahead)
     counts = []
     for steps in (1, 2, 5):  # the first also fills the cache of voices
         config = write_config(tmp_path, world, **settings | {"max_steps": steps, "run_dir": str(tmp_path / str(steps))})
@@ -280,16 +289,16 @@ def test_a_step_reads_one_tensor_back(world, tmp_path, monkeypatch):
 def test_losses_are_weighted_sums_over_global_weights():
     counts = torch.tensor([10, 90, *([50] * 16)])
     args = load_args_with(first_codebook_weight_multiplier=50.0, text_padding_weight=0.3, user_audio_loss_weight=0.5)
-    weights = loss.group_weights(args, 16)
+    weights = group_weights(args, 16)
     assert weights.tolist() == [1, 0.3, 50, *[1] * 7, 25, *[0.5] * 7]
-    scale = loss.scales(counts, weights)
+    scale = loss_scales(counts, weights)
     assert float((scale[:2] * counts[:2]).sum()) == pytest.approx(1)
     assert float((scale[2:] * counts[2:]).sum()) == pytest.approx(1)
-    assert loss.scales(torch.zeros(18), weights).tolist() == [0.0] * 18
-    report = loss.report(counts * 2.0, counts * 0.5, counts, weights)
+    assert loss_scales(torch.zeros(18), weights).tolist() == [0.0] * 18
+    report = loss_report(counts * 2.0, counts * 0.5, counts, weights)
     assert report["text_loss"] == pytest.approx(2) and report["text_perplexity"] == pytest.approx(7.389, abs=1e-3)
     assert report["text_word_accuracy"] == 0.5
-    assert loss.report(*torch.zeros(3, 18), weights) == {}, "of nothing there is no loss, least of all 0"
+    assert loss_report(*torch.zeros(3, 18), weights) == {}, "of nothing there is no loss, least of all 0"
 
 
 def load_args_with(**settings):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, script
 
-from finetune.weights import WeightFile
+from finetune.model.weights import WeightFile
 
 TUTORIAL = ROOT / "example/tutorial.py"
 

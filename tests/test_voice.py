@@ -11,10 +11,15 @@ from moshi.models import LMModel
 from test_export import adapted, companions, save_checkpoint, write_base  # noqa: F401 (a fixture)
 from test_personaplex import DELAYS, Runtime, random_frames, tiny_lm
 
-from finetune import export, model, voice, voices, weights
+from finetune.audio.codec import encode_audio
 from finetune.cli import UserError
-from finetune.data import codec
-from finetune.personaplex import SINE_TOKENS
+from finetune.model.pretrained import open_pretrained
+from finetune.model.stored import open_stored
+from finetune.model.weights import WeightFile
+from finetune.prompts.embedded import embed_column, load_embedded, make_embedded
+from finetune.prompts.recordings import load_recording
+from finetune.streams import SINE_TOKENS
+from finetune.tools.make_voice import main
 
 
 class Listening(Runtime):
@@ -65,14 +70,14 @@ def recording(tmp_path):
 
 def command(monkeypatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["voice", *map(str, arguments)])
-    voice.main()
+    main()
 
 
 @pytest.mark.parametrize("length", [4, 5, 6, 7, 8, 60, 173])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_it_is_what_the_runtime_saves(length, dtype, base):
     codes = random_codes(length)
-    ours = voice.make(export.open_source(str(base)), codes, dtype)
+    ours = make_embedded(open_stored(str(base)), codes, dtype)
     assert ours["embeddings"].shape == (length - 1, 1, 1, 32) and ours["cache"].shape == (1, 17, 4)
     equal(ours, stepped(tiny_lm(16).to(dtype), codes))
 
@@ -81,14 +86,14 @@ def test_of_a_recording(base, recording, tmp_path, monkeypatch, capsys):
     """The command encodes the recording as training does, and training takes the file for the recording."""
     command(monkeypatch, "make", recording, tmp_path / "me.pt", "--weights", base)
     assert "me.pt: 2.1 s" in capsys.readouterr().out
-    mimi = model.open_checkpoint(str(base)).mimi()
-    codes = codec.encode(mimi, [voices.load_recording(recording)])[0]
+    mimi = open_pretrained(str(base)).mimi()
+    codes = encode_audio(mimi, [load_recording(recording)])[0]
     assert codes.shape == (8, 26)
     made = torch.load(tmp_path / "me.pt", weights_only=True)
     equal(made, stepped(tiny_lm(16).bfloat16(), codes))
 
-    tables = export.open_source(str(base)).read
-    loaded = voices.load_embedded(tmp_path / "me.pt", DELAYS, lambda column: model.embed_column(tables, column))
+    tables = open_stored(str(base)).read
+    loaded = load_embedded(tmp_path / "me.pt", DELAYS, lambda column: embed_column(tables, column))
     assert loaded.frames == 26 and torch.equal(loaded.tail[1:9], codes[:, -3:])
 
 
@@ -98,25 +103,25 @@ def test_it_follows_trained_tables(tables, base, tmp_path):
     codes, lm = random_codes(20), tiny_lm(16)
     trained = adapted(lm, tables)
     checkpoint = save_checkpoint(tmp_path / "checkpoint", base, trained, adapters=True)
-    made = voice.make(export.open_source(str(checkpoint), str(base)), codes, torch.float32)
+    made = make_embedded(open_stored(str(checkpoint), str(base)), codes, torch.float32)
     equal(made, stepped(trained, codes))
     assert torch.equal(made["embeddings"], stepped(lm, codes)["embeddings"]) != tables
     torch.save(made, tmp_path / "v.pt")
-    embed = lambda column: model.embed_column(export.open_source(str(base)).read, column)
+    embed = lambda column: embed_column(open_stored(str(base)).read, column)
     if tables:
         with pytest.raises(UserError, match="other embedding tables"):
-            voices.load_embedded(tmp_path / "v.pt", DELAYS, embed)
+            load_embedded(tmp_path / "v.pt", DELAYS, embed)
     else:
-        voices.load_embedded(tmp_path / "v.pt", DELAYS, embed)
+        load_embedded(tmp_path / "v.pt", DELAYS, embed)
 
 
 def test_only_the_rows_of_its_tokens_are_read(base, monkeypatch):
     rows = []
-    read = weights.WeightFile.read
+    read = WeightFile.read
     counted = lambda self, name, start, stop: rows.append((name, start, stop)) or read(self, name, start, stop)
-    monkeypatch.setattr(weights.WeightFile, "read", counted)
+    monkeypatch.setattr(WeightFile, "read", counted)
     codes = random_codes(30)
-    voice.make(export.open_source(str(base)), codes, torch.bfloat16)
+    make_embedded(open_stored(str(base)), codes, torch.bfloat16)
     assert all(stop == start + 1 and "emb." in name for name, start, stop in rows)
     assert len(set(rows)) == len(rows) <= 8 * 30 + 9 * 2  # the agent's tokens; initial and constant ones elsewhere
 
@@ -140,4 +145,4 @@ def test_mistakes_are_one_sentence(base, recording, tmp_path, monkeypatch):
             command(monkeypatch, "make", *arguments)
         assert "\n" not in str(caught.value) and not out.exists()
     with pytest.raises(UserError, match="at least 4 frames"):
-        voice.make(export.open_source(str(base)), random_codes(3), torch.bfloat16)
+        make_embedded(open_stored(str(base)), random_codes(3), torch.bfloat16)

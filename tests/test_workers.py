@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetune.cli import UserError
-from finetune.workers import WorkerBroken, run_workers
+from finetune.jobs.workers import WorkerBroken, run_workers
 
 
 def start(folder: str, rank: int):
@@ -113,7 +113,7 @@ def test_a_worker_is_replaced_once_its_process_is_gone(tmp_path):
 
 @pytest.mark.parametrize("task", [0, "break"])
 def test_a_process_that_does_not_end_is_killed(tmp_path, monkeypatch, task):
-    monkeypatch.setattr("finetune.workers.LEAVE_SEC", 0.5)
+    monkeypatch.setattr("finetune.jobs.workers.LEAVE_SEC", 0.5)
     began = time.monotonic()
     outcomes = list(run_workers(partial(start_alone, str(tmp_path)), [(task, 60), (1, 60)], 1))
     assert [o.result for o in outcomes] == [None if task == "break" else 0, 1]
@@ -147,7 +147,7 @@ def test_closing_the_iterator_kills_workers_in_the_middle_of_a_task(tmp_path):
 @pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     code = (
-        "from functools import partial; from test_workers import start; from finetune.workers import run_workers;"
+        "from functools import partial; from test_workers import start; from finetune.jobs.workers import run_workers;"
         f"list(run_workers(partial(start, {str(tmp_path)!r}), ['sleep', 'sleep'], 2))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)

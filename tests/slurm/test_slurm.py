@@ -20,8 +20,9 @@ from conftest import ROOT, rows, script, write_config
 from safetensors.torch import load_file
 from test_jobs import square_or_die
 
-from finetune.data import audio, codec
-from finetune.jobs import run_shards
+from finetune.audio.codes import load_codes
+from finetune.audio.files import SAMPLE_RATE, read_audio
+from finetune.jobs.slurm import run_shards
 
 pytestmark = pytest.mark.timeout(600)
 SPEECH = ROOT.parent / "shared/audio/input_assistant.wav"
@@ -183,7 +184,7 @@ def test_dead_shards_are_named_where_no_accounts_are_kept(cluster, tmp_path, mon
 def test_ctrl_c_takes_the_jobs_out_of_the_queue(cluster, tmp_path):
     code = (
         "import signal; from functools import partial; from pathlib import Path; from test_jobs import note_and_sleep\n"
-        "from finetune.cli import run; from finetune.jobs import run_shards\n"
+        "from finetune.cli import run; from finetune.jobs.slurm import run_shards\n"
         f"folder = {str(tmp_path)!r}\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
         "run(lambda: run_shards(partial(note_and_sleep, folder), 2, Path(folder, 'jobs'), 'nap', partition='low'))"
@@ -204,7 +205,7 @@ def test_precompute_codes(cluster, world, tmp_path):
     ours, theirs = sorted((tmp_path / "slurm").rglob("*.wav.pt")), sorted((tmp_path / "here").rglob("*.wav.pt"))
     assert len(ours) == len(theirs) > 1
     for one, other in zip(ours, theirs):
-        assert torch.equal(codec.load_codes(one)["codes"], codec.load_codes(other)["codes"])
+        assert torch.equal(load_codes(one)["codes"], load_codes(other)["codes"])
     assert len((tmp_path / "slurm/eval_precomputed.jsonl").read_text().splitlines()) == len(ours)
 
 
@@ -215,8 +216,8 @@ def test_annotate(cluster, tmp_path):
     for folder in (tmp_path / "here", tmp_path / "slurm"):
         folder.mkdir()
         for i in range(3):
-            speech = audio.read(SPEECH, start_sec=5 * i, duration_sec=5)
-            write_wav(folder / f"{i}.wav", speech.repeat(2, axis=0), audio.SAMPLE_RATE)
+            speech = read_audio(SPEECH, start_sec=5 * i, duration_sec=5)
+            write_wav(folder / f"{i}.wav", speech.repeat(2, axis=0), SAMPLE_RATE)
         (folder / "egs.jsonl").write_text("".join(f'{{"path": "{i}.wav", "duration": 5}}\n' for i in range(3)))
     options = ["--whisper-model", WHISPER, "--device", "cpu"]
     script("annotate.py", tmp_path / "here/egs.jsonl", *options, timeout=250)

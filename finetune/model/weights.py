@@ -1,0 +1,209 @@
+"""Weight files read and written tensor by tensor, so that no step ever holds a second copy of a model.
+
+Two layouts are in use. *Fused*, as Kyutai and NVIDIA ship them: one `self_attn.in_proj_weight` and one
+`self_attn.out_proj.weight` a layer, the depformer's steps stacked along the rows. *Split*, as moshi >= 0.2.13
+names its parameters: `self_attn.in_projs.I.weight`, `self_attn.out_projs.I.weight`.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from finetune.cli import UserError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# fused name -> split name; moshi/modules/transformer.py, StreamingMultiheadAttention._load_hook
+_FUSED = {"in_proj_weight": "in_projs.{}.weight", "in_proj.weight": "in_projs.{}.weight",
+          "out_proj.weight": "out_projs.{}.weight"}  # fmt: skip
+_FUSED_KEY = re.compile(r"^(.*self_attn\.)(in_proj_weight|in_proj\.weight|out_proj\.weight)$")
+_SPLIT_KEY = re.compile(r"^(.*self_attn\.)(in|out)_projs\.(\d+)\.weight$")
+
+
+class Slot(NamedTuple):
+    """Where a tensor lives in a file: its key there (it may be some of its rows), its first byte, shape and dtype."""
+
+    key: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def split_names(key: str, steps: int) -> list[str] | None:
+    """The split names of a fused attention key with `steps` weight sets, in row order; None for any other key."""
+    match = _FUSED_KEY.match(key)
+    if match is None:
+        return None
+    return [match[1] + _FUSED[match[2]].format(i) for i in range(steps)]
+
+
+def fused_name(key: str) -> tuple[str, int] | None:
+    """(fused name, step) of a split attention key, as NVIDIA's loader spells it; None for any other key."""
+    match = _SPLIT_KEY.match(key)
+    if match is None:
+        return None
+    return match[1] + ("in_proj_weight" if match[2] == "in" else "out_proj.weight"), int(match[3])
+
+
+def attention_steps(key: str, dep_q: int) -> int:
+    """How many weight sets the attention that holds `key` has: one a codebook in the depformer, else 1."""
+    return dep_q if key.startswith("depformer.") else 1
+
+
+class WeightFile:
+    """A safetensors file seen through split names, without reading its values.
+
+    Attributes:
+        slots: split name -> Slot.
+        dep_q: depformer steps, counted from the `linears.N.weight` keys.
+    Raises:
+        UserError: the file is missing, truncated or not safetensors.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        header = read_header(self.path)
+        self.dep_q = sum(1 for key in header if re.fullmatch(r"linears\.\d+\.weight", key))
+        self.slots: dict[str, Slot] = {}
+        for key, (dtype, shape, offset) in header.items():
+            steps = attention_steps(key, self.dep_q)
+            names = split_names(key, steps) or [key]
+            if len(names) > 1 and shape[0] % len(names):
+                raise UserError(
+                    f"{self.path}: {key} has {shape[0]} rows, which do not divide by {steps} depformer steps, as many "
+                    "as it has linears.*; download or copy it again"
+                )
+            if len(names) > 1:
+                shape = (shape[0] // len(names), *shape[1:])
+            for i, name in enumerate(names):
+                self.slots[name] = Slot(key, offset + i * torch.Size(shape).numel() * dtype.itemsize, shape, dtype)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows [start, stop) of a tensor, as a new tensor on the CPU in the file's dtype."""
+        slot = self.slots[name]
+        shape = slot.shape
+        if shape:
+            stop = shape[0] if stop is None else min(stop, shape[0])
+            shape = (max(0, stop - start), *shape[1:])
+        values = torch.empty(shape, dtype=slot.dtype)
+        self.read_into(name, start, values)
+        return values
+
+    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fills `out` with the rows of a tensor from `start` on: straight from the file where `out` is contiguous, on
+        the CPU and of the file's dtype, so that nothing of it is held twice, not even by a mapping of the file."""
+        slot = self.slots[name]
+        values = out
+        if out.device.type != "cpu" or out.dtype != slot.dtype or not out.is_contiguous():
+            values = torch.empty(out.shape, dtype=slot.dtype)
+        if values.numel():
+            row = torch.Size(slot.shape[1:]).numel() * slot.dtype.itemsize
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(slot.offset + start * row)
+                left = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+                while left:
+                    count = file.readinto(left)
+                    if not count:
+                        raise UserError(f"{self.path}: has become shorter while it was read; copy it again")
+                    left = left[count:]
+        if values is not out:
+            out.copy_(values)
+
+
+def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
+    """{key: (dtype, shape, first byte)} of a safetensors file. Raises UserError if it is missing, truncated or
+    foreign."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such weight file")
+    try:
+        with safe_open(path, framework="pt"):  # checks the header, and that its tensors fill the file
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {
+            key: (DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for key, entry in header.items()
+        }
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
+
+
+def write_safetensors(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file one tensor at a time, under a temporary name until it is complete.
+
+    Args:
+        layout: {key: (dtype, shape)} of everything the file will hold, in file order.
+        tensors: (key, values) in the same order; values are cast to the layout's dtype.
+    Raises:
+        ValueError: `tensors` does not match `layout`.
+    """
+    header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for key, (dtype, shape) in layout.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        header[key] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    blob = json.dumps(header, separators=(",", ":")).encode()
+    blob += b" " * (-len(blob) % 8)  # the format wants the data 8-byte aligned
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    expected = iter(layout.items())
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(blob).to_bytes(8, "little"))
+            file.write(blob)
+            for key, tensor in tensors:
+                want, (dtype, shape) = next(expected, (None, (None, None)))
+                if key != want or tuple(tensor.shape) != tuple(shape):
+                    raise ValueError(f"got {key} {tuple(tensor.shape)} where the layout has {want} {shape}")
+                values = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+                if values.numel():
+                    file.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+            if next(expected, None) is not None:
+                raise ValueError("the tensors ended before the layout did")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_split(state: Mapping[str, torch.Tensor], dep_q: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """(split name, tensor) pairs of a state dict in either layout; fused tensors give views of their rows."""
+    for key, tensor in state.items():
+        names = split_names(key, attention_steps(key, dep_q))
+        if names is None:
+            yield key, tensor
+        else:
+            yield from zip(names, tensor.chunk(len(names), dim=0))
+
+
+def fuse(state: Mapping[str, Tensor], dep_q: int) -> dict[str, Tensor]:
+    """A state dict in NVIDIA's and Kyutai's stored layout, from split names."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        target = fused_name(name)
+        if target is None:
+            out[name] = tensor
+        elif target[1] == 0:
+            steps = attention_steps(name, dep_q)
+            out[target[0]] = torch.cat([state[n] for n in split_names(target[0], steps)], dim=0)
+    return out

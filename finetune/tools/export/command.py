@@ -1,0 +1,70 @@
+"""Makes a checkpoint a folder that servers load and the hub takes: weights, config.json, Mimi, tokenizer, model card.
+
+    python -m finetune.tools.export CHECKPOINT OUT --format moshi            adapters stay adapters, and name their base
+    python -m finetune.tools.export CHECKPOINT OUT --format moshi --merge    all weights, for Kyutai's server
+    python -m finetune.tools.export CHECKPOINT OUT --format personaplex      all weights, for NVIDIA's runtime
+    python -m finetune.tools.export --expand MOSHI OUT                       a Moshi with 16 codebooks instead of 8
+
+CHECKPOINT is a run folder (its newest checkpoint counts), one of its checkpoints, an exported folder or a repository of
+the hub. NVIDIA's runtime knows no adapters, so --format personaplex always merges them. Adapters that were trained on
+Moshi weights with train_personaplex.py run on these only after --expand.
+
+Weights are read, merged and written one tensor at a time, in the fused layout that both publishers use.
+"""
+
+import time
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from finetune.cli import Parser, UserError
+from finetune.model.stored import INFERENCE_DTYPES, open_stored
+from finetune.tools.export.folder import export_model, push_to_hub
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("source", metavar="CHECKPOINT", help="what to export")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; new or empty")
+    parser.add_argument("--format", choices=("moshi", "personaplex"), help="whose runtime it is for")
+    parser.add_argument("--merge", action="store_true", help="add adapters to the weights")
+    parser.add_argument("--expand", action="store_true", help="make 16 codebooks of 8")
+    parser.add_argument("--dtype", choices=INFERENCE_DTYPES, default="bf16", help="of the weights that are written")
+    parser.add_argument("--base", metavar="REPO_OR_FOLDER", help="weights that adapters belong to, if not as written")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload OUT too; a new repository is private")
+    args = parser.parse_args()
+    if args.expand and (args.format or args.merge or args.base):
+        raise UserError("--expand stands alone, without --format, --merge and --base")
+    if not args.expand and not args.format:
+        raise UserError("name the runtime: --format moshi or --format personaplex (or --expand)")
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.push_to_hub)
+        except HFValidationError as error:
+            raise UserError(f"--push-to-hub {args.push_to_hub}: {error}") from None
+
+    source = open_stored(args.source, args.base, args.expand)
+    runtime = "personaplex" if args.expand else args.format
+    merge = args.merge or runtime == "personaplex"
+    print(f"weights: {source.weights.origin}")
+    if source.adapters is not None:
+        fate = "are merged" if merge else "stay adapters"
+        why = " (NVIDIA's runtime has no LoRA)" if runtime == "personaplex" else ""
+        print(f"adapters: {source.adapters.path}, rank {source.rank}; they {fate}{why}")
+    if args.push_to_hub and not merge and source.adapters is not None and source.base.startswith("file://"):
+        raise UserError(
+            f"{args.source}: its base is on this machine only ({source.base}), so the adapters are of no use on the "
+            "hub; use --merge, or give the base's repository as --base"
+        )
+    began = time.perf_counter()
+    config = export_model(source, args.out, runtime, merge, INFERENCE_DTYPES[args.dtype])
+    seconds = time.perf_counter() - began
+    files = sorted(args.out.iterdir())
+    size = sum(path.stat().st_size for path in files) / 1e9
+    print(f"wrote {args.out} ({', '.join(path.name for path in files)}): {size:.2f} GB in {seconds:.1f} s")
+    if config.get("lora"):
+        print(f"the adapters need {config['moshi_name']}")
+    if args.push_to_hub:
+        print(f"uploaded to {push_to_hub(args.out, args.push_to_hub)}")
+    print(f"how to run it: {args.out / 'README.md'}")

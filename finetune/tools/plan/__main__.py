@@ -1,0 +1,4 @@
+from finetune.cli import run
+from finetune.tools.plan.command import main
+
+run(main)

@@ -1,0 +1,83 @@
+"""Counting the FLOPs, operations and bytes of a step on tensors without memory."""
+
+import weakref
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+_aten = torch.ops.aten
+_FLASH_BACKWARD = _aten._scaled_dot_product_flash_attention_backward
+_FLOPS = flop_registry | {
+    _aten.baddbmm_: flop_registry[_aten.baddbmm],
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[_FLASH_BACKWARD],
+}
+
+
+class Meter(TorchDispatchMode):
+    """FLOPs of all matrix products, the number of operations that are no views, and the bytes of the tensors made
+    under it, at their most.
+
+    `held` are bytes that others hold at a time, by kind; `fullest` is what there was, by kind, at the fullest point.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.operations = self.live = self.peak = 0
+        self.held: Counter[str] = Counter()
+        self.fullest: Counter[str] = Counter()
+        self._storages: dict[int, weakref.finalize] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        self.operations += not (func.is_view or packet is _aten._unsafe_view)
+        if packet in _FLOPS:
+            self.flops += _FLOPS[packet](*args, **kwargs, out_val=out)
+        if packet is _FLASH_BACKWARD:  # sums dq in float32 (pytorch, flash_attn/flash_api.cpp: dq_accum)
+            self._note(4 * args[1].numel())
+        given = {id(t.untyped_storage()) for t in args if isinstance(t, Tensor)}
+        for tensor in out if isinstance(out, list | tuple) else [out]:
+            if isinstance(tensor, Tensor) and not func.is_view and id(tensor.untyped_storage()) not in given:
+                self._add(tensor.untyped_storage())
+        return out
+
+    def hold(self, kind: str, size: int) -> None:
+        """Adds bytes of a kind; negative: takes them away."""
+        self.held[kind] += size
+        self._note()
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) not in self._storages:
+            key, size = id(storage), storage.nbytes()
+            self._storages[key] = weakref.finalize(storage, self._remove, key, size)
+            self.live += size
+            self._note()
+
+    def _remove(self, key: int, size: int) -> None:
+        del self._storages[key]
+        self.live -= size
+
+    def _note(self, extra: int = 0) -> None:
+        total = self.live + extra + self.held.total()
+        if total > self.peak:
+            self.peak, self.fullest = total, Counter(activations=self.live + extra) + self.held
+
+
+class GpuAttention(TorchFunctionMode):
+    """Attention by the kernels that a GPU takes; on the meta device torch would compute whole score matrices."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v, mask = args
+        if mask is None:
+            return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        bias = torch.zeros_like(mask, dtype=q.dtype).expand(*q.shape[:2], *mask.shape)
+        return _aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)[0]
