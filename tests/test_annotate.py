@@ -19,7 +19,6 @@ import sentencepiece
 import sphn
 import torch
 import whisper
-from test_workers import alive, wait_for
 from whisper.tokenizer import get_tokenizer
 
 import annotate
@@ -33,8 +32,8 @@ from finetune.data.interleaver import InterleavedTokenizer, Interleaver
 from finetune.data.manifest import read_manifest
 from finetune.data.prompter import Prompter
 from finetune.jobs.workers import WorkerBroken
+from tests.support import ROOT, alive, wait_for
 
-ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 SPEECH, TINY = SHARED / "audio" / "input_assistant.wav", SHARED / "models" / "whisper-tiny.en.pt"
 real = pytest.mark.skipif(not (SPEECH.exists() and TINY.exists()), reason="needs ../shared")

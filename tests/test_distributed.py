@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, rows, train_here, write_config
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from finetune.cli import UserError
 from finetune.distributed import World, _environment, make_mesh, pick_device, shard
 from finetune.model.pretrained import PERSONAPLEX
+from tests.support import ROOT, rows, train_here, write_config
 
 SETTINGS = {"max_steps": 2, "do_eval": False, "batch_size": 1, "num_microbatches": 1}
 

@@ -4,13 +4,13 @@ import random
 
 import pytest
 import torch
-from test_personaplex import DELAYS, Runtime, embed, engine_frames, random_frames, tiny_lm
 
 from finetune.generate import Sampling, generate
 from finetune.model.training_lm import TrainingLM
 from finetune.prompts.embedded import load_embedded
 from finetune.prompts.hybrid import VoicePrompt, build_prompt
 from finetune.streams import DEP_Q, SINE_TOKENS
+from tests.engine import DELAYS, Runtime, embed, engine_frames, random_frames, tiny_lm
 
 
 def conversation(rng, frames):

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, live, script, train_here, write_config
 from safetensors.torch import load_file, save_file
 
 from finetune import cli
 from finetune.model.pretrained import PERSONAPLEX
+from tests.support import ROOT, live, script, train_here, write_config
 
 TOOLS = {"voice": "make_voice"}
 SCRIPTS = {"train", "train_personaplex", "annotate", "precompute_codes"}

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from test_personaplex import tiny_lm
 
 from finetune.args import OptimArgs
 from finetune.lora import initial_adapter
 from finetune.optim import build_optimizer, clip_gradients, is_depth, lr_factor, set_lr
+from tests.engine import tiny_lm
 
 
 @pytest.mark.parametrize("max_steps", [*range(1, 45), 100, 2000])

@@ -11,9 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
 from safetensors.torch import load_file, save_file
-from test_audio import write_panic, write_wav
 
 import precompute_codes
 from finetune.audio.codec import _LaneByLane
@@ -24,6 +22,7 @@ from finetune.data.interleaver import PrecomputedTokenizer
 from finetune.data.manifest import read_manifest, resolve_path
 from finetune.model.pretrained import open_pretrained
 from finetune.prompts.same_speaker import load_same_speaker
+from tests.support import ROOT, script, write_panic, write_wav
 
 FRAME = FRAME_SIZE
 

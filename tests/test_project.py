@@ -9,12 +9,12 @@ import zipfile
 
 import pytest
 import yaml
-from conftest import ROOT, train_here
 
 import train
 from finetune.args import settings_table
 from finetune.config import load_args
 from finetune.model.pretrained import MOSHI, PERSONAPLEX
+from tests.support import ROOT, train_here
 
 README = (ROOT / "README.md").read_text()
 

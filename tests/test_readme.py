@@ -13,12 +13,11 @@ import tarfile
 
 import huggingface_hub.constants
 import pytest
-from conftest import ROOT
-from test_model import hub_cache
 
 from finetune.metrics import read_rows
 from finetune.tools import make_voice
 from finetune.tools.export import command as export_command
+from tests.support import ROOT, hub_cache
 
 SMALL = [
     "max_steps=2", "batch_size=1", "num_microbatches=1", "duration_sec=3", "lora.rank=2", "eval_max_samples=1",

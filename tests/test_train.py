@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import live, rows, script, train_here, write_config
 from moshi.models.loaders import CheckpointInfo
 from moshi.modules.lora import LoRALinear
 from safetensors.torch import load_file, save_file
@@ -31,6 +30,7 @@ from finetune.optim import build_optimizer
 from finetune.tools import generate as generate_command
 from finetune.tools.evaluate import main
 from finetune.tools.export import command as export_command
+from tests.support import live, rows, script, train_here, write_config
 
 
 def consolidated(run, step):

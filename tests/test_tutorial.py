@@ -6,9 +6,9 @@ import wave
 
 import numpy as np
 import pytest
-from conftest import ROOT, script
 
 from finetune.model.weights import WeightFile
+from tests.support import ROOT, script
 
 TUTORIAL = ROOT / "example/tutorial.py"
 

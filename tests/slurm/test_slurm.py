@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, rows, script, write_config
 from safetensors.torch import load_file
-from test_jobs import square_or_die
 
 from finetune.audio.codes import load_codes
 from finetune.audio.files import SAMPLE_RATE, read_audio
 from finetune.jobs.slurm import run_shards
+from tests.jobs.test_slurm import square_or_die
+from tests.support import ROOT, rows, script, write_config
 
 pytestmark = pytest.mark.timeout(600)
 SPEECH = ROOT.parent / "shared/audio/input_assistant.wav"
@@ -183,7 +183,8 @@ def test_dead_shards_are_named_where_no_accounts_are_kept(cluster, tmp_path, mon
 
 def test_ctrl_c_takes_the_jobs_out_of_the_queue(cluster, tmp_path):
     code = (
-        "import signal; from functools import partial; from pathlib import Path; from test_jobs import note_and_sleep\n"
+        "import signal; from functools import partial; from pathlib import Path\n"
+        "from tests.jobs.test_slurm import note_and_sleep\n"
         "from finetune.cli import run; from finetune.jobs.slurm import run_shards\n"
         f"folder = {str(tmp_path)!r}\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from conftest import PEAK, ROOT, script
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -26,6 +25,7 @@ from finetune.model.training_lm import TrainingLM
 from finetune.optim import build_optimizer, clip_gradients
 from finetune.tools.plan.command import main
 from finetune.tools.plan.sizes import RunSizes
+from tests.support import PEAK, ROOT, script
 
 CPU = torch.device("cpu")
 CONFIG = {

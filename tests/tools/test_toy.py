@@ -36,6 +36,7 @@ from finetune.tools.toy.world import (
     make_model,
     synthesise,
 )
+from tests.support import ROOT
 
 
 def checkpoint(folder: Path) -> CheckpointInfo:
@@ -350,7 +351,7 @@ def test_judges_tell_a_wrong_voice_and_a_missing_word(sides):
 
 def test_the_command_writes_both_folders(tmp_path):
     call = [sys.executable, "-m", "finetune.tools.toy", str(tmp_path / "world"), "--hours", "0.002"]
-    subprocess.run(call, check=True, cwd=Path(__file__).parents[1])
+    subprocess.run(call, check=True, cwd=ROOT)
     assert {p.name for p in (tmp_path / "world").iterdir()} == {"model", "data"}
     assert len(lines(tmp_path / "world/data", "train")) == 2
 

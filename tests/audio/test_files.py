@@ -1,4 +1,3 @@
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -7,17 +6,7 @@ import sphn
 
 from finetune.audio.files import probe_audio, read_audio, resample, stream_audio
 from finetune.cli import UserError
-
-
-def write_wav(path, pcm, sample_rate, float32=False):
-    """[channels, samples] as 16-bit or float wav, header and all."""
-    pcm = np.asarray(pcm)
-    kind, width = (3, 4) if float32 else (1, 2)
-    data = pcm.T.astype("<f4").tobytes() if float32 else (pcm.T * 32767).round().astype("<i2").tobytes()
-    block = len(pcm) * width
-    form = struct.pack("<HHIIHH", kind, len(pcm), sample_rate, sample_rate * block, block, 8 * width)
-    head = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data))
-    path.write_bytes(b"RIFF" + struct.pack("<I", len(head) + len(data)) + head + data)
+from tests.support import write_adpcm, write_panic, write_wav
 
 
 @pytest.fixture
@@ -32,17 +21,6 @@ def noise(tmp_path):
         return tmp_path / "noise.wav"
 
     return make
-
-
-def write_adpcm(path, sample_rate, blocks):
-    """Noise as IMA ADPCM, [2, blocks * 505]: any half byte is a valid sample."""
-    rng = np.random.default_rng(0)
-    heads = np.zeros((blocks, 8), np.uint8)  # of both channels: a sample, the place in the table of steps
-    heads[:, [2, 6]] = rng.integers(40, 60, (blocks, 2))
-    data = np.concatenate([heads, rng.integers(0, 256, (blocks, 504), dtype=np.uint8)], axis=1).tobytes()
-    form = struct.pack("<HHIIHHHH", 0x11, 2, sample_rate, sample_rate * 512 // 505, 512, 4, 2, 505)
-    head = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data))
-    path.write_bytes(b"RIFF" + struct.pack("<I", len(head) + len(data)) + head + data)
 
 
 def assert_one_sound(path, source, starts):
@@ -129,15 +107,6 @@ def test_a_truncated_file_gives_what_is_left(noise):
     assert probe_audio(path).duration_sec > 4.9
     left = np.concatenate(list(stream_audio(path, piece_sec=1)), axis=1)
     assert left.shape == (2, 48_000) and np.array_equal(left[:, :-100], whole[:, :47_900])
-
-
-def write_panic(path):
-    """Damage that sphn's Rust code does not expect: a file of two channels whose header says seven."""
-    write_adpcm(path, 24_000, 40)
-    content = bytearray(path.read_bytes())
-    assert content[22] == 2
-    content[22] = 7
-    path.write_bytes(content)
 
 
 def test_a_panic_of_the_decoder_is_a_sentence_too(tmp_path):

@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import PEAK, ROOT
-from test_audio import write_wav
 
 from finetune.args import PromptArgs
 from finetune.audio.codec import encode_audio
@@ -39,6 +37,7 @@ from finetune.prompts.recordings import codes_folder, encode_recordings, load_re
 from finetune.prompts.same_speaker import SAME_SPEAKER, load_same_speaker, same_speaker_file, save_same_speaker
 from finetune.prompts.voices import VoiceBook, load_voices
 from finetune.streams import SINE_TOKENS
+from tests.support import PEAK, ROOT, write_wav
 
 DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import script, write_config
 from safetensors.torch import load_file, save_file
 
 from finetune.audio.codes import audio_fingerprint, fingerprint_file, save_codes, save_tensors
@@ -32,6 +31,7 @@ from finetune.tools.check_data.command import main
 from finetune.tools.check_data.corpus import CheckResult, check_run, read_lines, wants_prompts
 from finetune.tools.check_data.kinds import ERROR, KINDS, NOTE, WARNING
 from finetune.tools.check_data.summary import describe_check, draw_check
+from tests.support import script, write_config
 
 
 def write_wav(path: Path, pcm: np.ndarray, rate: int = 24_000) -> None:

@@ -15,7 +15,6 @@ import zlib
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT, rows, script, train_here, write_config
 from moshi.models import LMGen
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
@@ -25,6 +24,7 @@ from finetune.data.run_data import RunData
 from finetune.loop import EXIT_PREEMPTED
 from finetune.model.pretrained import MOSHI, PERSONAPLEX
 from finetune.run_dir import list_checkpoints
+from tests.support import ROOT, rows, script, train_here, write_config
 
 STEPS = 6
 SETTINGS = {

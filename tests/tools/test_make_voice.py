@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from moshi.models import LMModel
-from test_export import adapted, companions, save_checkpoint, write_base  # noqa: F401 (a fixture)
-from test_personaplex import DELAYS, Runtime, random_frames, tiny_lm
 
 from finetune.audio.codec import encode_audio
 from finetune.cli import UserError
@@ -20,6 +18,8 @@ from finetune.prompts.embedded import embed_column, load_embedded, make_embedded
 from finetune.prompts.recordings import load_recording
 from finetune.streams import SINE_TOKENS
 from finetune.tools.make_voice import main
+from tests.engine import DELAYS, Runtime, random_frames, tiny_lm
+from tests.tools.test_export import adapted, companions, save_checkpoint, write_base  # noqa: F401 (a fixture)
 
 
 class Listening(Runtime):

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import sphn
 import torch
-from conftest import script, train_here, write_config
 
 from finetune.audio.files import read_audio
 from finetune.cli import UserError
@@ -35,6 +34,7 @@ from finetune.tools.report.page import (
     ticks,
     write_report,
 )
+from tests.support import script, train_here, write_config
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 SHAPES = {"path", "rect", "circle"}  # may close themselves in SVG

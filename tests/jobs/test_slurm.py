@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_workers import alive, wait_for
 
 from finetune.cli import UserError
 from finetune.files import replacing
 from finetune.jobs.failures import Failures, HoursBar, device_of, error_file, forget_error, take_shard
 from finetune.jobs.slurm import SlurmQueue, _death_reason, run_shards
+from tests.support import ROOT, alive, wait_for
 
 
 def square_or_die(folder: str, index: int, count: int) -> int:
@@ -71,12 +71,12 @@ def test_jobs_of_this_machine_see_its_gpus_and_have_time(tmp_path, monkeypatch, 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_jobs_too(tmp_path):
     code = (
-        "from functools import partial; from pathlib import Path; from test_jobs import note_and_sleep\n"
+        "from functools import partial; from pathlib import Path; from tests.jobs.test_slurm import note_and_sleep\n"
         "from finetune.cli import run; from finetune.jobs.slurm import run_shards\n"
         f"folder = {str(tmp_path)!r}\n"
         "run(lambda: run_shards(partial(note_and_sleep, folder), 2, Path(folder, 'jobs'), 'nap'))"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stderr=subprocess.PIPE)
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
     wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
     jobs = [int(path.stem.split("-")[1]) for path in tmp_path.glob("*.pid")]
     parent.send_signal(signal.SIGINT)
@@ -174,7 +174,7 @@ def test_what_a_killed_writer_left_is_removed_a_day_later(tmp_path):
     code += "with replacing(Path(sys.argv[1])) as file: file.write_text('half'); os.kill(os.getpid(), 9)"
     for name in ("old", "new"):
         command = [sys.executable, "-c", code, tmp_path / f"{name}.json"]
-        assert subprocess.run(command, cwd=Path(__file__).parents[1], timeout=60).returncode == -signal.SIGKILL
+        assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
     (tmp_path / ".mine.tmp").touch()
     two_days_ago = time.time() - 2 * 24 * 3600
     for path in (*tmp_path.glob(".old*"), tmp_path / ".mine.tmp"):

@@ -9,12 +9,10 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import script
 from moshi.models import LMModel
 from moshi.models.loaders import CheckpointInfo
 from moshi.modules.lora import replace_all_linear_with_lora
 from safetensors.torch import load_file, save_file
-from test_personaplex import TINY, tiny_lm
 
 from finetune.args import DataArgs, LoraArgs, PathsArgs, TrainArgs
 from finetune.cli import UserError
@@ -27,6 +25,8 @@ from finetune.model.pretrained import MOSHI, PERSONAPLEX, inference_config, lm_k
 from finetune.model.weights import fuse, write_safetensors
 from finetune.tools.export.command import main
 from finetune.tools.toy.world import make_model
+from tests.engine import TINY, tiny_lm
+from tests.support import script
 
 RANK, SCALING = 3, 1.5
 REVISION = "0" * 40

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from moshi.models import loaders
 from safetensors.torch import save_file
 
@@ -26,6 +25,7 @@ from finetune.audio.codes import (
 )
 from finetune.cli import UserError
 from finetune.model.pretrained import open_pretrained
+from tests.support import ROOT
 
 FRAME = 1920
 CONTEXT = 25  # steps of Mimi's attention, here 1 s instead of 10

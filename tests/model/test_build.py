@@ -8,10 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import PEAK, ROOT
 from moshi.models import loaders
 from safetensors.torch import load_file, save_file
-from test_personaplex import TINY, fused, tiny_lm
 
 from finetune.cli import UserError
 from finetune.distributed import make_mesh, pick_device, session, shard
@@ -21,6 +19,8 @@ from finetune.model.expansion import expand_moshiko_to_personaplex
 from finetune.model.pretrained import MOSHI, PERSONAPLEX, lm_kwargs, open_pretrained
 from finetune.model.training_lm import TrainingLM
 from finetune.model.weights import WeightFile, write_safetensors
+from tests.engine import TINY, fused, tiny_lm
+from tests.support import PEAK, ROOT, hub_cache
 
 
 def folder_with(tmp_path, lm, config=None):
@@ -136,16 +136,6 @@ def test_mimi_has_eight_codebooks_for_personaplex(world, tmp_path):
     config = json.loads((tmp_path / "m/config.json").read_text()) | {"dep_q": 16}
     (tmp_path / "m/config.json").write_text(json.dumps(config))
     assert open_pretrained(str(tmp_path / "m")).mimi().num_codebooks == 8
-
-
-def hub_cache(home, repo, files):
-    """A hub cache as huggingface_hub lays it out."""
-    base = home / "hub" / f"models--{repo.replace('/', '--')}"
-    (base / "refs").mkdir(parents=True)
-    (base / "refs/main").write_text("abc")
-    for path in files:
-        (base / "snapshots/abc").mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, base / "snapshots/abc" / path.name)
 
 
 def test_a_warm_hub_cache_needs_no_network(world, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 
 from finetune.cli import UserError
 from finetune.jobs.workers import WorkerBroken, run_workers
+from tests.support import ROOT, alive, wait_for
 
 
 def start(folder: str, rank: int):
@@ -147,28 +148,14 @@ def test_closing_the_iterator_kills_workers_in_the_middle_of_a_task(tmp_path):
 @pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     code = (
-        "from functools import partial; from test_workers import start; from finetune.jobs.workers import run_workers;"
+        "from functools import partial; from tests.jobs.test_workers import start\n"
+        "from finetune.jobs.workers import run_workers\n"
         f"list(run_workers(partial(start, {str(tmp_path)!r}), ['sleep', 'sleep'], 2))"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
     workers = [int(p.name.split("-")[-1]) for p in tmp_path.iterdir()]
     assert all(map(alive, workers))
     parent.kill()
     parent.wait()
     wait_for(lambda: not any(map(alive, workers)))
-
-
-def alive(pid: int) -> bool:
-    """Running: not gone, and not a zombie that nobody has collected."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_for(condition, timeout_sec: float = 30.0) -> None:
-    end = time.monotonic() + timeout_sec
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)

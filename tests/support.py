@@ -1,0 +1,134 @@
+"""Helpers that several test files share."""
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+import train
+from finetune.config import load_args
+from finetune.distributed import session
+from finetune.metrics import read_rows
+from finetune.model.pretrained import MOSHI, ModelSpec
+
+ROOT = Path(__file__).parents[1]
+
+
+# A process's own peak in kB, as code; what getrusage tells of a child counts its parent's, from before it became one.
+PEAK = "int(__import__('re').search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+
+
+def live(world: Path) -> dict[str, str]:
+    """Settings of a run in which Mimi makes the codes."""
+    return {f"data.{split}_data": str(world / f"data/{split}.jsonl") for split in ("train", "eval")}
+
+
+def script(*command: object, processes: int | None = None, timeout: float = 120, check: bool = True, **env: str):
+    """Runs `python command` (or torchrun with so many processes) in the repository; returns the finished process."""
+    launcher = [sys.executable]
+    if processes is not None:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+    )  # fmt: skip
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+def write_config(folder: Path, world: Path, **settings) -> Path:
+    """A config.yaml for the tiny world; keys with dots nest, as in overrides."""
+    base = {
+        "data.train_data": str(world / "codes/train_precomputed.jsonl"),
+        "data.eval_data": str(world / "codes/eval_precomputed.jsonl"),
+        "data.shuffle": True, "data.num_workers": 0, "moshi_paths.hf_repo_id": str(world / "model"),
+        "prompt.voices_dir": str(world / "data/voices"), "lora.enable": True, "lora.rank": 4, "duration_sec": 3,
+        "max_steps": 2, "param_dtype": "float32", "device": "cpu", "optim.lr": 1e-3, "eval_max_samples": 3,
+        "eval_free_samples": 0,
+        "run_dir": str(folder / "run"),
+    }  # fmt: skip
+    tree: dict = {}
+    for key, value in (base | settings).items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def train_here(config: Path, spec: ModelSpec = MOSHI, overrides: tuple[str, ...] = ()) -> int:
+    """A run in this process, as one rank; returns its exit code."""
+    args = load_args(config, overrides)
+    with session(args.device) as world:
+        return train.run_training(args, spec, world)
+
+
+def rows(run: Path, kind: str = "train") -> list[dict]:
+    """The metrics of a run, without its events."""
+    return [row for row in read_rows(run / f"metrics.{kind}.jsonl") if "loss" in row]
+
+
+def hub_cache(home, repo, files):
+    """A hub cache as huggingface_hub lays it out."""
+    base = home / "hub" / f"models--{repo.replace('/', '--')}"
+    (base / "refs").mkdir(parents=True)
+    (base / "refs/main").write_text("abc")
+    for path in files:
+        (base / "snapshots/abc").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, base / "snapshots/abc" / path.name)
+
+
+def write_wav(path, pcm, sample_rate, float32=False):
+    """[channels, samples] as 16-bit or float wav, header and all."""
+    pcm = np.asarray(pcm)
+    kind, width = (3, 4) if float32 else (1, 2)
+    data = pcm.T.astype("<f4").tobytes() if float32 else (pcm.T * 32767).round().astype("<i2").tobytes()
+    block = len(pcm) * width
+    form = struct.pack("<HHIIHH", kind, len(pcm), sample_rate, sample_rate * block, block, 8 * width)
+    head = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data))
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(head) + len(data)) + head + data)
+
+
+def write_adpcm(path, sample_rate, blocks):
+    """Noise as IMA ADPCM, [2, blocks * 505]: any half byte is a valid sample."""
+    rng = np.random.default_rng(0)
+    heads = np.zeros((blocks, 8), np.uint8)  # of both channels: a sample, the place in the table of steps
+    heads[:, [2, 6]] = rng.integers(40, 60, (blocks, 2))
+    data = np.concatenate([heads, rng.integers(0, 256, (blocks, 504), dtype=np.uint8)], axis=1).tobytes()
+    form = struct.pack("<HHIIHHHH", 0x11, 2, sample_rate, sample_rate * 512 // 505, 512, 4, 2, 505)
+    head = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data))
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(head) + len(data)) + head + data)
+
+
+def write_panic(path):
+    """Damage that sphn's Rust code does not expect: a file of two channels whose header says seven."""
+    write_adpcm(path, 24_000, 40)
+    content = bytearray(path.read_bytes())
+    assert content[22] == 2
+    content[22] = 7
+    path.write_bytes(content)
+
+
+def alive(pid: int) -> bool:
+    """Running: not gone, and not a zombie that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, timeout_sec: float = 30.0) -> None:
+    end = time.monotonic() + timeout_sec
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
