@@ -1,11 +1,11 @@
-# Two commands for a fresh machine: `make demo` and `make test`. Each makes its own environment in .venv.
+# Two commands for a fresh machine: `make demo` and `make test`. Both install into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Two threads win little on models this small, and collapse when another process takes a core.
+# Two threads gain little on models this small, and slow down badly when another process takes a core.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-slurm lint bench clean
+.PHONY: install demo test test-slurm test-speech lint bench clean
 
 install: $(INSTALLED)
 
@@ -22,14 +22,18 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Real SLURM daemons on one node, this machine: root on Debian, installs slurm-wlm and munge; some five minutes.
+# Starts real SLURM daemons on this machine. Needs root on Debian; installs slurm-wlm and munge. Five minutes.
 test-slurm: $(INSTALLED)
 	$(BIN)/python -m pytest tests/slurm/test_slurm.py
+
+# Word times on real speech: AUDIO is the wav of the tests in tests/speech, WHISPER a tiny.en model as .pt.
+test-speech: $(INSTALLED)
+	AUDIO="$(AUDIO)" WHISPER="$(WHISPER)" $(BIN)/python -m pytest tests/speech
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 
-# Alone on an idle machine, all cores pay.
+# Run it alone on an idle machine: it uses all cores.
 bench: export OMP_NUM_THREADS = $(shell nproc)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run

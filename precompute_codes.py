@@ -1,20 +1,19 @@
-"""Encodes every file of some manifests with Mimi, once, so that training needs no Mimi and waits for no data.
+"""Encode the audio files of manifests with Mimi, once, so that training needs no Mimi and does not wait for data.
 
   python precompute_codes.py data/train.jsonl data/eval.jsonl --output-dir data_encoded
   python precompute_codes.py data/train.jsonl --output-dir data_encoded --hf-repo nvidia/personaplex-7b-v1
   python precompute_codes.py data/train.jsonl.gz --output-dir data_encoded --shards 8 --partition gpu
 
-The manifests are JSON lines, {"path": "calls/1.wav", "duration": 63.2}, paths relative to their folders; the audio is
-stereo: left the agent, right the user. Written are codes/calls/1.wav.pt for each file and train_precomputed.jsonl for
-each manifest: its lines with all their fields, "codes_path" added and "duration" as the audio has it. Train on that.
-Word times and prompts stay in the .json beside each wav.
+A manifest holds JSON lines, {"path": "calls/1.wav", "duration": 63.2}, with paths relative to its folder. The audio is
+stereo: agent left, user right. For each file codes/calls/1.wav.pt is written, and for each manifest
+train_precomputed.jsonl: its lines with all their fields, "codes_path" added and "duration" corrected. Train on that.
+Word times and prompts stay in the .json next to each wav.
 
-A second run does only what is missing, or was made by another Mimi or of a file that has changed. A file that cannot
-be done costs the others nothing; it is listed at the end and in <codes>.err, and left out of the new manifest. Data
-sets of different folders go to different output folders.
+A second run encodes only files whose codes are missing, or were made by another Mimi or of audio that has changed. A
+file that fails does not stop the others: it is listed at the end and in <codes>.err, and left out of the new manifest.
+Give data sets in different folders different output folders.
 
-For SLURM, account, quality of service and time limit are read by sbatch from SBATCH_ACCOUNT, SBATCH_QOS and
-SBATCH_TIMELIMIT.
+For SLURM, sbatch reads account, quality of service and time limit from SBATCH_ACCOUNT, SBATCH_QOS and SBATCH_TIMELIMIT.
 """
 
 import argparse
@@ -27,14 +26,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from moshi.models import MimiModel
 
-from finetune.audio.codec import default_lanes, encode_streams, keep_freed_memory
+from finetune.audio.codec import default_slots, encode_streams, keep_freed_memory
 from finetune.audio.codes import (
     audio_fingerprint,
     audio_stamp,
@@ -47,70 +46,64 @@ from finetune.audio.codes import (
 from finetune.audio.files import SAMPLE_RATE, probe_audio, stream_audio, to_frames
 from finetune.audio.words import MAIN_SPEAKER
 from finetune.cli import Parser, UserError, no_room, run
-from finetune.data.manifest import LONGEST_SEC, Line, read_manifest
+from finetune.data.manifest import read_manifest
 from finetune.files import replacing
-from finetune.jobs.failures import Failures, HoursBar, device_of, error_sentence, forget_error, show_list, take_shard
-from finetune.jobs.slurm import run_shards
+from finetune.jobs.failures import Failures, HoursBar, error_sentence, forget_error, show_list
+from finetune.jobs.slurm import run_shards, take_shard
+from finetune.jobs.workers import device_of
 from finetune.model.pretrained import MOSHI, open_pretrained
 from finetune.prompts.same_speaker import has_same_speaker, same_speaker_file, save_same_speaker
 
 CHANNELS = 2  # agent, user
 SUFFIX = "_precomputed.jsonl"  # of the new manifests
-LIE_SEC = 0.01  # a manifest that is off by more did not mean rounding
-LOST_SEC = 1.0  # that a file is shorter than its manifest says by more is worth a look: it may be cut off
+ROUNDING_SEC = 0.01  # a duration in a manifest that is off by less is left unchanged
+TRUNCATED_SEC = 1.0  # a file that is shorter by more than its manifest says is listed
 
 
-class Item(NamedTuple):
-    """One audio file. Paths are texts, which of a million files take a third of the memory."""
+class EncodeTask(NamedTuple):
+    """One audio file. Paths are strings, which take a third of the memory of Path: there may be a million files."""
 
     path: str
-    codes: str
-    duration: float | None  # seconds, as the manifest says
+    codes: str  # path of the file of codes
+    duration: float | None  # seconds, from the manifest
 
 
-class Outcome(NamedTuple):
-    """What one run, or one shard of it, has done."""
+class EncodeResult(NamedTuple):
+    """What a run, or one shard of it, has done."""
 
-    durations: dict[str, float]  # true seconds of each file that has codes, by its codes
-    failed: dict[str, str]  # a sentence for each that has none
-    voiceless: dict[str, str]  # by its recording, a sentence for each whose same_speaker voice could not be had
-    encoded_sec: float  # of the files encoded now
-    wall_sec: float  # for which the codec was there
+    durations: dict[str, float]  # file of codes: true seconds of its audio
+    failed: dict[str, str]  # file of codes that could not be made: reason
+    voiceless: dict[str, str]  # audio file whose same_speaker voice could not be made: reason
+    encoded_sec: float  # audio encoded in this run
+    wall_sec: float  # from the moment the codec was loaded
 
 
-# --- 1. What there is to do ----------------------------------------------------------------------------------
+# --- 1. Command line and files ----------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("manifests", type=Path, nargs="+", metavar="MANIFEST", help="the .jsonl or .jsonl.gz files")
-    parser.add_argument("--output-dir", type=Path, required=True, help="for the codes and the new manifests")
+    parser.add_argument("manifests", type=Path, nargs="+", metavar="MANIFEST", help=".jsonl or .jsonl.gz files")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the codes and the new manifests")
     parser.add_argument("--hf-repo", default=MOSHI.default_repo, help="hub repository or folder of the model to train")
-    parser.add_argument("--mimi-path", help="Mimi weights in place of the repository's")
+    parser.add_argument("--mimi-path", help="Mimi weights to use instead of the repository's")
     parser.add_argument("--device", help="cpu, cuda or cuda:1; default: cuda if there is one")
-    parser.add_argument("--lanes", type=int, help="channels encoded at once; default: 32 on a CPU, 64 on a GPU")
-    parser.add_argument(
-        "--exact", action="store_true", help="sums as for one stream alone, so that no near tie falls otherwise in a "
-        "batch (none to one code in a thousand do); four times slower on a CPU",
-    )  # fmt: skip
-    parser.add_argument(
-        "--same-speaker", action="store_true", help="also encode agents' speech for prompt.voice: same_speaker"
-    )
-    parser.add_argument(
-        "--speakers", nargs="+", default=[MAIN_SPEAKER], metavar="LABEL", help="whose words are the agent's, as in "
-        "data.speakers; for --same-speaker",
-    )  # fmt: skip
+    parser.add_argument("--slots", type=int, help="channels encoded at once; default: 32 on a CPU, up to 64 on a GPU")
+    parser.add_argument("--exact", action="store_true", help="give each file the very codes that it gets alone, where "
+                        "a batch changes up to one in a thousand; four times slower on a CPU")  # fmt: skip
+    parser.add_argument("--same-speaker", action="store_true", help="also encode agents for voice: same_speaker")
+    parser.add_argument("--speakers", nargs="+", default=[MAIN_SPEAKER], metavar="LABEL", help="whose words are the "
+                        "agent's, as in data.speakers; for --same-speaker")  # fmt: skip
     parser.add_argument("--num-load-threads", type=int, default=4, help="threads that decode and resample")
-    parser.add_argument(
-        "-S", "--shards", type=int, default=1, help="jobs of a SLURM task array; without --partition, of this machine"
-    )
+    parser.add_argument("-S", "--shards", type=int, default=1, help="number of SLURM jobs; without --partition, "
+                        "of processes on this machine")  # fmt: skip
     parser.add_argument("--partition", help="submit to this SLURM partition")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 if any file failed; else only if all did")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if any file failed, not only if all did")
     args = parser.parse_args(argv)
     if args.shards < 1 or args.num_load_threads < 1:
-        raise UserError("--shards and --num-load-threads are at least 1")
-    if args.lanes is not None and args.lanes < CHANNELS:
-        raise UserError(f"--lanes {args.lanes}: a stereo file takes {CHANNELS}")
+        raise UserError("--shards and --num-load-threads must be at least 1")
+    if args.slots is not None and args.slots < CHANNELS:
+        raise UserError(f"--slots {args.slots}: must be at least {CHANNELS}, the channels of a stereo file")
     return args
 
 
@@ -119,104 +112,97 @@ def output_manifest(folder: Path, source: Path) -> Path:
     return folder / f"{stem}{SUFFIX}"
 
 
-def read_items(args: argparse.Namespace, problems: list[str]) -> dict[str, Item]:
-    """The files of all manifests by their paths, each once. Lines that are no good become sentences in `problems`.
+def read_tasks(args: argparse.Namespace, problems: list[str]) -> dict[str, EncodeTask]:
+    """Return the files of all manifests by path, each once. Each bad line adds a sentence to `problems`.
 
-    Codes are named after the audio: its path from the manifest's folder, or all of its path if it lies elsewhere. The
-    same name for another file (of another manifest, of this run or an earlier one) gets a hash of its path as well.
+    Codes are named after the audio: its path from the manifest's folder, or its whole path if it lies elsewhere. If
+    another file has that name already (from another manifest, of this run or an earlier one), a hash of the path is
+    appended.
     """
-    new = [output_manifest(args.output_dir, source) for source in args.manifests]
-    for target, source in zip(new, args.manifests):
-        if new.count(target) > 1:
+    targets = [output_manifest(args.output_dir, source) for source in args.manifests]
+    for target, source in zip(targets, args.manifests):
+        if targets.count(target) > 1:
             raise UserError(f"{source}: two manifests would both become {target.name}; give them different names")
-    items: dict[str, Item] = {}
+    tasks: dict[str, EncodeTask] = {}
     taken: set[str] = set()
-    others = named_by_others(args.output_dir, new)
+    earlier = read_earlier(args.output_dir, targets)
     for source in args.manifests:
-        above = f"{source.parent}{os.sep}"
         for line in read_manifest(source, problems):
             path = os.path.normpath(line.path)
-            if path in items:
+            if path in tasks:
                 continue
-            name = path.removeprefix(above) if path.startswith(above) else path.removeprefix(Path(path).anchor)
-            codes = os.path.join(args.output_dir, "codes", f"{name}.pt")
-            if codes in taken or (others.get(codes, path) != path and not made_of(codes, path)):
+            codes = os.path.join(args.output_dir, "codes", path_from(source.parent, path).lstrip(os.sep) + ".pt")
+            if codes in taken or (earlier.get(codes, path) != path and not made_from(codes, path)):
                 codes = f"{codes.removesuffix('.pt')}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.pt"
             taken.add(codes)
-            items[path] = Item(path, codes, stated_sec(line))
-    if not items:
+            tasks[path] = EncodeTask(path, codes, line.duration)
+    if not tasks:
         raise UserError("; ".join([f"{args.manifests[0]}: names no audio file", *problems[:1]]))
-    return items
+    return tasks
 
 
-def stated_sec(line: Line) -> float | None:
-    """The duration that a line gives, if it can be one."""
-    value = line.fields.get("duration")
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and 0 < value <= LONGEST_SEC else None
-
-
-def named_by_others(folder: Path, new: list[Path]) -> dict[str, str]:
-    """{codes: audio} of the manifests that earlier runs have left in the folder, but for those that this run writes."""
-    named = {}
-    for path in sorted(set(folder.glob(f"*{SUFFIX}")) - set(new)):
+def read_earlier(folder: Path, targets: list[Path]) -> dict[str, str]:
+    """Return {codes: audio} of the manifests in a folder, except for `targets`, which this run replaces."""
+    earlier = {}
+    for path in sorted(set(folder.glob(f"*{SUFFIX}")) - set(targets)):
         for line in read_manifest(path, problems=[]):
             if isinstance(line.fields.get("codes_path"), str):
-                named[os.path.join(folder, line.fields["codes_path"])] = os.path.normpath(line.path)
-    return named
+                earlier[os.path.join(folder, line.fields["codes_path"])] = os.path.normpath(line.path)
+    return earlier
 
 
-def made_of(codes: str, path: str) -> bool:
-    """Whether codes are of the very sound in `path`: the recording has been moved, or is there twice."""
+def made_from(codes: str, path: str) -> bool:
+    """Whether codes are of the same audio as `path`: a recording that was moved, or exists twice."""
     try:
         return load_codes(Path(codes))["audio"] == audio_fingerprint(Path(path))
     except UserError:
         return False
 
 
-def finished(item: Item, mimi_fingerprint: str, exact: bool = False) -> float | None:
-    """Seconds of a file whose codes are there, up to date and, if `exact`, made so; None if they have to be made."""
-    if not os.path.exists(item.codes):
+def encoded_duration(task: EncodeTask, mimi_fingerprint: str, exact: bool) -> float | None:
+    """Return the seconds of a file whose codes are up to date (if `exact`, exact ones); None if it must be encoded."""
+    codes, path = Path(task.codes), Path(task.path)
+    if not codes.exists():
         return None
     try:
-        entry = load_codes(Path(item.codes))
-        date = os.stat(item.path).st_mtime_ns if os.path.exists(item.path) else None
-        check_codes(entry, None, mimi_fingerprint, Path(item.path), thorough=True)
+        entry = load_codes(codes)
+        date = path.stat().st_mtime_ns if path.exists() else None
+        check_codes(entry, codes, mimi_fingerprint, path, thorough=True)
     except UserError:
         return None
     if exact and not entry.get("exact"):
         return None
     if date is not None and entry.get("audio_mtime_ns") not in (None, date):
-        save_tensors(Path(item.codes), entry | {"audio_mtime_ns": date})  # it was read whole: not again next time
+        save_tensors(codes, entry | {"audio_mtime_ns": date})  # it was read whole: the next run need not
     return entry["duration"]
 
 
-# --- 2. Encoding ---------------------------------------------------------------------------------------------
+# --- 2. Encoding ------------------------------------------------------------------------------------------------------
 
 
-class Reader:
-    """The audio of one file, piece by piece; each piece is decoded by a thread while the one before is encoded.
+class PieceReader:
+    """The audio of one file in pieces; a thread decodes the next piece while this one is encoded.
 
     Attributes:
-        samples: how many have been given out, at 24 kHz, per channel.
-        fingerprint, stamp: of the file, taken before it was read.
+        samples: number of samples per channel read so far, at 24 kHz.
+        fingerprint, stamp: of the file, taken before it is decoded.
     """
 
-    def __init__(self, item: Item, pool: ThreadPoolExecutor, bar: HoursBar):
-        self.item = item
+    def __init__(self, task: EncodeTask, pool: ThreadPoolExecutor, bar: HoursBar):
+        self.task = task
         self.samples = 0
         self.fingerprint, self.stamp = "", {}
         self._pool, self._bar = pool, bar
-        self._pieces = self._read()
+        self._pieces = self._decode()
         self._next = pool.submit(next, self._pieces, None)
 
-    def _read(self) -> Iterator[np.ndarray]:
-        path = Path(self.item.path)
+    def _decode(self) -> Iterator[np.ndarray]:
+        path = Path(self.task.path)
         self.fingerprint, self.stamp = audio_fingerprint(path), audio_stamp(path)
-        channels = probe_audio(self.item.path).channels
+        channels = probe_audio(path).channels
         if channels != CHANNELS:
-            raise UserError(f"{self.item.path}: has {channels} channel(s); training needs agent left, user right")
-        yield from stream_audio(self.item.path)
+            raise UserError(f"{path}: has {channels} channel(s); training needs agent left, user right")
+        yield from stream_audio(path)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         while (piece := self._next.result()) is not None:
@@ -226,133 +212,134 @@ class Reader:
             yield piece
 
 
-def read_ahead(readers: Iterator[Reader], count: int) -> Iterator[Reader]:
-    """The same readers, of which the next `count` have begun to decode."""
-    begun = deque(islice(readers, count))
-    while begun:
-        yield begun.popleft()
-        begun.extend(islice(readers, 1))
+def longest_first(tasks: dict[str, EncodeTask]) -> list[EncodeTask]:
+    """Sort so that slots end together; files of unknown length come first."""
+    return sorted(tasks.values(), key=lambda task: (-(task.duration or float("inf")), task.path))
 
 
-def longest_first(items: dict[str, Item]) -> list[Item]:
-    """So that lanes end together; files of unknown length come before all."""
-    return sorted(items.values(), key=lambda item: (-(item.duration or float("inf")), item.path))
+def encode_shard(args: argparse.Namespace, index: int, count: int) -> EncodeResult:
+    """Encode every `count`-th file from `index` on."""
+    tasks = take_shard(longest_first(read_tasks(args, problems=[])), index, count)
+    return encode_tasks(args, tasks, torch.device(device_of(args.device, index)))
 
 
-def encode_shard(args: argparse.Namespace, index: int, count: int) -> Outcome:
-    """Does every `count`-th file from `index` on: one job of several."""
-    items = take_shard(longest_first(read_items(args, problems=[])), index, count)
-    return encode_items(args, items, torch.device(device_of(args.device, index)))
-
-
-def encode_items(args: argparse.Namespace, items: list[Item], device: torch.device) -> Outcome:
-    """Does all files that are not done yet."""
+def encode_tasks(args: argparse.Namespace, tasks: list[EncodeTask], device: torch.device) -> EncodeResult:
+    """Encode the files whose codes or voices are missing or out of date."""
     checkpoint = open_pretrained(args.hf_repo, mimi_path=args.mimi_path)
     fingerprint = fingerprint_file(checkpoint.mimi_weights())
-    failures, durations, todo, voiceless = Failures(), {}, [], []
-    done = partial(finished, mimi_fingerprint=fingerprint, exact=args.exact)
-    has_voice = lambda item: has_same_speaker(Path(item.path), Path(item.codes), fingerprint, args.speakers, args.exact)
+    durations: dict[str, float] = {}
+    todo, without_voice = [], []
+
+    def inspect(task: EncodeTask) -> tuple[float | None, bool]:
+        duration = encoded_duration(task, fingerprint, args.exact)
+        voice = (Path(task.path), Path(task.codes), fingerprint, args.speakers, args.exact)
+        return duration, not args.same_speaker or (duration is not None and has_same_speaker(*voice))
+
     with ThreadPoolExecutor(args.num_load_threads) as pool:
-        for start in range(0, len(items), 1000):  # a million futures would be larger than a million files
-            some = items[start : start + 1000]
-            for item, duration in zip(some, pool.map(done, some)):
+        for start in range(0, len(tasks), 1000):  # a million futures would take more memory than a million tasks
+            some = tasks[start : start + 1000]
+            for task, (duration, has_voice) in zip(some, pool.map(inspect, some)):
                 if duration is None:
-                    todo.append(item)
+                    todo.append(task)
                 else:
-                    durations[item.codes] = duration
-                    forget_error(Path(item.codes))
-            if args.same_speaker:
-                voiced = zip(some, pool.map(has_voice, some))
-                voiceless += [item for item, has in voiced if not has or item.codes not in durations]
-        if not todo and not voiceless:
-            return Outcome(durations, failures.sentences, {}, 0.0, 0.0)
-
-        for folder in {os.path.dirname(item.codes) for item in todo}:
-            make_folder(Path(folder))
+                    durations[task.codes] = duration
+                    forget_error(Path(task.codes))
+                if not has_voice:
+                    without_voice.append(task)
+        if not todo and not without_voice:
+            return EncodeResult(durations, {}, {}, 0.0, 0.0)
+        for folder in {os.path.dirname(task.codes) for task in todo}:
+            os.makedirs(folder, exist_ok=True)
         mimi = checkpoint.mimi(device)
-        if device.type == "cpu":
-            keep_freed_memory()
-        lanes = min(args.lanes or default_lanes(device), CHANNELS * max(1, len(todo)))
         started = time.monotonic()
-        encoded_sec = 0.0
-        with HoursBar([item.duration for item in todo], "encoding") as bar:
-            readers: dict[int, Reader] = {}
-
-            def begin() -> Iterator[Reader]:
-                for number, item in enumerate(todo):
-                    readers[number] = Reader(item, pool, bar)
-                    yield readers[number]
-
-            sources = read_ahead(begin(), args.num_load_threads)
-            with closing(encode_streams(mimi, sources, lanes, args.exact)) as results:
-                for number, result in results:
-                    reader = readers.pop(number)
-                    item, seconds = reader.item, reader.samples / SAMPLE_RATE
-                    codes = Path(item.codes)
-                    try:
-                        if isinstance(result, UserError):
-                            raise result
-                        same_speaker_file(codes).unlink(missing_ok=True)  # of what the file was before
-                        save_codes(codes, result, seconds, fingerprint, reader.fingerprint, reader.stamp, args.exact)
-                    except (UserError, OSError) as error:
-                        if no_room(error):
-                            raise
-                        failures.add(codes, error_sentence(item.path, error))
-                        bar.set_postfix_str(f"{len(failures)} failed")
-                    else:
-                        forget_error(codes)
-                        durations[item.codes] = seconds
-                        encoded_sec += seconds
-        pairs = [(Path(item.path), Path(item.codes)) for item in voiceless if item.codes in durations]
-        problems = save_same_speaker(pairs, mimi, fingerprint, args.speakers, args.exact)
-        without = {str(path): f"{path}: {why}" for path, why in problems.items()}
-    return Outcome(durations, failures.sentences, without, encoded_sec, time.monotonic() - started)
+        encoded, failed = encode_files(args, todo, mimi, fingerprint, pool)
+    durations |= encoded
+    pairs = [(Path(task.path), Path(task.codes)) for task in without_voice if task.codes in durations]
+    problems = save_same_speaker(pairs, mimi, fingerprint, args.speakers, args.exact)
+    voiceless = {str(path): f"{path}: {why}" for path, why in problems.items()}
+    return EncodeResult(durations, failed, voiceless, sum(encoded.values()), time.monotonic() - started)
 
 
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir: {folder} cannot be made ({error.strerror})") from None
+def encode_files(
+    args: argparse.Namespace, tasks: list[EncodeTask], mimi: MimiModel, fingerprint: str, pool: ThreadPoolExecutor
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Encode files and save their codes. Returns `durations` and `failed` of an EncodeResult."""
+    device = next(mimi.parameters()).device
+    if device.type == "cpu":
+        keep_freed_memory()
+    slots = min(args.slots or default_slots(device), CHANNELS * max(1, len(tasks)))
+    durations, failures = {}, Failures()
+    readers: dict[int, PieceReader] = {}
+    with HoursBar([task.duration for task in tasks], "encoding") as bar:
+
+        def start_readers() -> Iterator[PieceReader]:  # each when enough of those before it have been taken
+            started: deque[PieceReader] = deque()
+            for number, task in enumerate(tasks):
+                readers[number] = PieceReader(task, pool, bar)
+                started.append(readers[number])
+                if len(started) == args.num_load_threads:
+                    yield started.popleft()
+            yield from started
+
+        with closing(encode_streams(mimi, start_readers(), slots, args.exact)) as results:
+            for number, result in results:
+                reader = readers.pop(number)
+                codes, seconds = Path(reader.task.codes), reader.samples / SAMPLE_RATE
+                try:
+                    if isinstance(result, UserError):
+                        raise result
+                    same_speaker_file(codes).unlink(missing_ok=True)  # it belongs to the previous audio
+                    save_codes(codes, result, seconds, fingerprint, reader.fingerprint, reader.stamp, args.exact)
+                except (UserError, OSError) as error:
+                    if no_room(error):
+                        raise
+                    failures.add(codes, error_sentence(reader.task.path, error))
+                    bar.set_postfix_str(f"{len(failures)} failed")
+                else:
+                    forget_error(codes)
+                    durations[reader.task.codes] = seconds
+    return durations, failures.sentences
 
 
-# --- 3. The new manifests ------------------------------------------------------------------------------------
+# --- 3. New manifests -------------------------------------------------------------------------------------------------
 
 
 def write_manifest(
-    source: Path, target: Path, items: dict[str, Item], durations: dict[str, float]
+    source: Path, target: Path, tasks: dict[str, EncodeTask], durations: dict[str, float]
 ) -> tuple[int, int, list[str]]:
-    """Writes the lines whose files have codes. Returns how many, how many had a duration that was wrong, and a sentence
-    for each file that is much shorter than it was said to be."""
-    lines, lies, lost = 0, 0, []
-    # JSON's escape of half a character, which UTF-8 cannot write, is Python's backslash.
+    """Write the lines whose files have codes.
+
+    Returns the number of lines, the number of durations that were wrong, and a sentence for each file that is much
+    shorter than its manifest says.
+    """
+    lines, corrected, truncated = 0, 0, []
+    # UTF-8 cannot encode half of a surrogate pair; backslashreplace writes it as JSON's own escape.
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
         for line in read_manifest(source, problems=[]):
-            item = items.get(os.path.normpath(line.path))  # None: the manifest has grown since this run began
-            duration = None if item is None else durations.get(item.codes)
+            task = tasks.get(os.path.normpath(line.path))  # None: the manifest has grown since this run began
+            duration = None if task is None else durations.get(task.codes)
             if duration is None:
                 continue
-            said = stated_sec(line)
-            close = said is not None and abs(said - duration) <= LIE_SEC
-            # One frame too many may be a window without sound.
-            if not close or to_frames(said) != to_frames(duration):
-                lies += line.fields.get("duration") is not None
-                if said is not None and said - duration > LOST_SEC:
-                    lost.append(f"{item.path}: {duration:.2f} s, and its manifest says {said:.2f} s")
+            said = line.duration
+            # A duration that rounds up to one more frame could give a window without sound.
+            if said is None or abs(said - duration) > ROUNDING_SEC or to_frames(said) != to_frames(duration):
+                corrected += line.fields.get("duration") is not None
+                if said is not None and said - duration > TRUNCATED_SEC:
+                    truncated.append(f"{task.path}: {duration:.2f} s, and its manifest says {said:.2f} s")
                 line.fields["duration"] = round(duration, 6)
-            line.fields["path"] = path_from(target.parent, item.path)
-            line.fields["codes_path"] = path_from(target.parent, item.codes)
+            line.fields["path"] = path_from(target.parent, task.path)
+            line.fields["codes_path"] = path_from(target.parent, task.codes)
             out.write(json.dumps(line.fields, ensure_ascii=False) + "\n")
             lines += 1
-    return lines, lies, lost
+    return lines, corrected, truncated
 
 
 def path_from(folder: Path, path: str) -> str:
-    """`path` as a manifest in `folder` names it: relative if it is below, else absolute."""
+    """Return `path` relative to `folder` if it is below it, else unchanged."""
     return path.removeprefix(f"{folder}{os.sep}")
 
 
-# --- 4. Main -------------------------------------------------------------------------------------------------
+# --- 4. Main ----------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -360,67 +347,65 @@ def main(argv: list[str] | None = None) -> int:
     args.manifests = [Path(os.path.abspath(path)) for path in args.manifests]
     args.output_dir = Path(os.path.abspath(args.output_dir))
     problems: list[str] = []
-    items = read_items(args, problems)
+    tasks = read_tasks(args, problems)
     if not args.partition:
         device_of(args.device, 0)
-    make_folder(args.output_dir)
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir: {args.output_dir} cannot be made ({error.strerror})") from None
     started = time.monotonic()
     dead: list[str] = []
     if args.shards == 1 and not args.partition:
         try:
-            outcomes = [encode_items(args, longest_first(items), torch.device(device_of(args.device, 0)))]
+            results = [encode_tasks(args, longest_first(tasks), torch.device(device_of(args.device, 0)))]
         except torch.OutOfMemoryError:
-            raise UserError("the GPU's memory is full; use fewer --lanes (what is encoded is kept)") from None
+            raise UserError("the GPU's memory is full; use fewer --slots (finished files are kept)") from None
     else:
-        results, dead = run_shards(
-            partial(encode_shard, args),
-            args.shards,
-            folder=args.output_dir / "jobs",
-            name="precompute",
-            partition=args.partition,
-            cpus=args.num_load_threads,
-            gpus=0 if args.device == "cpu" else 1,
-        )
-        outcomes = list(results.values())
-    durations = {codes: seconds for outcome in outcomes for codes, seconds in outcome.durations.items()}
-    failed = {codes: why for outcome in outcomes for codes, why in outcome.failed.items()}
-    voiceless = {path: why for outcome in outcomes for path, why in outcome.voiceless.items()}
-    for item in items.values():
-        if item.codes not in durations:  # a shard died, or its manifest changed while it waited
-            failed.setdefault(item.codes, f"{item.path}: was not done")
+        by_shard, dead = run_shards(
+            partial(encode_shard, args), args.shards, folder=args.output_dir / "jobs", name="precompute",
+            partition=args.partition, cpus=args.num_load_threads, gpus=0 if args.device == "cpu" else 1,
+        )  # fmt: skip
+        results = list(by_shard.values())
+    durations = {codes: seconds for result in results for codes, seconds in result.durations.items()}
+    failed = {codes: why for result in results for codes, why in result.failed.items()}
+    voiceless = {path: why for result in results for path, why in result.voiceless.items()}
+    for task in tasks.values():
+        if task.codes not in durations:  # a shard died, or the manifest changed while it waited
+            failed.setdefault(task.codes, f"{task.path}: was not done")
 
-    lines, lies, lost = 0, 0, []
+    lines, corrected, truncated = 0, 0, []
     for source in args.manifests:
         target = output_manifest(args.output_dir, source)
-        written = write_manifest(source, target, items, durations)
-        lines, lies, lost = lines + written[0], lies + written[1], lost + written[2]
+        written = write_manifest(source, target, tasks, durations)
+        lines, corrected, truncated = lines + written[0], corrected + written[1], truncated + written[2]
         print(f"{target}: {written[0]} lines")
 
-    encoded_sec = sum(outcome.encoded_sec for outcome in outcomes)
-    wall_sec = max((outcome.wall_sec for outcome in outcomes), default=0.0)
+    encoded_sec = sum(result.encoded_sec for result in results)
+    wall_sec = max((result.wall_sec for result in results), default=0.0)
     hours = sum(durations.values()) / 3600
     size = sum(Path(codes).stat().st_size for codes in durations)
     rows = {
         "files": f"{len(durations)} with codes, {len(failed)} failed, {len(problems)} bad lines",
-        "hours": f"{hours:.2f}, of which {encoded_sec / 3600:.2f} encoded now",
-        "speed": f"{encoded_sec / wall_sec:.1f} x real time" if wall_sec else "nothing was left to do",
+        "hours": f"{hours:.2f}, {encoded_sec / 3600:.2f} of them encoded now",
+        "speed": f"{encoded_sec / wall_sec:.1f} x real time" if wall_sec else "all codes were up to date",
         "size": f"{size / hours:,.0f} bytes per hour" if hours else "nothing",
-        "durations": f"{lies} of {lines} corrected",
+        "durations": f"{corrected} of {lines} corrected",
         "time": f"{time.monotonic() - started:.1f} s",
     }
     for name, value in rows.items():
         print(f"  {name:<10}{value}")
     show_list("bad lines:", problems)
-    show_list("much shorter than their manifest says (cut off?):", lost)
+    show_list("much shorter than their manifest says (truncated?):", truncated)
     show_list("failed (repair them or take their lines out):", [failed[codes] for codes in sorted(failed)])
     show_list(
-        "without same_speaker voice, which training on them needs:", [voiceless[path] for path in sorted(voiceless)]
+        "no same_speaker voice, which training with same_speaker needs:", [voiceless[p] for p in sorted(voiceless)]
     )
-    show_list("dead:", dead)
+    show_list("dead shards:", dead)
     return int(bool(dead) or not durations or (args.strict and bool(failed or problems or voiceless)))
 
 
 if __name__ == "__main__":
-    import precompute_codes  # by its name: SLURM jobs have to import what is pickled, and __main__ is not theirs
+    import precompute_codes  # by name: SLURM jobs import what is pickled, and cannot import __main__
 
     run(precompute_codes.main)

@@ -1,10 +1,4 @@
-"""Fine-tune Moshi.
-
-    python train.py config.yaml [key=value ...]
-    torchrun --nproc-per-node 8 train.py config.yaml optim.lr=2e-6
-
-The same command continues a run that was stopped. Settings: README.md, example/moshi_7B.yaml.
-"""
+"""Fine-tune Moshi. `run_training` puts a run together, top to bottom, for this script and for train_personaplex.py."""
 
 import contextlib
 import dataclasses
@@ -12,18 +6,18 @@ import logging
 
 import torch
 
+from finetune import loop
 from finetune.args import TrainArgs
 from finetune.checkpointing import load_checkpoint, newest_complete
-from finetune.cli import Parser, UserError, run
+from finetune.cli import UserError, run_fire
 from finetune.config import load_args
 from finetune.data.run_data import RunData
 from finetune.distributed import World, make_mesh, multiplies_bfloat16, session, shard
-from finetune.loop import Progress, Stop, train
 from finetune.lora import add_adapters
 from finetune.metrics import Metrics
 from finetune.model.build import Origin, StoredWeights, build_lm, load_weights, set_trainable
-from finetune.model.consolidated import Artefact
-from finetune.model.pretrained import MOSHI, ModelSpec, inference_config, lm_kwargs, open_pretrained
+from finetune.model.consolidated import Artefact, inference_config
+from finetune.model.pretrained import MOSHI, ModelSpec, lm_kwargs, open_pretrained
 from finetune.model.training_lm import TrainingLM
 from finetune.optim import build_optimizer
 from finetune.run_dir import check_run_dir, open_run
@@ -32,116 +26,125 @@ from finetune.streams import N_STREAMS
 logger = logging.getLogger("train")
 
 
-def main(spec: ModelSpec = MOSHI, doc: str = __doc__) -> int:
-    parser = Parser(doc)
-    parser.add_argument("config", help="YAML file of settings")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's")
-    given = parser.parse_args()
-    args = load_args(given.config, given.overrides)
+def train(config: str, *overrides: str) -> int:
+    """Fine-tune Moshi on recorded dialogues.
+
+    python train.py config.yaml
+    torchrun --nproc-per-node 8 train.py config.yaml optim.lr=2e-6 run_dir=runs/lower_rate
+
+    Reads the manifests data.train_data and data.eval_data, and a model from the hub or a folder (moshi_paths).
+    Writes checkpoints, metrics and samples to run_dir. The same command continues a run that was stopped.
+
+    Exit codes:
+      0   the run is complete, or Ctrl-C stopped it after a step
+      2   settings, data or model cannot be used; the last line says why
+      75  a signal (SLURM's, say) stopped it after a saved step: run the same command again
+
+    Args:
+        config: YAML file of settings, such as example/moshi_7B.yaml. README.md lists all settings.
+        overrides: Settings that replace those of the file, as key.subkey=value.
+    """
+    return launch(MOSHI, config, overrides)
+
+
+def launch(spec: ModelSpec, config: str, overrides: tuple[str, ...]) -> int:
+    """Read the settings, join the processes of the run, and train. Returns the exit code."""
+    args = load_args(config, overrides)
     with session(args.device) as world:
-        logging.basicConfig(
-            level=logging.INFO if world.is_main else logging.WARNING,
-            format="%(asctime)s %(message)s" if world.is_main else f"[rank {world.rank}] %(message)s",
-            datefmt="%H:%M:%S",
-            force=True,
-        )
+        form = "%(asctime)s %(message)s" if world.is_main else f"[rank {world.rank}] %(message)s"
+        level = logging.INFO if world.is_main else logging.WARNING
+        logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", force=True)
         return run_training(args, spec, world)
 
 
 def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
-    """Assembles a run and trains. What is cheap to check comes first; the run's folder is touched last."""
+    """Put a run together and train. Cheap checks come first, and the folder of the run is modified last."""
+    # moshi passes its norms and gatings to torch.compile on first use. That starts inductor, which takes 40 s on a CPU,
+    # and under FSDP on B200 it fails: "expected size 128==128, stride 1250==1280 at dim=0". So nothing is compiled.
+    torch._dynamo.config.disable = True
     torch.manual_seed(args.seed)
     check_run_dir(args)
 
-    # 1. The files of the model.
+    # 1. Find the files of the model. Only their headers are read for now.
     paths = vars(args.moshi_paths) | {"hf_repo_id": args.moshi_paths.hf_repo_id or spec.default_repo}
     checkpoint = open_pretrained(**paths)
     if checkpoint.raw_config.get("lora"):
         raise UserError(
-            f"{checkpoint.source}: holds adapters, and training starts from whole weights; merge them first with "
+            f"{checkpoint.source}: holds adapters, but training needs complete weights; merge them first with "
             "`python -m finetune.tools.export ... --merge`"
         )
     kwargs = lm_kwargs(checkpoint, spec)
     weights = StoredWeights(checkpoint.moshi_weights(), kwargs["dep_q"])
 
-    # 2. The data: manifests, prompts, tokenizers.
+    # 2. Open the data. A bad manifest or prompt ends the run here, before 16 GB of weights are read.
     data = RunData(args, spec.prompts, checkpoint, kwargs, weights.file.read, world)
     if world.is_main:
         describe(args, spec, weights.origin, data, world)
 
-    # 3. The model: built without memory, sharded, then filled row by row from its file.
+    # 3. Build the model without memory and shard it first, so that each rank allocates and reads only its shard.
     dtype = getattr(torch, args.param_dtype)
     lm = build_lm(kwargs, dtype)
     if args.lora.enable:
         add_adapters(lm, args.lora.rank, args.lora.scaling)
     set_trainable(lm, args.full_finetuning, args.lora.ft_embed)
     training_lm = TrainingLM(lm, args.gradient_checkpointing)
-    if args.compile:
-        for layer in (*lm.transformer.layers, *lm.depformer.layers):
-            layer.compile(dynamic=True)
     shard(training_lm, [*lm.transformer.layers, *lm.depformer.layers], make_mesh(world, args.sharding), dtype)
     training_lm.to_empty(device=world.device)
     load_weights(lm, weights, args.seed)
-    optimizer = build_optimizer(lm, args.optim, world.device)
+    optimizer = build_optimizer(lm, args.optim)
 
-    # 4. The run's folder, and where it stopped.
+    # 4. Open the folder of the run, and continue from its newest checkpoint if there is one.
     folder = open_run(args, world)
-    progress = Progress()
-    newest = newest_complete(folder, world)
-    if newest is not None:
+    progress = loop.Progress()
+    if newest := newest_complete(folder, world):
         path, state = newest
-        progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+        progress = loop.Progress(**{field.name: state[field.name] for field in dataclasses.fields(progress)})
         load_checkpoint(path, lm, optimizer, progress.step)
-        logger.info("going on from %s", path)
-        before, now = state["windows_per_step"], args.batch_size * args.num_microbatches * world.size
-        if before != now:
-            logger.warning("a step was %d windows until now and is %d from here, at the same rate", before, now)
-        before, now = state.get("windows"), data.train.sizes
-        if before not in (None, now):
-            logger.warning(
-                "the manifests had %s windows until now and have %s: of this epoch some will come twice, and some not",
-                before, now,
-            )  # fmt: skip
+        logger.info("continuing from %s", path)
+        warn_of_changes(state, args, data, world)
     metrics = Metrics(folder, args, world.is_main, progress.step)
+
+    # 5. Decide what each checkpoint offers for inference: adapters, or complete (merged) weights.
     adapters = (args.lora.rank, args.lora.scaling) if args.lora.enable and args.save_adapters else None
     artefact = Artefact(inference_config(checkpoint, kwargs), adapters, dtype)
 
-    # 5. The loop.
-    with Stop() as stop, contextlib.closing(metrics), contextlib.closing(data):
-        return train(
-            args, world, folder, training_lm, optimizer, data, artefact, progress, metrics, stop
-        )  # fmt: skip
+    # 6. Train.
+    with loop.Stop() as stop, contextlib.closing(metrics), contextlib.closing(data):
+        run = loop.TrainingRun(args, world, folder, training_lm, optimizer, data, artefact, progress, metrics, stop)
+        return loop.train(run)
+
+
+def warn_of_changes(state: dict, args: TrainArgs, data: RunData, world: World) -> None:
+    """Warn if the run continues with other batches or manifests, which is allowed, but changes what it learns."""
+    old, new = state["windows_per_step"], args.batch_size * args.num_microbatches * world.size
+    if old != new:
+        logger.warning("a step had %d windows so far and has %d from now on, at the same learning rate", old, new)
+    old, new = state.get("windows"), data.train.sizes
+    if old not in (None, new):
+        logger.warning("the manifests had %s windows until now and have %s: this epoch repeats or skips some", old, new)
 
 
 def describe(args: TrainArgs, spec: ModelSpec, origin: Origin, data: RunData, world: World) -> None:
-    """What the run will do, as arithmetic that can be checked."""
-    windows, window_frames = data.train, data.window_frames
+    """Log what the run will do, with its arithmetic, so that a mistake shows before the first step."""
+    log, frames, windows, steps = logger.info, data.window_frames, len(data.train), args.max_steps
     per_step = args.batch_size * args.num_microbatches * world.size
-    trained = "all parameters" if args.full_finetuning else f"LoRA rank {args.lora.rank}"
-    logger.info("%s: %s", spec.name, origin)
-    logger.info("%s, %s, %d process(es) on %s", trained, args.param_dtype, world.size, world.device.type)
+    what = "all parameters" if args.full_finetuning else f"LoRA rank {args.lora.rank}"
+    log("%s: %s", spec.name, origin)
+    log("training %s in %s, %d process(es) on %s", what, args.param_dtype, world.size, world.device.type)
     if args.param_dtype == "bfloat16" and not multiplies_bfloat16(world.device):
-        logger.warning("this CPU has no bfloat16 products and imitates them slowly: set param_dtype: float32")
-    logger.info(
-        "%s windows of up to %g s (%d frames), codes %s", f"{len(windows):,}", args.duration_sec, window_frames,
-        "pre-computed" if windows.precomputed else "made by Mimi in training",
-    )  # fmt: skip
-    logger.info(
-        "%d x %d x %d = %d windows a step (batch x microbatches x processes), up to %s frames of dialogue x %d = %s "
-        "tokens", args.batch_size, args.num_microbatches, world.size, per_step, f"{per_step * window_frames:,}",
-        N_STREAMS, f"{per_step * window_frames * N_STREAMS:,}",
-    )  # fmt: skip
+        logger.warning("this CPU has no bfloat16 products and emulates them slowly: set param_dtype: float32")
+    log("%s windows of up to %g s (%d frames x %d streams), %s", f"{windows:,}", args.duration_sec, frames, N_STREAMS,
+        "codes precomputed" if data.train.precomputed else "encoded by Mimi during training")  # fmt: skip
+    log("%d x %d x %d = %d windows a step (batch x microbatches x processes), up to %s tokens", args.batch_size,
+        args.num_microbatches, world.size, per_step, f"{per_step * frames * N_STREAMS:,}")  # fmt: skip
     if data.prompter is not None:
-        longest = data.prompter.max_frames
-        logger.info(
-            "before each a prompt of up to %g s (%d frames, at most %.0f %% of a sequence); %d recorded or .pt voices; "
-            "without text in %.0f %% of the windows, without voice in %.0f %%", args.prompt.max_sec, longest,
-            100 * longest / (longest + window_frames), len(data.prompter.voices), 100 * args.prompt.drop_text,
-            100 * args.prompt.drop_voice,
-        )  # fmt: skip
-    epochs = args.max_steps * per_step / len(windows)
-    logger.info("%.1f steps an epoch; %d steps = %.2f epochs", len(windows) / per_step, args.max_steps, epochs)
+        prompt, longest = args.prompt, data.prompter.max_frames
+        log("before each window a prompt of up to %g s (%d frames, at most %.0f %% of a sequence)", prompt.max_sec,
+            longest, 100 * longest / (longest + frames))  # fmt: skip
+        log("%d recorded or .pt voices; %.0f %% of the windows lose their text prompt, %.0f %% their voice prompt",
+            len(data.prompter.voices), 100 * prompt.drop_text, 100 * prompt.drop_voice)  # fmt: skip
+    log("%.1f steps per epoch; %d steps = %.2f epochs", windows / per_step, steps, steps * per_step / windows)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_fire(train)

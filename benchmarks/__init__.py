@@ -1,13 +1,13 @@
-"""Measurements, each a script with its command in its docstring."""
+"""Measurements; the docstring of each script has its command."""
 
 import time
 from pathlib import Path
 
-BUSY = 0.05  # of all cores; above it timings are not to be trusted
+BUSY = 0.05  # share of all cores; above it timings are not reliable
 
 
 def busy_share(seconds: float = 2.0) -> float:
-    """Share of the machine's cores that work for others right now (/proc/stat: user nice system idle iowait ...)."""
+    """Share of the machine's cores that other processes use right now (/proc/stat: user nice system idle ...)."""
 
     def times() -> tuple[int, int]:
         numbers = list(map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9]))

@@ -1,7 +1,7 @@
-"""annotate.py with two workers of one thread against one worker of one thread, over the same eight files.
+"""Compare annotate.py with two workers of one thread against one worker of one thread, over the same eight files.
 
-Whole runs, start of the workers and loading of the models included; the runs take turns. The files are one recording
-of speech, shifted by a different time in each, in the left channel. What both runs write has to be the same.
+Whole runs are timed, with the start of the workers and the loading of the models, and they take turns. The files hold
+one recording of speech in the left channel, shifted by a different time in each. Both runs must write the same words.
 """
 
 import os

@@ -1,18 +1,18 @@
-"""Does a model do what its prompt says? Trains the tiny PersonaPlex and listens to it, free-running.
+"""Does a model follow its prompt? Train the tiny PersonaPlex and judge its free-running replies.
 
     python -m benchmarks.conditioning runs/conditioning
 
-In the tiny world the role prompt decides the agent's name, greeting and answers, the voice prompt its pitch and timbre.
-Some (role, voice) pairs are held out of training. For each pair the trained model gets the prompt and a user who asks a
-question, and replies with sampled tokens; its decoded sound is then judged by detectors that know how words and voices
-sound (finetune.tools.toy; they are right on every clean utterance).
+In the tiny world the role prompt determines the agent's name, greeting and answers, and the voice prompt its pitch and
+timbre. Some (role, voice) pairs are held out of training. For each pair the trained model gets the prompt and a
+user who asks a question, and replies with sampled tokens. Detectors that know the sound of words and voices judge the
+decoded reply (benchmarks/toy_judges.py; they are right on every clean utterance).
 
-    role      the reply holds the prompted role's name, and no other role's
-    greeting  the reply begins with the prompted role's greeting, word for word
-    answer    and answers the question as this role does
-    voice     the voice that is heard is the prompted one
+    role      the reply contains the name of the prompted role and of no other role
+    greeting  the reply begins with the greeting of the prompted role, word for word
+    answer    the reply answers the question as the role does
+    voice     the detected voice is the prompted one
 
-Chance is 1 / roles and 1 / voices. The training takes some 13 minutes on one core; a folder that holds it goes on.
+Chance is 1 / roles and 1 / voices. Training takes about 13 minutes on one core; a folder with a finished run is reused.
 """
 
 import itertools
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.toy_judges import detect_voice, detect_words
 from finetune.audio.codec import encode_audio
 from finetune.audio.codes import fingerprint_mimi
 from finetune.cli import Parser, run
@@ -31,21 +32,19 @@ from finetune.generate import Sampling, decode_codes, generate
 from finetune.model.stored import load_merged, open_stored
 from finetune.prompts.hybrid import build_prompt
 from finetune.prompts.voices import load_voices
-from finetune.tools.toy.world import (
+from finetune.tools.toy.corpus import make_corpus
+from finetune.tools.toy.language import (
     AGENT_VOICES,
     QUESTIONS,
     ROLES,
     USER_VOICES,
-    detect_voice,
-    detect_words,
     expected_reply,
     greeting,
-    held_out,
-    make_corpus,
-    make_model,
-    synthesise,
+    is_held_out,
     text_prompt,
 )
+from finetune.tools.toy.model import make_model
+from finetune.tools.toy.sound import synthesise
 
 SETTINGS = {
     "full_finetuning": "true", "lora.enable": "false", "duration_sec": 14, "batch_size": 8, "optim.lr": "2e-3",
@@ -106,7 +105,7 @@ def listen(folder: Path, repeats: int, greedy: bool) -> dict:
             heard = [word for word, _ in detect_words(sound)]
             hello, answer = greeting(role), expected_reply(role, question)
             names = {name for name in ROLES if name in heard}
-            results[held_out(role, voice)].append({
+            results[is_held_out(role, voice)].append({
                 "role": names == {role},
                 "greeting": heard[: len(hello)] == hello,
                 "answer": heard[len(hello) :] == answer,

@@ -1,9 +1,9 @@
-"""Measures `finetune.tools.export` at the size of the published models, against a plain copy of the same file.
+"""Measure `finetune.tools.export` at the size of the published models, against a plain copy of the same file.
 
     python -m benchmarks.export FOLDER
 
-Writes random weights in Moshi's shape (15.4 GB) and adapters of rank 64 for PersonaPlex's into FOLDER, measures, and
-removes them; 33 GB of disk are needed at once. Files are dropped from the page cache before each measurement.
+Writes random weights of Moshi's shapes (15.4 GB) and adapters of rank 64 for PersonaPlex into FOLDER, measures, and
+removes them. Needs 33 GB of disk. Files are dropped from the page cache before each measurement.
 Prints a table: GB written, seconds (with the start of Python), GB/s, peak resident memory in GB.
 """
 
@@ -24,7 +24,7 @@ from finetune.lora import add_adapters, is_adapter
 from finetune.model.build import build_lm
 from finetune.model.weights import fuse, write_safetensors
 from finetune.streams import DEP_Q
-from finetune.tools.toy.world import make_model
+from finetune.tools.toy.model import make_model
 
 RANK = 64
 

@@ -1,11 +1,11 @@
-"""A sample of 100 s: read from pre-computed codes, against encoded in training; and how long a step waits for data.
+"""Time to read a sample of 100 s from precomputed codes and to encode it live, and how long a step waits for data.
 
     python -m benchmarks.loading
 
-Live encoding uses the real-size Mimi with random weights. Pre-computed samples come from files of 100 s and of 10
-minutes, each of another file than the one before, text included; the first of a file parses all of its words. The share
-of waiting is `train.py`'s (data_wait) on the tiny model and on one of some 50 million parameters. The first step is
-that of a fresh process on the tiny model.
+Live encoding uses the real-size Mimi with random weights. Precomputed samples, text included, come from files of 100 s
+and of 10 minutes, each from another file than the previous one; the first sample of a file parses all its words. The
+share of waiting is `data_wait` of `train.py` on the tiny model and on one of about 50 million parameters. The first
+step is that of a fresh process on the tiny model.
 """
 
 import json
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import wave
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +23,14 @@ from moshi.models import loaders
 from safetensors import safe_open
 
 from finetune.audio.codes import audio_fingerprint, audio_stamp, save_codes
+from finetune.audio.files import write_wav
 from finetune.cli import Parser, UserError, run
 from finetune.data.interleaver import InterleavedTokenizer, Interleaver, PrecomputedTokenizer
 from finetune.data.manifest import Line
 from finetune.metrics import read_rows
 from finetune.model.pretrained import open_pretrained
-from finetune.tools.toy.world import make_corpus, make_model
+from finetune.tools.toy.corpus import make_corpus
+from finetune.tools.toy.model import make_model
 
 LARGER = {
     "dim": 512, "num_heads": 8, "num_layers": 6, "depformer_dim": 192, "depformer_num_heads": 3,
@@ -40,17 +41,13 @@ FILES = 24
 
 
 def corpus(folder: Path, windows: int) -> list[Line]:
-    """Stereo files of 100 s whose codes and words, one every 0.4 s, are those of so many windows of 100 s."""
+    """Stereo files of 100 s whose codes and words, one every 0.4 s, match that many windows of 100 s."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     lines = []
     for i in range(FILES):
         path = folder / f"{i}.wav"
-        with wave.open(str(path), "wb") as file:
-            file.setnchannels(2)
-            file.setsampwidth(2)
-            file.setframerate(24_000)
-            file.writeframes((rng.normal(size=(2_400_000, 2)) * 2000).astype("<i2").tobytes())
+        write_wav(path, (rng.normal(size=(2_400_000, 2)) * 2000).astype(np.int16).T)
         words = [["hello", [0.4 * k, 0.4 * k + 0.3], "SPEAKER_MAIN"] for k in range(250 * windows)]
         path.with_suffix(".json").write_text(json.dumps({"alignments": words}))
         codes = torch.from_numpy(rng.integers(0, 2048, (2, 8, windows * WINDOW), dtype=np.int16))

@@ -1,9 +1,9 @@
-"""Operations, FLOPs and memory of a microbatch at PersonaPlex's size: moshi's forward against ours, on meta tensors.
+"""Count operations, FLOPs and memory of a microbatch at PersonaPlex size, for moshi's forward and ours.
 
     python -m benchmarks.operations
 
-LoRA rank 128, 16 x 1,250 frames, dep_q 16, forward and backward without the optimizer, attention by a GPU's kernels and
-chunks of a GPU's size. Views compute nothing and are not counted; memory is that of all tensors above the weights.
+On meta tensors: LoRA rank 128, 16 x 1,250 frames, dep_q 16, forward and backward without the optimizer,
+with the attention kernels and chunk sizes of a GPU. Views compute nothing and are not counted. Memory is that of all tensors above the weights.
 """
 
 import torch
@@ -23,11 +23,11 @@ CONFIG = {key: value for key, value in loaders._lm_kwargs.items() if key != "dep
 def count(path: str, checkpointing: bool) -> Meter:
     lm = build(DEP_Q, "meta", CONFIG, RANK, checkpointing)
     codes, mask = batch(FRAMES, BATCH)
-    plan = Targets(*(tensor.to("meta") for tensor in make_targets(codes, mask, DELAYS, DEP_Q)))
+    targets = Targets(*(tensor.to("meta") for tensor in make_targets(codes, mask, DELAYS, DEP_Q)))
     codes, mask = codes.to("meta"), mask.to("meta")
     training = TrainingLM(lm, checkpointing) if path == "ours" else None
     with GpuAttention(), Meter() as meter:
-        loss = training(codes, mask, plan=plan).ce.sum() if training else stock_loss(lm, codes)
+        loss = training(codes, mask, targets=targets).ce.sum() if training else stock_loss(lm, codes)
         torch.autograd.backward(loss)  # Tensor.backward would leave GpuAttention in it
     return meter
 

@@ -29,7 +29,7 @@ from finetune.audio.codec import encode_streams, keep_freed_memory
 from finetune.audio.files import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, read_audio
 from finetune.cli import Parser, UserError, run
 from finetune.streams import CODEBOOKS
-from finetune.tools.toy.world import make_model
+from finetune.tools.toy.model import make_model
 
 ROOT = Path(__file__).parents[1]
 FILES = 64
@@ -136,7 +136,7 @@ def measure_speed(mimi: MimiModel, model: Path, short: Path, few: Path, long: Pa
             cases.append((f"{FILES // 4} short files, exact", few, best, ["--exact"]))
         for name, manifest, lanes, more in cases:
             before = bare(mimi, lanes, 3.0)
-            speed = ours(manifest, model, ["--device", device, "--lanes", str(lanes), *more])
+            speed = ours(manifest, model, ["--device", device, "--slots", str(lanes), *more])
             speeds[name, lanes].append(speed)
             shares[name, lanes].append(speed / statistics.mean([before, bare(mimi, lanes, 3.0)]))
         print(f"turn {turn + 1} of {repeats} done, load average {os.getloadavg()[0]:.2f}", flush=True)

@@ -1,12 +1,12 @@
-"""PersonaPlex at its real size on a CPU: expanded, loaded, and trained for two steps.
+"""Expand, load and train PersonaPlex at its real size on a CPU.
 
     python -m benchmarks.real_size FOLDER
 
-Random weights in Moshi's shape are expanded to PersonaPlex's (8.37 billion parameters, 16.7 GB in bfloat16), read into
-a model, and LoRA-trained for two steps of 25 frames of dialogue. 33 GB of disk are needed, and 20 GB of memory.
-Prints a table: seconds, GB/s, peak resident memory in GB. "Reading" is the file read once in blocks of 16 MB; each
-reader finds the page cache empty. On a CPU that does not multiply bfloat16 the training multiplies in float32, with
-copies of the matrices of one product at a time, and rounds; all else is as ever.
+Random weights of Moshi's shapes are expanded to PersonaPlex (8.37 billion parameters, 16.7 GB in bfloat16), loaded into
+a model, and trained with LoRA for two steps of 25 frames of dialogue. Needs 33 GB of disk and 20 GB of memory.
+Prints a table: seconds, GB/s, peak resident memory in GB. "Reading" means reading the file once in blocks of 16 MB; the
+page cache is emptied before each reader. On a CPU without bfloat16 products, training multiplies in float32, with
+copies of the matrices of one product at a time, and rounds the results.
 """
 
 import json
@@ -28,7 +28,8 @@ from finetune.metrics import read_rows
 from finetune.model.build import build_lm
 from finetune.model.pretrained import open_pretrained
 from finetune.model.weights import fuse, write_safetensors
-from finetune.tools.toy.world import make_corpus, make_model
+from finetune.tools.toy.corpus import make_corpus
+from finetune.tools.toy.model import make_model
 
 _LOAD = """
 import sys, time, torch
@@ -42,11 +43,11 @@ print(time.perf_counter() - began)
 """
 
 _TRAIN = """
-import contextlib, torch, train
+import contextlib, torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from finetune.cli import run
+from finetune.cli import run_fire
 from finetune.distributed import multiplies_bfloat16
-from finetune.model import PERSONAPLEX
+from train_personaplex import train_personaplex
 
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
 
@@ -61,7 +62,7 @@ class InFloat32(TorchDispatchMode):
         return function(*args, **kwargs)
 
 with contextlib.nullcontext() if multiplies_bfloat16(torch.device("cpu")) else InFloat32():
-    run(lambda: train.main(PERSONAPLEX, ""))
+    run_fire(train_personaplex)
 """
 
 

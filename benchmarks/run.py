@@ -1,8 +1,8 @@
-"""Runs the benchmarks that fit into some minutes and writes benchmarks/results.md.
+"""Run the benchmarks that take minutes and write benchmarks/results.md.
 
     make bench
 
-Those that take longer are run by hand: benchmarks.conditioning, benchmarks.export, benchmarks.precompute --scale 1.
+The longer ones are run by hand: benchmarks.conditioning, benchmarks.export, benchmarks.precompute --scale 1.
 """
 
 import datetime
@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 def wait_until_idle(limit_sec: float = 60.0) -> str:
-    """Waits for whatever else runs to end; says what it found."""
+    """Wait until other processes are idle; return a note about the load."""
     began = time.monotonic()
     while busy_share() > BUSY and time.monotonic() - began < limit_sec:
         pass
@@ -50,7 +50,7 @@ def main() -> int:
     parts = [
         "# Results",
         f"`make bench` on {datetime.date.today()}, {os.cpu_count()} cores of {processor()}, "
-        f"Python {platform.python_version()}. Ratios within a row are from one process, paths taken in turns.",
+        f"Python {platform.python_version()}. Ratios within a row are from one process, with variants in turn.",
     ]
     failed = 0
     for title, command in COMMANDS.items():

@@ -1,10 +1,10 @@
-"""Kills a run at random moments, again and again, and looks at what is left.
+"""Kill a run at random moments, again and again, and check what is left.
 
     python -m benchmarks.soak runs/soak --kills 50
 
-The tiny PersonaPlex under torchrun; each time all its processes get SIGKILL after a random time, and the same command
-starts again. Checked after each kill: no checkpoint is lost. At the end: losses and adapters equal those of a run that
-nothing disturbed, bit for bit.
+Trains the tiny PersonaPlex under torchrun. All its processes get SIGKILL after a random time, and the same command
+starts again. After each kill no checkpoint may be lost. At the end, losses and adapters must equal those of an
+undisturbed run, bit for bit.
 """
 
 import contextlib
@@ -24,7 +24,8 @@ import precompute_codes
 from finetune.cli import Parser, UserError, run
 from finetune.metrics import read_rows
 from finetune.run_dir import list_checkpoints
-from finetune.tools.toy.world import make_corpus, make_model
+from finetune.tools.toy.corpus import make_corpus
+from finetune.tools.toy.model import make_model
 
 
 def command(folder: Path, run_dir: Path, steps: int) -> list[str]:

@@ -1,10 +1,10 @@
-"""Training steps: moshi's forward, the same with contiguous depformer inputs, ours, and the machine's limit.
+"""Time training steps of moshi's forward, the same with contiguous depformer inputs, and ours.
 
-Each line is the median of steps taken in turns in one process (LoRA rank 16, gradient checkpointing, the real
-vocabularies, a model of 6 temporal and 3 depformer layers; bf16, or fp32 on a CPU that does not multiply bf16). A step
-is forward, loss, backward and AdamW, for ours the fused one that training takes. The limit is the rate of one large
-product in that dtype. Peak memory is that of all tensors of a forward and backward pass, counted on the meta device in
-bf16 with the attention kernels and chunk sizes of a GPU.
+Each row is the median over steps that take turns in one process (LoRA rank 16, gradient checkpointing, the real
+vocabularies, 6 temporal and 3 depformer layers; bf16, or fp32 on a CPU without bf16 products). A step is forward, loss,
+backward and AdamW; ours uses the fused AdamW, as training does. The limit is the rate of one large product in that
+dtype. Peak memory counts all tensors of a forward and backward pass on the meta device in bf16, with the attention
+kernels and chunk sizes of a GPU.
 """
 
 import contextlib
@@ -105,9 +105,9 @@ def losses(dep_q: int, frames: int, device: str = "cpu") -> tuple[LMModel, dict[
     lm = build(dep_q, device)
     training = TrainingLM(lm, gradient_checkpointing=True)
     codes, mask = batch(frames)
-    plan = make_targets(codes, mask, DELAYS, dep_q)
+    targets = make_targets(codes, mask, DELAYS, dep_q)
     if device == "meta":
-        codes, plan = codes.to(device), Targets(*(tensor.to(device) for tensor in plan))
+        codes, targets = codes.to(device), Targets(*(tensor.to(device) for tensor in targets))
 
     def contiguous() -> Tensor:
         with contiguous_inputs():
@@ -121,7 +121,7 @@ def losses(dep_q: int, frames: int, device: str = "cpu") -> tuple[LMModel, dict[
         return loss
 
     def ours() -> Tensor:
-        loss = training(codes, mask, plan=plan).ce.sum()
+        loss = training(codes, mask, targets=targets).ce.sum()
         torch.autograd.backward(loss)
         return loss
 

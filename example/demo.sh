@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole path on a tiny model, for real: make a world, encode it, train Moshi, grow it to PersonaPlex, tune it.
-# Everything lands under runs/demo/. About five minutes on two cores; no GPU, no network.
+# The whole path on a tiny model: make data, encode it, train Moshi, expand it to PersonaPlex, fine-tune, listen, export.
+# Everything is written to runs/demo/. About three minutes on two cores; no GPU, no network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=runs/demo
@@ -11,28 +11,28 @@ say "1. A tiny Moshi and a quarter of an hour of synthetic stereo dialogues"
 rm -rf "$run"
 python -m finetune.tools.toy "$run/world" --hours 0.25
 
-say "2. Mimi codes of the dialogues, once, so that training never runs Mimi"
+say "2. Mimi codes of the dialogues, computed once"
 python precompute_codes.py "$run/world/data/train.jsonl" "$run/world/data/eval.jsonl" \
   --output-dir "$run/codes" --hf-repo "$run/world/model" --device cpu
 
-say "3. Full fine-tuning of Moshi (8 codebooks: it predicts the agent)"
+say "3. Full fine-tuning of Moshi (8 codebooks: the agent's)"
 python train.py example/tiny_moshi.yaml
 
-say "4. PersonaPlex: expanded to 16 codebooks, role and voice prompts, LoRA"
+say "4. PersonaPlex: expanded to 16 codebooks, with role and voice prompts, LoRA"
 torchrun --standalone train_personaplex.py example/tiny.yaml
 
-say "5. Hear it: a held-out user is answered, freely"
+say "5. A free-running reply to a held-out user"
 python -m finetune.tools.generate "$run/personaplex" --user-wav "$run/world/data/eval/00000.wav" --voice basalt \
   --voices-dir "$run/world/data/voices" --text-prompt "You are Ada from the harbour." --dtype fp32 \
   --out "$run/reply.wav" --text "$run/reply.json"
 
-say "6. Ship it: whole weights in NVIDIA's layout"
+say "6. Export: all weights in the layout of NVIDIA's runtime"
 python -m finetune.tools.export "$run/personaplex" "$run/exported" --format personaplex --dtype fp32
 
-say "7. A page about the run"
+say "7. A report of the run"
 python -m finetune.tools.report "$run/personaplex"
 
-say "8. What was learnt"
+say "8. Held-out loss before and after"
 for stage in moshi personaplex; do
   python - "$run/$stage" <<'EOF'
 import sys
@@ -46,4 +46,4 @@ print(f"{sys.argv[1]}: held-out loss {first:.3f} -> {last:.3f} ({last / first - 
 EOF
 done
 cp "$run/personaplex/curves.png" "$run/curves.png"
-say "Done: $run/curves.png, $run/personaplex/report.html, $run/reply.wav (left the agent, right the user)"
+say "Done: $run/curves.png, $run/personaplex/report.html, $run/reply.wav (agent left, user right)"

@@ -6,13 +6,13 @@
 # %% [markdown]
 # # From recordings to a voice agent that you can talk to
 #
-# Every step of a PersonaPlex fine-tuning, on a world so small that all of it takes a few minutes on a laptop: no GPU,
-# no download. Open this file as a notebook (VS Code, or Jupyter with jupytext), or run it in the toolkit's environment:
-# `python example/tutorial.py`.
+# Every step of fine-tuning PersonaPlex, in a world so small that the whole path takes a few minutes on a laptop. You
+# need no GPU and no download. Open this file as a notebook (VS Code, or Jupyter with jupytext), or run it in the
+# toolkit's environment: `python example/tutorial.py`.
 #
-# The model has Kyutai's architecture and a thousandth of its size, and is freshly made, so it knows nothing yet. The
-# "speech" is made too: each word is a chord of its own and each voice a pitch, which a tiny model can learn. It is no
-# English, and nobody but the model understands it. Everything else is what you would do with your own calls.
+# The model has Kyutai's architecture at a thousandth of its size, with random weights, so it knows nothing yet. The
+# "speech" is synthetic: each word is a chord and each voice a pitch, which a tiny model can learn. Nobody but the model
+# understands it. Everything else is what you would do with your own calls.
 
 # %%
 import json
@@ -28,19 +28,19 @@ import numpy as np
 
 here = Path(__file__).resolve() if "__file__" in globals() else Path.cwd() / "tutorial"
 ROOT = next(folder for folder in here.parents if (folder / "train_personaplex.py").is_file())
-FOLDER = Path(os.environ.get("TUTORIAL_DIR", ROOT / "runs/tutorial")).resolve()  # all that is made goes here
-STEPS = int(os.environ.get("STEPS", 60))  # of training
+FOLDER = Path(os.environ.get("TUTORIAL_DIR", ROOT / "runs/tutorial")).resolve()  # everything is written here
+STEPS = int(os.environ.get("STEPS", 60))  # training steps
 
 
 def run(*command: object) -> None:
-    """Runs a command of the toolkit as you would in a shell, and shows it."""
+    """Print a command of the toolkit and run it as you would in a shell."""
     command = [str(part) for part in command]
     print("$ python", shlex.join(command).replace(f"{FOLDER}/", ""), flush=True)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
 def listen(path: Path) -> None:
-    """A player in a notebook, the path elsewhere."""
+    """Show a player in a notebook, print the path elsewhere."""
     try:
         from IPython.display import Audio, display
 
@@ -50,15 +50,15 @@ def listen(path: Path) -> None:
 
 
 if FOLDER.exists():
-    raise SystemExit(f"{FOLDER} is there already: remove it, or set TUTORIAL_DIR to another folder")
+    raise SystemExit(f"{FOLDER} exists already; set TUTORIAL_DIR to another folder, or move this one away")
 
 # %% [markdown]
 # ## 1. A model and some recordings
 #
 # `finetune.tools.toy` makes the tiny Moshi (`world/model`), dialogues between an agent and a user, and voices for the
 # agent.
-# Your own model will be `nvidia/personaplex-7b-v1`, fetched from the hub, and your recordings will come from elsewhere:
-# so let us forget what the toy knows, and keep two mono files of each call, as telephone systems record them.
+# Your own model will be `nvidia/personaplex-7b-v1` from the hub, and your recordings will come from elsewhere. So we
+# keep only two mono files of each call, as telephone systems record them.
 
 # %%
 run("-m", "finetune.tools.toy", FOLDER / "world", "--hours", 0.03)
@@ -77,28 +77,28 @@ print(*sorted(path.name for path in recordings.iterdir())[:4], "...")
 # %% [markdown]
 # ## 2. A manifest
 #
-# Training reads stereo, **left the agent, right the user**, from a manifest: one line of JSON for each file.
-# `make_manifest` finds the pairs by their names, joins them, measures durations, and holds out a share of the calls
-# that training never sees. Look at how many files were *refused*: here none.
+# Training reads stereo files, **the agent on the left, the user on the right**, from a manifest with one line of JSON
+# per file. `make_manifest` pairs the files by their names, joins them, measures durations, and holds out a share of the
+# calls that training never sees. Check how many files were *refused*: here none.
 
 # %%
 run("-m", "finetune.tools.make_manifest", recordings, FOLDER / "data/calls.jsonl", "--split", 0.2)
 print((FOLDER / "data/calls.jsonl").read_text().splitlines()[0])
 
 # %% [markdown]
-# ## 3. Who says what, and when
+# ## 3. Word times
 #
-# The model learns to write the agent's words while it speaks them, so each wav needs a `.json` with their times. With
-# speech, Whisper finds them, and writes the role and the voice of the agent beside them:
+# The model learns to write the agent's words while it speaks them, so each wav needs a `.json` with word times. For
+# real speech, `annotate.py` gets them from Whisper and adds the role and the voice of the agent:
 #
 # ```bash
 # python annotate.py data/calls.jsonl --personaplex --voice-prompt NATF2.pt \
 #   --text-prompt "You enjoy having a good conversation."
 # ```
 #
-# Whisper hears no words in chords, so this world brings its own times. The role (`text_prompt`) decides here what the
-# agent knows, and the voice (`voice_prompt`) is a recording of some seconds: what you want to choose later has to vary
-# in the data.
+# Whisper does not recognise words in chords, so this world comes with its own times. Here the role (`text_prompt`)
+# decides what the agent knows, and the voice (`voice_prompt`) is a recording of a few seconds. Whatever you want to
+# choose later has to vary in the data.
 
 # %%
 for manifest in sorted((FOLDER / "data").glob("*.jsonl")):
@@ -112,9 +112,9 @@ print(about["alignments"][:3], about["text_prompt"], about["voice_prompt"], sep=
 # %% [markdown]
 # ## 4. The settings
 #
-# One YAML file describes the run. README.md lists all settings; for a real model begin with
-# `example/personaplex_config.yaml`. This model has everything to learn, so its embeddings are trained besides the
-# adapters (`ft_embed`), at a learning rate that would ruin one that can speak.
+# One YAML file describes the run. README.md lists all settings; for a real model start from
+# `example/personaplex_config.yaml`. This model has everything to learn, so its embeddings are trained together with the
+# adapters (`ft_embed`), at a learning rate that would ruin a model that can already speak.
 
 # %%
 config = FOLDER / "config.yaml"
@@ -147,11 +147,11 @@ run_dir: {FOLDER}/run
 print(config.read_text())
 
 # %% [markdown]
-# ## 5. Is the data sound?
+# ## 5. Check the data
 #
-# `check_data` reads everything as training would and says what is wrong and what to do about it. On real data look at
-# swapped channels, dropped words, and how soon the agent answers (in the picture); repair every *error* before you rent
-# a GPU. Its last line has to say "Ready to train".
+# `check_data` reads everything as training would, and says what is wrong and what to do about it. With real data, look
+# for swapped channels, dropped words, and how soon the agent answers (in the picture). Fix every *error* before you
+# rent a GPU. The last line should say "Ready to train".
 
 # %%
 run("-m", "finetune.tools.check_data", config, "--report", FOLDER / "data_report.png")
@@ -159,8 +159,8 @@ run("-m", "finetune.tools.check_data", config, "--report", FOLDER / "data_report
 # %% [markdown]
 # ## 6. Codes
 #
-# The model does not see sound but the codes of Mimi: 8 numbers for each side, 12.5 times a second. They are made once,
-# by the codec of the very model that you train.
+# The model does not read sound but the codes of Mimi: 8 numbers per channel, 12.5 times a second. They are computed
+# once, with the codec of the model that you train.
 
 # %%
 run(
@@ -171,9 +171,9 @@ run(
 # %% [markdown]
 # ## 7. Training
 #
-# Any setting can be given on the command line: here the manifests, now with codes. The script says what it starts from
-# (Moshi weights, which it grows from 8 to 16 codebooks) and how many epochs the steps are. Stop it whenever you like;
-# the same command goes on. On eight GPUs: `torchrun --nproc-per-node 8 train_personaplex.py ...`.
+# Any setting can be overridden on the command line: here the manifests, now with codes. The script says what it starts
+# from (Moshi weights, which it expands from 8 to 16 codebooks) and how many epochs the steps amount to. You can stop it
+# at any time; the same command continues. On eight GPUs: `torchrun --nproc-per-node 8 train_personaplex.py ...`.
 
 # %%
 run(
@@ -182,9 +182,9 @@ run(
 )  # fmt: skip
 
 # %% [markdown]
-# What counts is the loss on the calls that were held out: while it falls the model learns something that holds beyond
-# its data; when it rises again, an earlier checkpoint is the better one (`num_ckpt_keep: null` keeps them all). All
-# curves are in `run/curves.png`.
+# The loss on the held-out calls is what counts. While it falls, the model learns something that generalises; when it
+# rises again, an earlier checkpoint is better (`num_ckpt_keep: null` keeps them all). All curves are in
+# `run/curves.png`.
 
 # %%
 rows = [json.loads(line) for line in (FOLDER / "run/metrics.eval.jsonl").read_text().splitlines()]
@@ -192,20 +192,20 @@ for row in rows:
     print(f"step {row['step']:>4}: held-out loss {row['loss']:.3f}, words {row['text_loss']:.3f}")
 
 # %% [markdown]
-# ## 8. A verdict
+# ## 8. Evaluate
 #
-# Losses are measured with the true past at every step; left alone, a model with a good loss can still be mute. So
-# `evaluate` also lets it answer a held-out user: look at `free_words_per_minute` and `free_silence`, and compare them
-# with the base model's column. After so few steps expect babble.
+# Losses are measured with the true past at every step; a model with a good loss can still be mute when it runs freely.
+# So `evaluate` also lets it answer a held-out user: look at `free_words_per_minute` and `free_silence`, and compare
+# them with the column of the base model. After so few steps, expect babble.
 
 # %%
 run("-m", "finetune.tools.evaluate", FOLDER / "run")
 
 # %% [markdown]
-# ## 9. Hear it
+# ## 9. Listen
 #
-# The checkpoint listens to a user and speaks freely, in the role and voice that you give it. The reply has the agent
-# left and the user right.
+# The checkpoint listens to a user and speaks freely, in the role and voice that you give it. The reply has the agent on
+# the left and the user on the right.
 
 # %%
 run(
@@ -217,18 +217,18 @@ run(
 listen(FOLDER / "reply.wav")
 
 # %% [markdown]
-# ## 10. Ship it
+# ## 10. Export
 #
-# NVIDIA's server takes one file of whole weights, so the adapters are merged into them. The folder has its own README
-# with the command that serves it.
+# NVIDIA's server takes one file with all weights, so the adapters are merged into them. The exported folder has a
+# README with the command that serves it.
 
 # %%
 run("-m", "finetune.tools.export", FOLDER / "run", FOLDER / "exported", "--format", "personaplex", "--dtype", "fp32")
 
 # %% [markdown]
-# ## 11. A page about it
+# ## 11. A report
 #
-# `report` makes one file to look at and to send around: settings, curves, scores, and the replies to play.
+# `report` writes one page to look at and to share: settings, curves, scores, and replies to play.
 
 # %%
 run("-m", "finetune.tools.report", FOLDER / "run")

@@ -5,8 +5,9 @@
         state/                                      trained parameters in float32 and Adam's moments, sharded
         train_state.json                            step, data position, file sizes and checksums; written last
 
-A checkpoint is written under a temporary name and renamed when all of it is on disk."""
+A checkpoint is written to a temporary folder, which gets its final name when it is complete and on disk."""
 
+import contextlib
 import json
 import logging
 import os
@@ -14,12 +15,13 @@ import pickle
 import shutil
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 
 from finetune.cli import UserError
 from finetune.distributed import World
@@ -30,37 +32,39 @@ logger = logging.getLogger(__name__)
 
 
 def newest_complete(folder: Path, world: World) -> tuple[Path, dict] | None:
-    """(folder, train state) of the newest checkpoint that is whole; those passed over are warned of. None: the run has
-    not saved one yet.
+    """Return (folder, train state) of the newest undamaged checkpoint, or None if the run has not saved one yet.
 
-    Raises UserError if there are checkpoints and none is whole: starting anew would remove what they are of.
+    Warns of each damaged checkpoint that is newer. Raises UserError if all checkpoints are damaged.
     """
-    # One listing for all: on a shared disk ranks may see a removal at different times.
+    # Rank 0 lists for all: on a shared disk the ranks may see a removal at different times.
     found = world.broadcast([path for _, path in reversed(list_checkpoints(folder))] if world.is_main else None)
     for path in found:
-        problem, state = None, {}
-        try:
-            state = json.loads((path / "train_state.json").read_text())
-            # What has no checksum is not read by a resumed run, and its owner may have changed it.
-            files = sorted((name, *known) for name, known in state["files"].items() if known[1] is not None)
-            for name, size, crc in files[world.rank :: world.size]:
-                present = (path / name).stat().st_size
-                if present != size:
-                    problem = f"{name} has {present} bytes instead of {size}"
-                elif _crc(path / name) != crc:
-                    problem = f"the contents of {name} have changed"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problem = str(error)
-        problems = [p for p in world.gather(problem) if p]
+        problems = [problem for problem in world.gather(_find_damage(path, world)) if problem]
         if not problems:
-            return path, state
+            return path, json.loads((path / "train_state.json").read_text())
         if world.is_main:
-            logger.warning("%s is not whole (%s); passing over it", path, problems[0])
+            logger.warning("%s is damaged (%s); trying the one before", path, problems[0])
     if found:
         raise UserError(
-            f"{folder}: none of its {len(found)} checkpoints is whole ({found[0].name}: {problems[0]}); copy them "
-            "again, or start anew with overwrite_run_dir: true"
+            f"{folder}: all {len(found)} checkpoints are damaged ({found[0].name}: {problems[0]}); copy them here "
+            "again if there is a copy, or begin a new run in another run_dir"
         )
+    return None
+
+
+def _find_damage(path: Path, world: World) -> str | None:
+    """Return what is wrong with a checkpoint, if anything. Each rank reads its share of the files."""
+    try:
+        files = json.loads((path / "train_state.json").read_text())["files"]
+        # Files without a checksum are for inference. Resuming does not read them, and users may have edited them.
+        checked = sorted((name, *known) for name, known in files.items() if known[1] is not None)
+        for name, size, crc in checked[world.rank :: world.size]:
+            if (present := (path / name).stat().st_size) != size:
+                return f"{name} has {present} bytes instead of {size}"
+            if _crc(path / name) != crc:
+                return f"the contents of {name} have changed"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(error)
     return None
 
 
@@ -73,7 +77,7 @@ def _crc(path: Path) -> int:
 
 
 def trained_state(lm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Trained parameters and Adam's moments by name, sharded as they are. Moments that do not exist yet are made."""
+    """Return the trained parameters and Adam's moments by name, sharded like the model; missing moments are created."""
     state: dict[str, Tensor] = {}
     for name, parameter in lm.named_parameters():
         if parameter.requires_grad:
@@ -94,99 +98,91 @@ def save_checkpoint(
     folder: Path, step: int, lm: nn.Module, optimizer: torch.optim.Optimizer, train_state: dict, world: World,
     artefact: Artefact, keep: int | None,
 ) -> Path | None:  # fmt: skip
-    """Writes the checkpoint of a step, all ranks together, and prunes the oldest beyond `keep`.
+    """Write the checkpoint of a step, on all ranks together, and remove the oldest checkpoints beyond `keep`.
 
-    Returns:
-        its folder; or None if it could not be written (a full disk, say), which is logged and leaves the others alone.
+    Returns its folder, or None if it could not be written (if the disk is full, say): this is logged and changes no
+    earlier checkpoint.
     """
     final = folder / "checkpoints" / f"{CHECKPOINT_PREFIX}{step:06d}"
     partial = final.with_name(f".{final.name}.tmp")
-    problem = None
-    if world.is_main:
-        try:
-            for left in final.parent.glob(f".{CHECKPOINT_PREFIX}*.tmp"):  # by a run that was killed while saving
-                shutil.rmtree(left, ignore_errors=True)
-            (partial / "consolidated").mkdir(parents=True)
-        except OSError as error:
-            problem = str(error)
-    problem = world.broadcast(problem)
-    if problem is None:
-        problem = _write_state(partial / "state", trained_state(lm, optimizer))
-        problem = next(filter(None, world.gather(problem)), None)
-    sums: dict[str, int] = {}
-    if problem is None:
-        sums, problem = _checksums(partial / "state", world)
-    if problem is None:
-        problem = artefact.write(lm, partial / "consolidated", world.is_main)
-        problem = next(filter(None, world.gather(problem)), None)
-    if world.is_main:
-        try:
-            if problem is None:
-                files = sorted(p for p in partial.rglob("*") if p.is_file())
-                listed = {str(p.relative_to(partial)): [p.stat().st_size, sums.get(p.name)] for p in files}
-                text = json.dumps(train_state | {"step": step, "files": listed}, indent=1)
-                (partial / "train_state.json").write_text(text)
-                if final.exists():  # of a run that went back before it
-                    shutil.rmtree(final)
-                os.replace(partial, final)
-                for other, path in list_checkpoints(folder):
-                    if other > step:  # passed over when the run went back before it
-                        shutil.rmtree(path, ignore_errors=True)
-                prune_checkpoints(folder, keep)
-        except OSError as error:
-            problem = str(error)
-        if problem is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-    problem = world.broadcast(problem)
-    if problem is not None:
+    try:
+        with _failing_together(world):
+            if world.is_main:
+                for abandoned in final.parent.glob(f".{CHECKPOINT_PREFIX}*.tmp"):  # by runs killed while saving
+                    shutil.rmtree(abandoned, ignore_errors=True)
+                (partial / "consolidated").mkdir(parents=True)
+        with _failing_together(world):
+            _write_state(partial / "state", trained_state(lm, optimizer))
+            names = sorted(path.name for path in (partial / "state").iterdir()) if world.is_main else None
+        names = world.broadcast(names)
+        with _failing_together(world):
+            if problem := artefact.write(lm, partial / "consolidated", world.is_main):
+                raise OSError(problem)
+            # Each rank reads its share: at 7B the files have 100 GB.
+            sums = {name: _crc(partial / "state" / name) for name in names[world.rank :: world.size]}
+        shares = world.gather(sums)
+        with _failing_together(world):
+            if world.is_main:
+                _publish(partial, final, train_state | {"step": step}, shares, keep)
+    except OSError as error:
         if world.is_main:
-            logger.error("checkpoint of step %d could not be written (%s); the one before is kept", step, problem)
+            shutil.rmtree(partial, ignore_errors=True)
+            logger.error("the checkpoint of step %d could not be written (%s); earlier ones are kept", step, error)
         return None
     return final
 
 
-def _write_state(path: Path, state: dict[str, Tensor]) -> str | None:
+@contextlib.contextmanager
+def _failing_together(world: World) -> Iterator[None]:
+    """Raise an OSError of the block on all ranks if it occurs on any of them."""
+    problem = None
     try:
-        with warnings.catch_warnings():  # torch's own use of a storage class that it is about to remove
-            warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-            dcp.save(state, checkpoint_id=path)
-    except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
-        return _reason(error)
-    return None
-
-
-def _checksums(path: Path, world: World) -> tuple[dict[str, int], str | None]:
-    """{name: checksum} of a folder's files, each read by one of the ranks: at 7B they are 100 GB. Or why not."""
-    names = world.broadcast(sorted(p.name for p in path.iterdir()) if world.is_main else None)
-    own, problem = {}, None
-    try:
-        own = {name: _crc(path / name) for name in names[world.rank :: world.size]}
+        yield
     except OSError as error:
         problem = str(error)
-    parts = world.gather((own, problem))
-    problem = next((problem for _, problem in parts if problem), None)
-    return {name: crc for part, _ in parts for name, crc in part.items()}, problem
+    if problem := next(filter(None, world.gather(problem)), None):
+        raise OSError(problem)
+
+
+def _write_state(path: Path, state: dict[str, Tensor]) -> None:
+    try:
+        with warnings.catch_warnings():  # torch itself uses a storage class that it deprecates
+            warnings.filterwarnings("ignore", "TypedStorage is deprecated")
+            dcp.save(state, checkpoint_id=path)
+    except (dcp.api.CheckpointException, RuntimeError) as error:
+        raise OSError(_reason(error)) from None
+
+
+def _publish(partial: Path, final: Path, train_state: dict, sums: list[dict[str, int]], keep: int | None) -> None:
+    """Write train_state.json, give the checkpoint its final name, and remove the checkpoints that it makes obsolete."""
+    crc = {name: value for share in sums for name, value in share.items()}
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    listed = {str(path.relative_to(partial)): [path.stat().st_size, crc.get(path.name)] for path in files}
+    with (partial / "train_state.json").open("w") as file:
+        file.write(json.dumps(train_state | {"files": listed}, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():  # the run has gone back to an earlier step, because this one was damaged
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    found = list_checkpoints(final.parent.parent)
+    later = [path for step, path in found if step > train_state["step"]]  # damaged as well
+    oldest = [path for _, path in found[: len(found) - len(later)][:-keep]] if keep is not None else []
+    for path in [*later, *oldest]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _reason(error: BaseException) -> str:
+    """Return the first line of an error, or of the first failure of the ranks that torch collects in it."""
     failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
+    error = next(iter(failures.values()))[0] if failures else error
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def prune_checkpoints(folder: Path, keep: int | None) -> None:
-    """Removes all but the `keep` newest checkpoints."""
-    if keep is not None:
-        for _, path in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def load_checkpoint(path: Path, lm: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Puts a checkpoint's parameters and moments in place; any number of ranks may have written it.
+    """Load the parameters and moments of a checkpoint, which any number of ranks may have written.
 
-    Raises:
-        UserError: it does not belong to this model.
+    Raises UserError if it does not belong to this model.
     """
     state = trained_state(lm, optimizer)
     try:
@@ -198,31 +194,26 @@ def load_checkpoint(path: Path, lm: nn.Module, optimizer: torch.optim.Optimizer,
 
 
 class _Reader(dcp.FileSystemReader):
-    """torch's reader, but for what it unpickles: nothing except the description of tensors that `save` wrote."""
+    """Reads a checkpoint as torch does, but unpickles only descriptions of tensors, so that it runs no foreign code."""
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        with path.open("rb") as file:
-            described = _Unpickler(file).load()
-        strange = [n for n, entry in described.state_dict_metadata.items() if type(entry) is not TensorStorageMetadata]
-        if strange:  # torch would unpickle what is no tensor
-            raise pickle.UnpicklingError(f"{path} describes {strange[0]}, which is no tensor")
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            _Unpickler(file).load()
         return super().read_metadata(*args, **kwargs)
 
 
-_METADATA = (
-    "Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties", "StorageMeta",
-    "_MEM_FORMAT_ENCODING",
-)  # fmt: skip
 _KNOWN = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA), ("torch", "Size"), ("torch", "float32"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties", "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",), "torch.serialization": ("_get_layout",),
+    "torch": ("Size", "float32"), "pathlib": ("PosixPath",),
 }  # fmt: skip
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint of a run does")
+        if name not in _KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not part of a checkpoint")
         return super().find_class(module, name)

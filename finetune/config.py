@@ -1,32 +1,41 @@
 """YAML files and command-line overrides -> settings.
 
-Every problem is reported in one error, before a model is loaded or a folder touched.
+All problems of the file and the overrides are reported in one error, before a model is loaded or a folder touched.
 """
 
-import difflib
 import importlib.util
 import re
+from itertools import takewhile
 from pathlib import Path
-from typing import get_args
 
 import yaml
 from pydantic import ValidationError
 
-from finetune.args import Settings, TrainArgs
+from finetune.args import SETTINGS, TrainArgs, closest_setting
 from finetune.cli import UserError
 from finetune.data.manifest import parse_sources
 
+# What a value must be, by the type of pydantic's error.
+_EXPECTED = {
+    "int_type": "a whole number", "float_type": "a number", "finite_number": "a finite number", "string_type": "text",
+    "bool_type": "true or false", "list_type": "a list", "string_too_short": "the name of a folder",  # run_dir
+    "tuple_type": "a list of two numbers", "too_long": "a list of two numbers", "missing": "a list of two numbers",
+    "model_type": "a section of settings (key: value)", "literal_error": "{expected}",
+    "greater_than": "greater than {gt:g}", "greater_than_equal": "at least {ge:g}", "less_than": "below {lt:.20g}",
+    "less_than_equal": "at most {le:g}",
+}  # fmt: skip
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that `2e-6` is a number and that a key may not stand twice."""
+    """YAML 1.1 as PyYAML reads it, except that `2e-6` is a number, keys are strings and no key may come twice."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
 _Loader.add_implicit_resolver(
@@ -37,233 +46,155 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> object:
-    """A YAML document as plain values."""
+    """Return the plain values of a YAML document."""
     return yaml.load(text, Loader=_Loader)
 
 
 def read_settings(path: Path) -> dict:
-    """The settings of a YAML file as plain values. Raises UserError where there are none."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give a YAML file")
-    if not path.is_file():
-        raise UserError(f"{path}: no such config file")
+    """Return the settings of a YAML file as plain values. Raises UserError if the file holds none."""
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}); give YAML, saved as UTF-8") from None
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); give a YAML file, saved as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        at = f", line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file of settings") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-02-30
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "a value that cannot be read")
+        problem = re.sub("(alias|anchor|handle|tag) '.*'", r"\1", problem)  # quotes the value, which may be wandb.key
         hint = "; indent with spaces" if r"'\t'" in problem else ""
-        raise UserError(f"{path}{at}: not YAML ({problem}{hint})") from None
+        raise UserError(f"{path}{f', line {mark.line + 1}' if mark else ''}: not YAML ({problem}{hint})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds no settings (key: value)")
     return raw
 
 
 def load_args(config: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainArgs:
-    """Reads a run's settings.
+    """Read the settings of a run.
 
     Args:
-        overrides: `key.subkey=value`, the value in YAML.
+        overrides: `key.subkey=value`, with the value in YAML.
     Raises:
         UserError: lists every problem of the file and the overrides.
     """
-    path = Path(config)
-    raw = read_settings(path)
-    problems: list[str] = []
-    faulty: set[str] = set()
-    for override in overrides:
-        _apply(raw, override, problems)
-    plain = _plain(raw, TrainArgs)
-    if isinstance(plain.get("data"), dict):
-        plain.setdefault("do_eval", bool(plain["data"].get("eval_data")))
+    raw = read_settings(Path(config))
+    problems, faulty = _apply_overrides(raw, overrides)
+    if isinstance(raw.get("data"), dict):
+        raw.setdefault("do_eval", bool(raw["data"].get("eval_data")))
     try:
-        args = TrainArgs.model_validate(plain)
+        args = TrainArgs.model_validate(raw)
     except ValidationError as error:
-        problems += [_sentence(e) for e in error.errors()]
-        faulty = {meant for e in error.errors() if (meant := _meant(e))}
-        args = _without_faults(plain, error)
-    if args is not None:  # what a fault has brought about is no problem of its own
-        caused = lambda problem: any(re.search(rf"\b{re.escape(key)}\b", problem) for key in faulty)
-        problems += [problem for problem in _combinations(args) if not caused(problem)]
+        for fault in error.errors():
+            location = list(takewhile(lambda part: isinstance(part, str), fault["loc"]))  # up to an index into a list
+            key = ".".join(location)
+            problems.append(_sentence(key, fault))
+            faulty.add(closest_setting(key) or key)
+            _remove(raw, location)
+        # With each faulty setting at its default the others can be checked together.
+        args = TrainArgs.model_validate({"run_dir": "unset", "data": {}} | raw)
+    caused = lambda problem: any(re.search(rf"\b{re.escape(key)}\b", problem) for key in faulty)
+    problems += [problem for problem in _combinations(args) if not caused(problem)]
+    if len(problems) == 1:
+        raise UserError(f"{config}: {problems[0]}")
     if problems:
-        raise UserError(listing(f"{path}: {_plural(len(problems), 'problem')}", problems))
+        raise UserError("\n  - ".join([f"{config}: {len(problems)} problems", *problems]))
     return args
 
 
-def listing(head: str, problems: list[str]) -> str:
-    """One sentence, or a head and one line for each problem."""
-    if len(problems) == 1:
-        return f"{head.split(': ')[0]}: {problems[0]}"
-    return head + "".join(f"\n  - {p}" for p in problems)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def _apply(raw: dict, override: str, problems: list[str]) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        problems.append(f"override {override!r}: write it as key.subkey=value")
-        return
-    try:
-        value = parse_yaml(text)
-    except yaml.YAMLError:
-        problems.append(f"override {override!r}: its value is not YAML")
-        return
-    *parents, last = key.split(".")
-    node = raw
-    for parent in parents:
-        if node.get(parent) is None:  # absent, or a section without anything in it
-            node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
-            problems.append(f"override {override!r}: {parent} holds a value, not settings")
-            return
-    node[last] = value
-
-
-def _plain(raw: dict, model: type[Settings]) -> dict:
-    """The values as the strict settings want them: whole numbers for floats, lists for tuples, null sections gone."""
-    out = {}
-    for key, value in raw.items():
-        key = str(key)  # `1: 2` is YAML, too
-        field = model.model_fields.get(key)
-        kind = field.annotation if field else None
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            value = {} if value is None else value
-            out[key] = _plain(value, kind) if isinstance(value, dict) else value
-        elif isinstance(value, int) and not isinstance(value, bool) and _takes(kind, float) and not _takes(kind, int):
-            out[key] = float(value)
-        elif isinstance(value, list) and key == "betas":
-            out[key] = tuple(float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in value)
-        else:
-            out[key] = value
-    return out
-
-
-def _without_faults(plain: dict, error: ValidationError) -> TrainArgs | None:
-    """The settings with each faulty one at its default, so that the rest can be checked too."""
-    for fault in error.errors():
-        node, loc = plain, [part for part in fault["loc"] if isinstance(part, str) and part != "float"]
-        if not loc:  # a key that is no string: no other setting can be told from it
-            return None
-        for part in loc[:-1]:
-            if not isinstance(node.get(part), dict):
+def _apply_overrides(raw: dict, overrides: list[str] | tuple[str, ...]) -> tuple[list[str], set[str]]:
+    """Write the overrides into `raw`; return (problems, keys of the overrides that have one)."""
+    problems, faulty = [], set()
+    may_hold_secret = any(re.search("wandb|key", override.partition("=")[0]) for override in overrides)
+    for number, override in enumerate(overrides, start=1):
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            shown = f"number {number}" if may_hold_secret else repr(override)  # `wandb.key= SECRET` is two words
+            problems.append(f"override {shown}: write it as key.subkey=value")
+            continue
+        try:
+            value = parse_yaml(text)
+        except (yaml.YAMLError, ValueError):
+            problems.append(f"override {key}: the value is not YAML")
+            faulty.add(key)
+            continue
+        *parents, last = key.split(".")
+        node = raw
+        for parent in parents:
+            node[parent] = {} if node.get(parent) is None else node[parent]  # absent, or a section without content
+            node = node[parent]
+            if not isinstance(node, dict):
+                problems.append(f"override {key}: {parent} holds a value, not settings")
                 break
-            node = node[part]
         else:
-            node.pop(loc[-1], None)
-            if loc == ["run_dir"]:
-                plain["run_dir"] = "unset"
-            elif loc == ["data"]:
-                plain["data"] = {"train_data": str(Path.cwd()), "eval_data": str(Path.cwd())}
-    try:
-        return TrainArgs.model_validate(plain)
-    except ValidationError:
-        return None
+            node[last] = value
+    return problems, faulty
 
 
-def _takes(kind: object, wanted: type) -> bool:
-    return kind is wanted or any(_takes(a, wanted) for a in get_args(kind))
+def _remove(raw: dict, location: list[str]) -> None:
+    *parents, last = location
+    for parent in parents:
+        raw = raw[parent]
+    raw.pop(last, None)
 
 
-def _sentence(error: dict) -> str:
-    where = _name(error)
-    if error["type"] == "extra_forbidden":
-        if meant := _meant(error):
-            return f"{where} is not a setting; did you mean {meant}?"
-        section = ".".join(error["loc"][:-1])
-        has = f"{section} has {', '.join(_section(error).model_fields)}" if section else "README.md lists all of them"
-        return f"{where} is not a setting; {has}"
-    if error["type"] == "missing":
-        about = TrainArgs.model_fields[where].description or "a section of settings"
-        return f"{where} is missing; name it ({about.rstrip('.').lower()})"
-    message = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    message = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}.get(
-        message.partition(",")[0], message
-    )
-    found = "of the wrong type" if where == "wandb.key" else repr(error["input"])  # never show a key
-    return f"{where} is {found}; it must be {message}"
-
-
-def _name(error: dict) -> str:
-    return ".".join(str(p) for p in error["loc"] if p != "float")
-
-
-def _section(error: dict) -> type[Settings]:
-    """The settings among which an unknown one stands."""
-    model = TrainArgs
-    for parent in error["loc"][:-1]:
-        model = model.model_fields[parent].annotation
-    return model
-
-
-def _meant(error: dict) -> str | None:
-    """The setting that a fault is about; of an unknown key the one that was meant, if it can be told."""
-    if error["type"] != "extra_forbidden":
-        return _name(error)
-    *parents, last = error["loc"]
-    elsewhere = [f"{name}.{last}" for name, f in TrainArgs.model_fields.items()
-                 if isinstance(f.annotation, type) and issubclass(f.annotation, Settings)
-                 and last in f.annotation.model_fields]  # fmt: skip
-    elsewhere += [last] if parents and last in TrainArgs.model_fields else []
-    near = difflib.get_close_matches(last, _section(error).model_fields, n=1)
-    return next(iter(elsewhere + [".".join([*parents, name]) for name in near]), None)
+def _sentence(key: str, fault: dict) -> str:
+    """Describe one of pydantic's errors, about the setting `key`."""
+    if fault["type"] == "missing" and key in ("data", "run_dir"):
+        return f"{key} is missing; set it to the {'manifests' if key == 'data' else 'folder of the run'}"
+    if fault["type"] == "extra_forbidden":
+        section, meant = key.rpartition(".")[0], closest_setting(key)
+        names = [name.rpartition(".")[2] for name in SETTINGS if name.rpartition(".")[0] == section]
+        hint = f"{section} has {', '.join(names)}" if section else "README.md lists all settings"
+        shown = key.split()[0] if key.startswith("wandb") else key  # `wandb: {key SECRET}`
+        return f"{shown} is not a setting; {f'did you mean {meant}?' if meant else hint}"
+    found = "of the wrong type" if key.startswith("wandb") else repr(fault["input"])  # never show wandb.key
+    expected = _EXPECTED.get(fault["type"], fault["msg"]).format(**fault.get("ctx", {}))
+    return f"{key} is {found}; it must be {expected}"
 
 
 def _combinations(args: TrainArgs) -> list[str]:
-    """What single values cannot show: settings that contradict each other, and files that are not there."""
-    problems = []
+    """Return what single values cannot show: settings that contradict each other, and missing files."""
+    data, paths, problems = args.data, args.moshi_paths, []
     if args.full_finetuning and args.lora.enable:
         problems.append("full_finetuning and lora.enable are both on; choose one")
     if not args.full_finetuning and not args.lora.enable:
         problems.append("nothing is trained: set full_finetuning or lora.enable to true")
-    if not args.data.train_data:
+    if not data.train_data:
         problems.append("data.train_data is empty; name a manifest (.jsonl)")
-    if args.do_eval and not args.data.eval_data:
+    if args.do_eval and not data.eval_data:
         problems.append("do_eval is on but data.eval_data is empty; name held-out data or set do_eval to false")
-    for key in ("train_data", "eval_data"):
-        value = getattr(args.data, key)
-        if value and (key == "train_data" or args.do_eval):
-            try:
+    for key, value in (("train_data", data.train_data), ("eval_data", args.do_eval and data.eval_data)):
+        try:
+            if value:
                 parse_sources(value)
-            except UserError as error:
-                problems.append(f"data.{key}: {error}")
+        except UserError as error:
+            problems.append(f"data.{key}: {error}")
     for key in ("moshi_path", "mimi_path", "tokenizer_path", "config_path"):
-        value = getattr(args.moshi_paths, key)
+        value = getattr(paths, key)
         if value and not value.startswith("hf://") and not Path(value).is_file():
             problems.append(f"moshi_paths.{key}: no file {value}")
-    repo = args.moshi_paths.hf_repo_id
+    repo = paths.hf_repo_id
     if repo and not Path(repo).is_dir() and (repo.count("/") != 1 or repo.startswith((".", "/", "~"))):
         problems.append(f"moshi_paths.hf_repo_id: {repo} is neither a folder nor of the form owner/name")
     if args.prompt.voices_dir and not Path(args.prompt.voices_dir).is_dir():
         problems.append(f"prompt.voices_dir: no folder {args.prompt.voices_dir}")
     if args.wandb.project and importlib.util.find_spec("wandb") is None:
-        problems.append("wandb.project is set but wandb is not installed; pip install '.[wandb]', or remove it")
+        problems.append("wandb.project is set but wandb is not installed; pip install '.[wandb]', or unset it")
     if args.duration_sec * 12.5 < 2:
         problems.append(f"duration_sec is {args.duration_sec}; a window needs at least 2 frames (0.16 s)")
     return problems
 
 
 def dump_args(args: TrainArgs) -> str:
-    """The settings as YAML, without secrets."""
+    """Return the settings as YAML, without secrets."""
     values = args.model_dump(mode="json")
     values["wandb"].pop("key", None)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+    """Return {"a": {"b": 1}} as {"a.b": 1}."""
     out: dict[str, object] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            out |= flatten(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out

@@ -1,22 +1,22 @@
-"""What a free-running reply does, without a judge model: silence, pace, repetition and turn-taking.
+"""Measures of a free-running reply that need no judge model: silence, pace, repetition and turn-taking.
 
-Turn-taking is in the terms of Full-Duplex-Bench (Lin et al. 2025, arXiv 2503.04721, sections III and III-C, and the
-scripts eval_pause_handling.py, eval_smooth_turn_taking.py and eval_backchannel.py), carried over from its clips of one
-turn to whole conversations. All of it follows from who is heard in which frame (80 ms), and from the agent's text:
+Turn-taking follows Full-Duplex-Bench (Lin et al. 2025, arXiv 2503.04721, sections III and III-C, and its scripts
+eval_pause_handling.py, eval_smooth_turn_taking.py and eval_backchannel.py), extended from clips of one turn to whole
+conversations. It depends only on who speaks in each frame (80 ms) and on the text of the agent:
 
-- A *turn* of the user is speech of theirs without a silence of more than 1 s. Less than 1 s of it that begins while the
-  agent is speaking is a remark, no turn. A *pause* is a silence of 0.4 to 1 s within a turn.
+- A *turn* of the user is their speech without a silence of more than 1 s; less than 1 s of speech that begins while the
+  agent is speaking is not a turn. A *pause* is a silence of 0.4 to 1 s within a turn.
 - A *backchannel* of the agent is less than 1 s of speech with fewer than two words.
-- The *take-over rate* (TOR) is the share of windows in which the agent is heard with more than a backchannel: for
-  turns (high is good) the 5 s after the end, or less if the user goes on earlier; for pauses (low is good) the pause.
-- The *latency* of a turn that was taken runs from its end to the start of what took it; 0 if the agent was speaking.
+- The *take-over rate* (TOR) is the share of turns and of pauses in which the agent says more than a backchannel: in the
+  5 s after a turn, or less if the user goes on earlier (should be high), or during a pause (should be low).
+- The *latency* of a turn that was taken is the time from its end to the agent's speech; 0 if the agent was speaking.
 
-As in the benchmark, "Yes." alone does not take a turn, and a model that never stops takes all of them with latency 0
-(so look at the overlap too). What the user's sound cannot tell: a silence of up to 1 s in which the *recorded* agent
-answered counts as a pause.
+As in the benchmark, "Yes." alone does not take a turn, and a model that never stops speaking takes all of them with
+latency 0, which the overlap shows. A silence of up to 1 s in which the *recorded* agent answered counts as a pause.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,50 +31,49 @@ PAUSE = (math.ceil(0.4 * FRAME_RATE), math.floor(1.0 * FRAME_RATE))  # frames: "
 BACKCHANNEL = 1.0 * FRAME_RATE  # frames: "a short duration of less than 1 second"
 BACKCHANNEL_WORDS = 2  # "fewer than two words"
 RESPONSE = round(5.0 * FRAME_RATE)  # frames: "we append 5 seconds of silence"
-_TEXT_LEAD = 2  # frames by which a word's token may come before its sound (word times are up to 0.2 s early)
+TEXT_LEAD = 2  # frames by which the token of a word may precede its sound: word times are up to 0.2 s early
+SHORTEST_PHRASE = 4  # tokens; shorter ones recur in any text ("I am", "it is a")
+# Thresholds of a verdict.
+MUTE_SILENCE = 0.95  # of the time: an agent that answers speaks 30 to 60 % of it, one that mostly listens still 5 %
+WORDLESS_PACE = 5.0  # words per minute: a tenth of those of a slow speaker who speaks a third of the time
+LOOP_REPETITION = 0.5  # of the text of a reply: in good replies a phrase of four tokens recurs in a tenth at most
+LOOP_SHARE = 0.25  # of the replies: loops begin in a few, long before the mean shows it
 
 
-# --- 2. What is said ----------------------------------------------------------------------------------------------
 def _is_text(token: int) -> bool:
     return token >= 0 and token not in (TEXT_EPAD, TEXT_PAD)
 
 
 def spoken_words(text_ids: Sequence[int] | Tensor, tokenizer: sentencepiece.SentencePieceProcessor) -> list[list]:
-    """[[word, start, end], ...] in seconds, out of one text token per frame; a word ends with its last token."""
-    groups: list[tuple[list[int], int, int]] = []
-    for frame, token in enumerate(np.asarray(text_ids).tolist()):
-        if not _is_text(token) or token >= tokenizer.vocab_size():
-            continue
-        if groups and not tokenizer.id_to_piece(token).startswith("\u2581"):  # SentencePiece's start of a word
-            ids, first, _ = groups.pop()
-            groups.append(([*ids, token], first, frame))
-        else:
-            groups.append(([token], frame, frame))
-    out = [[tokenizer.decode(ids).strip(), first / FRAME_RATE, (last + 1) / FRAME_RATE] for ids, first, last in groups]
-    return [word for word in out if word[0]]
-
-
-SHORTEST_PHRASE = 4  # tokens; shorter ones recur in any text ("I am", "it is a")
+    """Return [[word, start, end], ...] in seconds from one text token per frame; a word ends with its last token."""
+    ids = np.asarray(text_ids).tolist()
+    groups: list[list[int]] = []  # frames of each word
+    for frame, token in enumerate(ids):
+        if _is_text(token) and token < tokenizer.vocab_size():
+            if not groups or tokenizer.id_to_piece(token).startswith("\u2581"):  # SentencePiece's start of a word
+                groups.append([])
+            groups[-1].append(frame)
+    texts = [tokenizer.decode([ids[frame] for frame in frames]).strip() for frames in groups]
+    spans = [(frames[0] / FRAME_RATE, (frames[-1] + 1) / FRAME_RATE) for frames in groups]
+    return [[text, *span] for text, span in zip(texts, spans) if text]
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """Share of `tokens` that is covered by the longest phrase they repeat.
+    """Return the share of `tokens` that the longest repeated phrase covers, from 0 to about 1 for an endless loop.
 
-    The phrase is the longest n-gram, n >= 4, that occurs twice or more without overlapping itself; what it covers are
-    its occurrences from left to right that do not overlap, times n. 0 where nothing is repeated, as in any text of
-    fewer than 8 tokens; about 1 for a text that is one loop.
+    The phrase is the longest n-gram, n >= 4, that occurs twice or more without overlapping itself; each of these
+    occurrences, counted from the left, covers n tokens.
     """
     tokens = list(tokens)
 
     def occurrences(n: int) -> int:
-        """Of the n-gram that recurs most often without overlapping itself."""
-        free_from: dict[tuple, int] = {}
-        count: dict[tuple, int] = {}
+        """Return how often the most frequent n-gram occurs."""
+        free_from, count = {}, Counter()
         for i in range(len(tokens) - n + 1):
             gram = tuple(tokens[i : i + n])
             if i >= free_from.get(gram, 0):
                 free_from[gram] = i + n
-                count[gram] = count.get(gram, 0) + 1
+                count[gram] += 1
         return max(count.values(), default=0)
 
     low, high = SHORTEST_PHRASE - 1, len(tokens) // 2  # if a phrase recurs, so does its beginning: bisect
@@ -84,46 +83,40 @@ def repetition(tokens: Sequence[int]) -> float:
     return low * occurrences(low) / len(tokens) if low >= SHORTEST_PHRASE else 0.0
 
 
-# --- 3. One reply, many replies, and what to say of them -----------------------------------------------------------
 def measure_reply(
-    agent_pcm: np.ndarray | Tensor,
-    user_pcm: np.ndarray | Tensor,
-    text_ids: Sequence[int] | Tensor,
+    agent_pcm: np.ndarray | Tensor, user_pcm: np.ndarray | Tensor, text_ids: Sequence[int] | Tensor,
     tokenizer: sentencepiece.SentencePieceProcessor | None = None,
-) -> dict[str, float | int | list | None]:
-    """The measures of one reply; what is not defined (no turn, no word count) is None.
+) -> dict[str, float | int | list | None]:  # fmt: skip
+    """Return the measures of a reply; those that are undefined (no turns, no word count) are None.
 
     Args:
-        agent_pcm, user_pcm: float32 [samples] at 24 kHz; the shorter one goes on in silence.
-        text_ids: [T] the agent's text token of each frame.
-        tokenizer: None leaves words uncounted; a backchannel is then one by its length alone.
+        agent_pcm, user_pcm: float32 [samples] at 24 kHz; the shorter one is continued with silence.
+        text_ids: [T] text token of the agent in each frame.
+        tokenizer: None: words are not counted, and a backchannel is recognised by its length alone.
     Returns:
-        seconds: of the conversation.
-        silence, overlap: shares of that time in which the agent is silent, and in which both speak.
-        words: of the agent; words_per_minute of the whole time; words_per_minute_speaking of its speech.
+        seconds: length of the conversation.
+        silence, overlap: share of the time in which the agent is silent, or both speak.
+        words: number of words of the agent; words_per_minute, and words_per_minute_speaking of the time it speaks.
         repetition: see `repetition`.
-        turns, tor_turn; pauses, tor_pause: counts and take-over rates; latencies: sec of each turn taken; latency:
-        their median.
-        backchannels: of the agent, during the user's turns.
+        turns, tor_turn, pauses, tor_pause: counts and take-over rates.
+        latencies: seconds for each turn taken; latency: their median.
+        backchannels: count of the agent's, during turns of the user.
     """
     agent, user = voice_activity(np.asarray(agent_pcm)), voice_activity(np.asarray(user_pcm))
     frames = max(len(agent), len(user))
     agent, user = (np.pad(side, (0, frames - len(side))) for side in (agent, user))
-    said = None if tokenizer is None else spoken_words(text_ids, tokenizer)
-    starts = [round(start * FRAME_RATE) for _, start, _ in said or []]
+    words = None if tokenizer is None else spoken_words(text_ids, tokenizer)
+    word_frames = [round(start * FRAME_RATE) for _, start, _ in words or []]
 
     def is_backchannel(span: Span) -> bool:
-        spoken = sum(span.first - _TEXT_LEAD <= start < span.last for start in starts)
-        return span.frames < BACKCHANNEL and spoken < BACKCHANNEL_WORDS
+        count = sum(span.first - TEXT_LEAD <= frame < span.last for frame in word_frames)
+        return span.frames < BACKCHANNEL and count < BACKCHANNEL_WORDS
 
     utterances = find_spans(agent, gap=PAUSE[0])
     taking = [span for span in utterances if not is_backchannel(span)]
+    taker = lambda window: next((s for s in taking if s.first < window.last and s.last > window.first), None)
     all_turns = find_spans(user, gap=PAUSE[1] + 1)
     turns = [turn for turn in all_turns if turn.frames >= BACKCHANNEL or not agent[turn.first]]
-
-    def taker(window: Span) -> Span | None:
-        return next((span for span in taking if span.first < window.last and span.last > window.first), None)
-
     pauses = [
         Span(turn.first + gap.first, turn.first + gap.last)
         for turn in turns
@@ -133,12 +126,10 @@ def measure_reply(
     beginnings = [turn.first for turn in all_turns] + [frames]
     ends = [Span(turn.last, min(b for b in beginnings if b >= turn.last)) for turn in turns]
     ends = [Span(end.first, min(end.last, end.first + RESPONSE)) for end in ends if end.frames > PAUSE[1]]
-    takers = [taker(end) for end in ends]
-    latencies = [max(0, span.first - end.first) / FRAME_RATE for span, end in zip(takers, ends) if span]
-    in_turn = lambda frame: any(turn.first <= frame < turn.last for turn in turns)
-
+    latencies = [max(0, span.first - end.first) / FRAME_RATE for end in ends if (span := taker(end)) is not None]
+    backchannels = [span for span in utterances if is_backchannel(span)]
     seconds, speaking = frames / FRAME_RATE, float(agent.sum()) / FRAME_RATE
-    count = None if said is None else len(said)
+    count = None if words is None else len(words)
     return {
         "seconds": seconds,
         "silence": _ratio(seconds - speaking, seconds),
@@ -153,7 +144,7 @@ def measure_reply(
         "latencies": latencies,
         "pauses": len(pauses),
         "tor_pause": _ratio(sum(taker(pause) is not None for pause in pauses), len(pauses)),
-        "backchannels": sum(is_backchannel(span) and in_turn(span.first) for span in utterances),
+        "backchannels": sum(any(turn.first <= span.first < turn.last for turn in turns) for span in backchannels),
     }
 
 
@@ -162,7 +153,7 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def _pace(count: int | None, seconds: float) -> float | None:
-    """A minute's words; not of less than a second."""
+    """Return the count per minute; None for less than a second."""
     return None if count is None or seconds < 1 else 60 * count / seconds
 
 
@@ -171,41 +162,37 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def summarise_replies(replies: Sequence[dict]) -> dict[str, float | int | None]:
-    """All replies as one: times, words, turns and pauses are pooled, so that a long reply weighs more than a short one;
-    `repetition` is the mean over replies, `latency` the median over all turns taken, `looping` the share of replies
-    that loop, `backchannels_per_minute` 60 times Full-Duplex-Bench's frequency. None where nothing defines it."""
+    """Return the measures of several replies together; undefined ones are None.
+
+    Times, words, turns and pauses are pooled, so that long replies weigh more. `repetition` is the mean over replies,
+    `latency` the median over all turns taken, `looping` the share of replies that loop.
+    """
     seconds = sum(reply["seconds"] for reply in replies)
     speaking = sum(reply["seconds"] * (1 - (reply["silence"] or 0)) for reply in replies)
-    counted = all(reply["words"] is not None for reply in replies) and bool(replies)
-    count = sum(reply["words"] for reply in replies) if counted else None
+    words = [reply["words"] for reply in replies]
+    count = None if None in words or not replies else sum(words)
     total = lambda key: sum(reply[key] for reply in replies)
-    taken = lambda rate, of: sum((reply[rate] or 0) * reply[of] for reply in replies)
+    weighted = lambda rate, weight: sum((reply[rate] or 0) * reply[weight] for reply in replies)
     return {
         "replies": len(replies),
         "seconds": seconds,
         "silence": _ratio(seconds - speaking, seconds),
-        "overlap": _ratio(taken("overlap", "seconds"), seconds),
+        "overlap": _ratio(weighted("overlap", "seconds"), seconds),
         "words_per_minute": _pace(count, seconds),
         "words_per_minute_speaking": _pace(count, speaking),
         "repetition": _ratio(total("repetition"), len(replies)),
         "looping": _ratio(sum(reply["repetition"] >= LOOP_REPETITION for reply in replies), len(replies)),
         "turns": total("turns"),
-        "tor_turn": _ratio(taken("tor_turn", "turns"), total("turns")),
+        "tor_turn": _ratio(weighted("tor_turn", "turns"), total("turns")),
         "latency": _median([latency for reply in replies for latency in reply["latencies"]]),
         "pauses": total("pauses"),
-        "tor_pause": _ratio(taken("tor_pause", "pauses"), total("pauses")),
+        "tor_pause": _ratio(weighted("tor_pause", "pauses"), total("pauses")),
         "backchannels_per_minute": _pace(total("backchannels"), seconds),
     }
 
 
-MUTE_SILENCE = 0.95  # of the time: an agent that answers at all speaks 30 to 60 % of it, a mere listener still 5 %
-WORDLESS_PACE = 5.0  # words a minute: a tenth of a slow talker who speaks a third of the time
-LOOP_REPETITION = 0.5  # of a reply's text: sound replies repeat a phrase of four tokens, a tenth of theirs at most
-LOOP_SHARE = 0.25  # of the replies: loops begin in some of them, long before the mean shows it
-
-
 def reply_verdict(summary: dict) -> str | None:
-    """A phrase for what has gone wrong, by a result of `summarise` (keys may be missing); None if nothing has."""
+    """Return a phrase for what is wrong with the replies of a `summarise_replies` (keys may be missing), else None."""
     silence, pace, looping = (summary.get(key) for key in ("silence", "words_per_minute", "looping"))
     if silence is not None and silence >= MUTE_SILENCE:
         return f"mute: silent {silence:.0%} of the time"

@@ -1,6 +1,6 @@
-"""Processes and sharding: one path for a laptop CPU (gloo), one GPU, and nodes of them (nccl).
+"""Processes and sharding: one code path for a CPU (gloo), for one GPU and for several nodes of GPUs (nccl).
 
-A single process is a process group of one, so nothing elsewhere asks how many there are.
+A single process is a process group of size one, so no other module asks how many processes there are.
 """
 
 import contextlib
@@ -10,9 +10,8 @@ import os
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,158 +22,130 @@ from torch.distributed.fsdp._fully_shard import _fully_shard as fsdp2
 
 from finetune.cli import UserError
 
-T = TypeVar("T")
-_blocks = itertools.count()  # every rank comes to the same blocks in the same order
-TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: a rank may be saving or evaluating meanwhile
+TIMEOUT = datetime.timedelta(minutes=30)  # of one collective: another rank may be saving or evaluating meanwhile
+_main_first_blocks = itertools.count()  # numbers the blocks; every rank enters the same ones in the same order
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. `launch` names the command that started them all: torchrun's restarts keep it."""
+    """This process among all processes of the run."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
-    launch: str = ""
+    launch: str = ""  # identifies the command that started all processes; restarts by torchrun keep it
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all ranks, on each of them."""
+        """Return the sum of a tensor over all ranks, on every rank."""
         tensor = tensor.to(self.device, copy=True)
         dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: object) -> list:
-        """One picklable value of each rank, in rank order, on every rank."""
+        """Return the picklable values of all ranks in rank order, on every rank."""
         out: list = [None] * self.size
         dist.all_gather_object(out, value)
         return out
 
     def broadcast(self, value: object) -> object:
-        """Rank 0's value, on every rank."""
+        """Return the value of rank 0, on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def barrier(self) -> None:
-        dist.barrier()
-
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Runs the block on rank 0 and then on the others, as for filling a shared cache.
-
-        They wait for the store and in no collective, whose time is limited: a large corpus takes what it takes.
-        """
-        key = f"main_first/{next(_blocks)}"
-        if self.rank != 0:
-            store = dist.distributed_c10d._get_default_store()
+        """Run the block on rank 0 and then on the other ranks, which find a filled cache. They wait on the store, not in
+        a collective: the block may take longer than TIMEOUT."""
+        key = f"main_first/{next(_main_first_blocks)}"
+        store = dist.distributed_c10d._get_default_store()
+        if self.is_main:
+            outcome = "failed"
+            try:
+                yield
+                outcome = "done"
+            finally:
+                store.set(key, outcome)
+        else:
             store.wait([key], datetime.timedelta(days=1))
             if store.get(key) == b"failed":
-                raise UserError("rank 0 has stopped; it says why")
+                raise UserError("rank 0 has stopped; its output says why")
             yield
-            return
-        outcome = "failed"
-        try:
-            yield
-            outcome = "done"
-        finally:
-            dist.distributed_c10d._get_default_store().set(key, outcome)
-
-    def from_main(self, function: Callable[[], T]) -> T:
-        """What `function` gives on rank 0, on every rank."""
-        value = None
-        with self.main_first():
-            if self.rank == 0:
-                value = function()
-        return self.broadcast(value)
 
 
 def _environment() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local size) as torchrun or srun tell them; one process otherwise."""
+    """Return (rank, world size, local rank, local size) as torchrun or srun set them; without them one process."""
     env = os.environ
-    if not {"RANK", "WORLD_SIZE"} <= env.keys() and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        # Set by srun only, not in a plain sbatch shell.
+    launched = {"RANK", "WORLD_SIZE"} <= env.keys()
+    # srun sets SLURM_STEP_NUM_TASKS; a plain sbatch shell, which is one process, only has SLURM_NTASKS.
+    if not launched and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         if "MASTER_ADDR" not in env:
-            nodes = subprocess.run(
-                ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
-                check=True, capture_output=True, text=True,
-            )  # fmt: skip
-            env["MASTER_ADDR"] = nodes.stdout.split()[0]
+            command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
+            env["MASTER_ADDR"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
         env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 20_000))
-        size = int(env["SLURM_STEP_NUM_TASKS"])
         local_size = int(env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
-        return int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), local_size
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    given = [name for name in names if name in env]
     problem = None
     try:
-        rank, size, local, local_size = (int(env.get(name, default)) for name, default in zip(names, "0101"))
-        if rank > 0 or size > 1:  # they are to be many
-            absent = [name for name in (*names[:2], "MASTER_ADDR", "MASTER_PORT") if name not in env]
-            if absent:
-                problem = f"and no {', '.join(absent)}"
-            elif not 0 <= rank < size:
-                problem = "which is a rank too many"
+        rank, size, local_rank, local_size = (int(env.get(name, default)) for name, default in zip(names, "0101"))
+        needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if rank > 0 or size > 1 else ()
+        if missing := ", ".join(name for name in needed if name not in env):
+            problem = f"{missing} must be set too"
+        elif not 0 <= rank < size:
+            problem = "RANK must be below WORLD_SIZE"
     except ValueError:
-        problem = "which are no numbers"
+        problem = "they must be whole numbers"
     if problem:
-        raise UserError(
-            f"the environment has {', '.join(f'{name}={env[name]}' for name in given)} {problem}; start with torchrun "
-            "or srun, which set what is needed, or unset these for one process"
-        )
-    return (rank, size, local, local_size) if {"RANK", "WORLD_SIZE"} <= env.keys() else (0, 1, 0, 1)
+        found = ", ".join(f"{name}={env[name]}" for name in names if name in env)
+        hint = "start with torchrun or srun, which set all of them, or unset these for a single process"
+        raise UserError(f"the environment sets {found}, but {problem}; {hint}")
+    return (rank, size, local_rank, local_size) if launched else (0, 1, 0, 1)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`, `cpu`, `cuda` (this process's own) or `cuda:1`. torch counts the visible GPUs, whatever
-    CUDA_VISIBLE_DEVICES holds (nothing, indices, UUIDs). Raises UserError if there is no such GPU."""
+    """Return the device for `auto`, `cpu`, `cuda` (the GPU of this process) or one GPU, such as `cuda:1`.
+
+    Raises UserError if torch does not see that GPU; torch counts right whatever CUDA_VISIBLE_DEVICES holds.
+    """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cuda") or (index and not index.isdigit()):
         raise UserError(f"device {name!r} is neither auto, nor cpu, nor cuda, nor a GPU such as cuda:1")
     count = torch.cuda.device_count()
-    if index:
-        if int(index) >= count:
-            raise UserError(f"there is no GPU {name}: torch sees {count}")
-        return torch.device("cuda", int(index))
-    if count == 1 and "SLURM_GPUS_PER_TASK" in os.environ:  # SLURM shows each task its own
-        return torch.device("cuda", 0)
-    if local_rank >= count:
-        raise UserError(
-            f"process {local_rank} of this node has no GPU: torch sees {count}; start as many processes as there are "
-            "GPUs, or set device: cpu"
-        )
-    return torch.device("cuda", local_rank)
+    only = count == 1 and "SLURM_GPUS_PER_TASK" in os.environ  # SLURM shows each task its own GPU only
+    number = int(index) if index else 0 if only else local_rank
+    if number >= count:
+        what = f"there is no GPU {name}" if index else f"process {number} of this node has no GPU"
+        raise UserError(f"{what}: torch sees {count}; start at most one process per GPU, or set device: cpu")
+    return torch.device("cuda", number)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 itself: a CPU without AVX-512 falls back to loops, in large products 400
-    times slower than float32 (NOTES.md)."""
+    """Return whether a device has bfloat16 products; a CPU without AVX-512 emulates them very slowly (NOTES.md)."""
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def fresh_store(rank: int, size: int) -> tuple[dist.Store, str]:
-    """The store that the environment names (MASTER_ADDR, MASTER_PORT), under a prefix that only this start has; and the
-    name of the launch, the same in all starts that share the store.
+    """Return the store at MASTER_ADDR and MASTER_PORT under a prefix that is new in each start of the processes, and
+    the name of the launch, which is the same in all starts that share the store.
 
-    torchrun keeps its store over restarts (torch 2.9, `_create_c10d_store`), where gloo and nccl would find the
-    addresses of processes that are dead. Nothing in the environment numbers the starts of all nodes alike: of several
-    torchruns only those whose worker failed count a restart. So rank 0 invents the prefix, tells it to the process
-    that each rank is now, and waits until all have answered; a name left by a dead one is never answered.
+    torchrun keeps its store over restarts (torch 2.9, `_create_c10d_store`), with the addresses of dead processes in
+    it. No variable numbers the starts alike on all nodes: only the torchrun whose worker failed counts a restart. So
+    rank 0 draws a new prefix and offers it to the process that is currently registered for each rank, until all have
+    acknowledged it; a registration that a dead process left is never acknowledged.
     """
     store = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))[0]
     store.set_timeout(TIMEOUT)
     own = uuid.uuid4().hex
-    shared = store
-    while isinstance(shared, dist.PrefixStore):  # before torch 2.9 each start had a prefix
-        shared = shared.underlying_store
-    launch = shared.compare_set("finetune/launch", "", own).decode()
+    launch = store.compare_set("finetune/launch", "", own).decode()
     store.set(f"finetune/process/{rank}", own)
     if rank:
         start = store.get(f"finetune/start/{own}").decode()
@@ -191,61 +162,59 @@ def fresh_store(rank: int, size: int) -> tuple[dist.Store, str]:
 
 @contextlib.contextmanager
 def session(device: str = "auto") -> Iterator[World]:
-    """The process group for the length of a run. A rank that raises leaves without waiting for the others."""
+    """Open the process group for the duration of a run. A rank that raises leaves without waiting for the others."""
     rank, size, local_rank, local_size = _environment()
-    where = pick_device(device, local_rank)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-    if size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
-        store, launch = fresh_store(rank, size)
-    else:
-        store, launch = dist.HashStore(), uuid.uuid4().hex
+    own_device = pick_device(device, local_rank)
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)
+    backend = "cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo"
+    alone = size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    store, launch = (dist.HashStore(), uuid.uuid4().hex) if alone else fresh_store(rank, size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
-        yield World(rank, size, local_rank, local_size, where, launch)
+        yield World(rank, size, local_rank, local_size, own_device, launch)
     except BaseException:
-        # nccl would first wait for what the other ranks are to do, who do not know yet that this one is leaving.
-        if where.type == "cpu":
+        # nccl would first wait for collectives of the other ranks, which do not know yet that this one is leaving.
+        if own_device.type == "cpu":
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
 def make_mesh(world: World, sharding: str) -> DeviceMesh:
-    """The mesh of `sharding`: `full` cuts parameters over all ranks, `hybrid` within a node and copies them between
-    nodes, `none` copies them everywhere."""
-    copies = {"full": 1, "hybrid": max(1, world.size // world.local_size), "none": world.size}[sharding]
+    """Return the device mesh of a `sharding`: `full` shards parameters over all ranks, `hybrid` shards them within a
+    node and replicates them between nodes, `none` replicates them on every rank."""
     if sharding == "full":
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    return init_device_mesh(world.device.type, (copies, world.size // copies), mesh_dim_names=("replicate", "shard"))
+    replicas = world.size if sharding == "none" else max(1, world.size // world.local_size)
+    shape = (replicas, world.size // replicas)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, param_dtype: torch.dtype) -> None:
-    """FSDP2 on each of `layers` and on `model` itself; gradients are reduced in float32.
+    """Apply FSDP2 to each of `layers` and to `model` itself; gradients are reduced in float32.
 
-    Frozen parameters, which are in the dtype of the computation already, are left alone where nothing is cut: FSDP
-    would gather copies of them, of a layer in each pass and of the whole model in a free-running evaluation.
+    Frozen parameters already have the dtype of the computation. Without shards FSDP ignores them: it would gather
+    copies of them, of one layer in each pass and of the whole model in a free-running evaluation.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    is_cut = mesh.size(-1) > 1
-    frozen = {p for p in model.parameters() if not (is_cut or p.requires_grad)}
+    is_sharded = mesh.size(-1) > 1
+    ignored = {p for p in model.parameters() if not (is_sharded or p.requires_grad)}
     for module in [*layers, model]:
         _register(type(module))
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=frozen)
-        # With copies and no cut torch would average over groups of one, of which nccl before 2.29.7 leaves out elements
-        # (github.com/NVIDIA/nccl/issues/1950). Sums, divided afterwards, are the same mean.
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+        # Without shards torch would average over groups of one rank, where nccl before 2.29.7 leaves elements out
+        # (github.com/NVIDIA/nccl/issues/1950). Sums, divided afterwards, give the same mean.
         module.set_force_sum_reduction_for_comms(mesh.ndim > 1)
 
 
 def _register(cls: type) -> None:
-    """Makes fully_shard usable on moshi's modules.
+    """Make fully_shard usable on modules of moshi.
 
-    It gives a module the class `(FSDPModule, cls)`, which Python refuses where `cls` derives from abc.ABC before
-    nn.Module, as moshi's StreamingModule does ("object layout differs"). The other order of bases is accepted and has
-    the same methods; fully_shard takes it from its table of classes.
+    fully_shard gives a module the class `(FSDPModule, cls)`. Python refuses it ("object layout differs") where `cls`
+    derives from abc.ABC before nn.Module, as moshi's StreamingModule does; the reverse order of bases is accepted.
     """
     if cls in fsdp2.cls_to_fsdp_cls or issubclass(cls, FSDPModule):
         return
-    refuse = {"__deepcopy__": fsdp2._unimplemented_deepcopy}
-    fsdp2.cls_to_fsdp_cls[cls] = type(f"FSDP{cls.__name__}", (cls, FSDPModule), refuse)
+    methods = {"__deepcopy__": fsdp2._unimplemented_deepcopy}
+    fsdp2.cls_to_fsdp_cls[cls] = type(f"FSDP{cls.__name__}", (cls, FSDPModule), methods)

@@ -1,9 +1,6 @@
-"""Judges a checkpoint on held-out data: losses, and free-running replies to its users.
+"""Evaluation on held-out data: teacher-forced losses, and free-running replies to held-out users.
 
-    python -m finetune.tools.evaluate runs/personaplex
-
-The same windows each time, on any number of processes, and the base model's values beside them. Teacher-forced loss is
-no verdict: models have scored 98.8 % of the text and said nothing when left alone.
+Losses alone do not suffice: models have predicted 98.8 % of the text under teacher forcing and been mute on their own.
 """
 
 import json
@@ -33,22 +30,22 @@ from finetune.streams import CODEBOOKS
 
 @torch.no_grad()
 def evaluate(
-    lm: TrainingLM, batches: Iterable[Batch], weights: Tensor, world: World
+    lm: TrainingLM, batches: Iterable[Batch], weights: Tensor, world: World, each_batch: Callable = lambda: None
 ) -> tuple[dict[str, float], list[str]]:
-    """Teacher-forced losses and accuracies (see finetune.loss.report) over all batches of all ranks, divided by all of
-    their tokens, where `samples` and `skipped` count windows; and why windows were skipped, each reason once."""
-    groups = len(weights)
-    # Sums of cross-entropies over a whole held-out set outgrow float32's 24 bits.
-    totals = torch.zeros(3, groups, dtype=torch.float64, device=world.device)
+    """Return what `loss_report` computes of the batches of all ranks, with the numbers of windows read (`samples`) and
+    `skipped`; and the distinct reasons for skipping. An exception that `each_batch` raises ends it."""
+    # The cross-entropies of a whole held-out set add up to more than the 24 bits of float32 can hold.
+    totals = torch.zeros(3, len(weights), dtype=torch.float64, device=world.device)
     windows, problems = torch.zeros(2, dtype=torch.float64), []
     for batch in batches:
-        on_device = batch.to(world.device)
-        out = lm(on_device.codes, on_device.loss_mask, on_device.embeddings, on_device.lengths, plan=on_device.plan)
+        moved = batch.to(world.device)
+        out = lm(moved.codes, moved.loss_mask, moved.embeddings, moved.lengths, targets=moved.targets)
         totals[0] += out.ce
         totals[1] += out.correct
         totals[2] += batch.counts.to(world.device)
         windows += torch.tensor([len(batch.names), len(batch.problems)])
         problems += batch.problems
+        each_batch()
     ce, correct, counts = world.sum(totals)
     samples, skipped = world.sum(windows).tolist()
     if skipped:
@@ -57,7 +54,7 @@ def evaluate(
 
 
 def refuse_unreadable(row: dict[str, float], problems: list[str]) -> None:
-    """Raises UserError if there were windows to evaluate and not one could be read."""
+    """Raise UserError if there are held-out windows and none of them could be read."""
     if problems and not row["samples"]:
         raise UserError(f"none of the held-out windows could be read; {what_to_do(problems)}")
 
@@ -65,22 +62,18 @@ def refuse_unreadable(row: dict[str, float], problems: list[str]) -> None:
 def free_run(
     lm: TrainingLM, samples: list[Sample], max_sec: float, seed: int, each_second: Callable[[], None] = lambda: None
 ) -> list[tuple[Tensor, Reply]]:
-    """(user codes [8, T], reply) of held-out samples, each after its own prompt, of at most `max_sec` seconds.
+    """Return (user codes [8, T], reply) of each sample, after its own prompt and for at most `max_sec` seconds.
 
-    With a sharded model all ranks have to call this with the same samples, and each gets all replies. The model is
-    gathered for the whole time, in the dtype that it computes in: some thousand steps would gather it as often.
-    What `each_second` of dialogue raises ends it.
+    If the model is sharded, all ranks must call this with the same samples, and all get all replies. The model is
+    gathered once, in the dtype of its computation, not in each of thousands of steps. See `generate` for `each_second`.
     """
-    frames = int(max_sec * FRAME_RATE)
     prompts, users = [], []
-    for sample in samples:
+    groups: dict[int, list[int]] = {}  # samples by prompt embeddings, which must have one length in a batch
+    for i, sample in enumerate(samples):
         start = int((~sample.loss_mask).sum())
         prompts.append(SystemPrompt(sample.codes[:, :start], sample.embeddings))
-        users.append(sample.codes[1 + CODEBOOKS :, start : start + frames])
-    # Prompts with embeddings go together only with those of the same length.
-    groups: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        groups.setdefault(0 if prompt.embeddings is None else len(prompt.embeddings), []).append(i)
+        users.append(sample.codes[1 + CODEBOOKS :, start : start + int(max_sec * FRAME_RATE)])
+        groups.setdefault(0 if sample.embeddings is None else len(sample.embeddings), []).append(i)
     replies: dict[int, Reply] = {}
     sharded = [module for module in lm.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
@@ -88,10 +81,9 @@ def free_run(
         module.unshard()
     try:
         for group in groups.values():
-            with no_cuda_graph():  # FSDP's hooks would be captured with the layers
-                said = generate(lm.lm, [prompts[i] for i in group], [users[i] for i in group], seed=seed,
-                                each_second=each_second)  # fmt: skip
-            replies |= dict(zip(group, said))
+            with no_cuda_graph():  # a graph would capture FSDP's hooks together with the layers
+                inputs = [prompts[i] for i in group], [users[i] for i in group]
+                replies |= dict(zip(group, generate(lm.lm, *inputs, seed=seed, each_second=each_second)))
     finally:
         for module in sharded:
             module.reshard()
@@ -106,14 +98,12 @@ def judge_replies(
     tokenizer: sentencepiece.SentencePieceProcessor,
     folder: Path,
 ) -> tuple[dict, str | None]:
-    """Measures of replies (finetune.dialogue, keys prefixed `free_`) and a verdict if they went mute or loop.
-
-    Each conversation is written to `folder`: a stereo wav, and as JSON its prompt, words and measures.
-    """  # fmt: skip
-    measures = []
-    with no_cuda_graph():  # a data loader's thread may pin memory meanwhile, which would break a capture
+    """Return measures over all replies (finetune.dialogue; keys get the prefix `free_`), and a warning if they are mute
+    or loop. Write each conversation to `folder`: a wav (agent left, user right) and JSON (prompt, words, measures)."""
+    with no_cuda_graph():  # a data loader's thread may pin memory in the meantime, which would break a capture
         agents = decode_codes(mimi, [reply.codes for _, reply in conversations])
         users = decode_codes(mimi, [codes for codes, _ in conversations])
+    measures = []
     for i, ((_, reply), sample, agent, user) in enumerate(zip(conversations, samples, agents, users)):
         measures.append(measure_reply(agent, user, reply.text, tokenizer))
         path = folder / f"{i:02d}.wav"

@@ -1,4 +1,4 @@
-"""The training loop of both scripts."""
+"""The training loop of both scripts: `train` is the loop, and the functions after it are its steps."""
 
 import gc
 import json
@@ -7,11 +7,12 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from finetune.args import TrainArgs
 from finetune.checkpointing import save_checkpoint
@@ -21,33 +22,32 @@ from finetune.data.run_data import RunData, what_to_do
 from finetune.distributed import World
 from finetune.evaluate import evaluate, free_run, judge_replies, refuse_unreadable
 from finetune.loss import group_weights, loss_report, loss_scales
-from finetune.metrics import Metrics, console_line, peak_memory_gb
+from finetune.metrics import Metrics, console_line, format_losses, peak_memory_gb
 from finetune.model.consolidated import Artefact
 from finetune.model.training_lm import TrainingLM
 from finetune.optim import clip_gradients, lr_factor, set_lr
 
 logger = logging.getLogger(__name__)
-# Exit code of a run that a signal ended after a saved step (EX_TEMPFAIL, "try again later"): run the same command.
-EXIT_PREEMPTED = 75
-ALL_BAD = 8  # windows, none of which can be read, after which a run does not go on
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL ("try again later"): a signal ended the run, and the same command continues it
+MIN_WINDOWS = 8  # a run ends when it has consumed this many windows and could not read any of them
 
 
 @dataclass
 class Progress:
-    """What a checkpoint remembers beside tensors."""
+    """How far a run has come; part of a checkpoint."""
 
     step: int = 0
-    position: int = 0  # windows consumed, of the endless stream
-    skipped: int = 0  # of them, windows that could not be read
+    position: int = 0  # windows consumed of the endless stream
+    skipped: int = 0  # those of them that could not be read
 
 
 class Stop:
-    """Turns signals into a request that the loop answers at the end of a step; a second one ends the process.
+    """Records a signal, which the loop answers at the end of a step; a second signal ends the process at once.
 
-    One within a second of the first is the same one: Ctrl-C reaches a process from the terminal and from torchrun.
+    Signals within a second are the same one: a process receives Ctrl-C from the terminal and from torchrun.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the last two: SLURM's warnings
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # SLURM may warn by the last two
 
     def __enter__(self) -> "Stop":
         self.signal: int | None = None
@@ -68,273 +68,271 @@ class Stop:
 
 
 class Interrupted(Exception):
-    """A signal came during an evaluation."""
+    """A signal has arrived during an evaluation."""
 
 
-def train(
-    args: TrainArgs,
-    world: World,
-    folder: Path,
-    model: TrainingLM,
-    optimizer: torch.optim.AdamW,
-    data: RunData,
-    artefact: Artefact,
-    progress: Progress,
-    metrics: Metrics,
-    stop: Stop,
-) -> int:
-    """Trains until `max_steps` and returns the exit code.
+@dataclass
+class TrainingRun:
+    """What the functions of this module work on."""
 
-    Args:
-        progress: where to begin; updated in place.
-    Raises:
-        UserError: loss or gradient is not finite (before the update; names step, rank and samples), or too many
-            samples could not be read.
+    args: TrainArgs
+    world: World
+    folder: Path
+    model: TrainingLM
+    optimizer: torch.optim.AdamW
+    data: RunData
+    artefact: Artefact
+    progress: Progress  # where to begin; updated with each step
+    metrics: Metrics
+    stop: Stop
+
+    def __post_init__(self) -> None:
+        self.weights = group_weights(self.args, self.model.lm.dep_q)
+        self.windows_per_step = self.args.batch_size * self.args.num_microbatches * self.world.size
+        self.saved_at, self.saved_step = time.monotonic(), self.progress.step
+        self.problems: set[str] = set()  # why this rank skipped windows
+
+
+def train(run: TrainingRun) -> int:
+    """Train until `max_steps` and return the exit code of the process.
+
+    Raises UserError if a loss or gradient is not finite, if too many windows cannot be read, or if the last checkpoint
+    cannot be written.
     """
-    weights = group_weights(args, model.lm.dep_q)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    saved_at, saved_step = time.monotonic(), progress.step
-    problems: set[str] = set()
-    windows_per_step = args.batch_size * args.num_microbatches * world.size
+    args, world, progress = run.args, run.world, run.progress
+    # Missing before the first step, and if the run was stopped between a checkpoint and its evaluation.
+    missing = evaluation_due(args, progress.step) and not run.metrics.evaluated(progress.step, world)
+    if missing and not hold_out(run, first=True):
+        return leave(run)
 
-    def save() -> None:
-        nonlocal saved_at, saved_step
-        began = time.perf_counter()
-        path = save_checkpoint(
-            folder, progress.step, model.lm, optimizer,
-            vars(progress) | {"seed": args.seed, "windows_per_step": windows_per_step, "windows": data.train.sizes},
-            world, artefact, args.num_ckpt_keep,
-        )  # fmt: skip
-        saved_at = time.monotonic()
-        if path is not None:
-            saved_step = progress.step
-            metrics.write("train", progress.step, {"event": "saved", "seconds": time.perf_counter() - began})
-            if world.is_main:
-                logger.info("saved %s in %.1f s", path, time.perf_counter() - began)
-
-    def leave_if_stopped() -> None:
-        if world.sum(torch.tensor(stop.signal or 0)):  # on any rank: all leave together
-            raise Interrupted
-
-    def until_stopped(batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            yield batch
-            leave_if_stopped()
-
-    def hold_out(first: bool = False) -> None:
-        began = time.perf_counter()
-        row, unread = evaluate(model, until_stopped(data.eval_batches()), weights, world)
-        if first:  # later the run is worth more than its evaluations
-            refuse_unreadable(row, unread)
-        trouble = None
-        samples = []
-        if args.eval_free_samples:  # one rank's reading for all: replying is a collective
-            samples = world.broadcast(data.eval_samples(args.eval_free_samples) if world.is_main else None)
-        if samples:
-            conversations = free_run(model, samples, args.eval_free_sec, args.seed, leave_if_stopped)
-            if world.is_main:
-                kept = folder / "samples" / f"step_{progress.step:06d}"
-                free, trouble = judge_replies(conversations, samples, data.decoder(), data.text_tokenizer, kept)
-                row |= free
-                gc.collect()  # moshi's streaming modules refer to themselves: Mimi would stay on the GPU
-        metrics.write("eval", progress.step, row | {"seconds": time.perf_counter() - began})
-        metrics.draw()
-        if world.is_main:
-            words = f" | words {row['text_word_accuracy']:.1%}" if "text_word_accuracy" in row else ""
-            text = "".join(f" | {k} {row[f'{k}_loss']:.3f}" for k in ("text", "agent", "user") if f"{k}_loss" in row)
-            if "loss" in row:
-                logger.info("held-out at step %d: loss %.4f%s%s", progress.step, row["loss"], text, words)
-            else:
-                logger.warning("held-out at step %d: there was nothing to judge", progress.step)
-            if trouble and progress.step:
-                logger.warning("replies at step %d: %s", progress.step, trouble)
-            if unread:
-                logger.warning("%d held-out windows could not be read: %s", row["skipped"], unread[0])
-
-    # At the start, and where a run was stopped between a checkpoint and its evaluation.
-    if args.do_eval and _evaluation_due(args, progress.step) and not metrics.evaluated(progress.step, world):
-        try:
-            hold_out(first=True)
-        except Interrupted:
-            return _stopped(stop, world, progress.step, True, args.do_ckpt)
-
-    stream = data.batches(progress.position) if progress.step < args.max_steps else iter(())
-    since_log = Interval()
+    stream = run.data.batches(progress.position) if progress.step < args.max_steps else iter(())
+    totals = torch.zeros(8, dtype=torch.float64)  # step_totals since the last row of metrics
     while progress.step < args.max_steps:
-        step = progress.step + 1
-
-        # 1. The microbatches of this step, and its number of targets over all ranks: what every sum is divided by.
-        #    Wishes to stop or to save travel along, so that all ranks act on them at the same step.
+        # The targets of all ranks are counted first: every sum is divided by their number, so that microbatches and
+        # ranks add up to one batch. Requests to stop and to save travel along, so that all ranks act on the same step.
         began = time.perf_counter()
-        micro = [next(stream) for _ in range(args.num_microbatches)]
-        waited = time.perf_counter() - began
-        due = args.ckpt_every_minutes is not None and time.monotonic() - saved_at > 60 * args.ckpt_every_minutes
-        found = [problem for batch in micro for problem in batch.problems]
-        wishes = torch.tensor([stop.signal or 0, due, len(found)], dtype=torch.int64)
-        counts = world.sum(torch.cat([sum(batch.counts for batch in micro), wishes]))
-        counts, wishes = counts[:-3], counts[-3:]
-        scale = loss_scales(counts, weights.to(world.device))
-
-        # 2. Forward and backward. FSDP averages gradients over ranks; the sum is wanted, hence the factor.
-        ce, correct = torch.zeros(2, len(scale), device=world.device)
-        for i, batch in enumerate(micro):
-            model.set_requires_gradient_sync(i == len(micro) - 1)
-            batch = batch.to(world.device)
-            out = model(batch.codes, batch.loss_mask, batch.embeddings, batch.lengths, plan=batch.plan)
-            ((out.ce * scale).sum() * world.size).backward()
-            ce += out.ce.detach()
-            correct += out.correct
-
-        # 3. One look at the numbers before the update.
-        grad_norm = clip_gradients(trained, args.max_norm)
-        own_loss = (ce * scale).sum()
-        sums = world.sum(torch.stack([ce, correct]))
-        total = torch.stack([(sums[0] * scale).sum(), grad_norm, *wishes.float()])
-        step_loss, norm, signalled, wants_save, skipped = total.tolist()
-        if not (math.isfinite(step_loss) and math.isfinite(norm)):
-            _refuse(step, step_loss, norm, float(own_loss), micro, folder, world)
-        set_lr(optimizer, lr_factor(step, args.max_steps, args.optim.pct_start))
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.step = step
-        progress.position += windows_per_step
-        progress.skipped += int(skipped)
-
-        # 4. What could not be read. All ranks know how much, so all stop together.
-        if found:
-            problems.update(found)
-            logger.warning("step %d: skipped %s", step, found[0] + (f" (and {len(found) - 1} more)" * (len(found) > 1)))
+        batches, waited, counts, requests = read_step(run, stream)
+        scale = loss_scales(counts, run.weights.to(world.device))
+        ce, correct = forward_backward(run.model, batches, scale, world)
+        sums, grad_norm, (stop, save_due, skipped) = update(run, batches, ce, correct, scale, requests)
         if skipped:
-            _limit_skipped(args, progress, len(data.train), problems, world)
+            limit_skipped(run)
+        totals += step_totals(batches, waited, time.perf_counter() - began)
+        last = progress.step == args.max_steps
+        if last or progress.step % args.log_freq == 0:
+            log_step(run, sums, counts, grad_norm, totals)
+            totals.zero_()
 
-        # 5. Metrics.
-        since_log.add(micro, waited, time.perf_counter() - began)
-        if step % args.log_freq == 0 or step == args.max_steps:
-            row = loss_report(sums[0], sums[1], counts, weights)
-            row |= {"lr": args.optim.lr * lr_factor(step, args.max_steps, args.optim.pct_start), "grad_norm": norm}
-            if args.optim.depformer_lr is not None:
-                row["depformer_lr"] = row["lr"] * args.optim.depformer_lr / args.optim.lr
-            row |= since_log.report(world) | {"peak_memory_gb": peak_memory_gb(world.device)}
-            metrics.write("train", step, row | {"skipped": progress.skipped})
-            if world.is_main:
-                logger.info(console_line(step, args.max_steps, row))
-            since_log = Interval()
+        # The checkpoint comes first: an evaluation that fails must not cost the step.
+        if last or save_due or stop or (args.ckpt_freq and progress.step % args.ckpt_freq == 0):
+            save(run)
+        if not stop and evaluation_due(args, progress.step) and not hold_out(run):
+            stop = True  # the run repeats the evaluation when it continues
+            if run.saved_step != progress.step:
+                save(run)
+        # All ranks know of a signal on any of them and leave together: one alone would leave the others waiting for it.
+        if stop:
+            return leave(run)
 
-        # 6. The checkpoint comes first: an evaluation that fails must not cost the step.
-        last = step == args.max_steps
-        frequent = args.ckpt_freq and step % args.ckpt_freq == 0
-        if args.do_ckpt and (last or frequent or wants_save or signalled):
-            save()
-        if args.do_eval and _evaluation_due(args, step) and not signalled:
-            try:
-                hold_out()
-            except Interrupted:  # made up for when the run goes on
-                signalled = True
-                if args.do_ckpt and saved_step != step:
-                    save()
-        if signalled:
-            return _stopped(stop, world, step, saved_step == step, args.do_ckpt)
-
-    metrics.draw()
+    run.metrics.draw()
     if world.is_main:
-        logger.info("done: %d steps, %s", progress.step, folder)
-    if args.do_ckpt and args.max_steps and saved_step != progress.step:
-        raise UserError(f"{folder}: the last checkpoint could not be written; free some space and run the same command")
+        logger.info("done: %d steps, %s", progress.step, run.folder)
+    if args.do_ckpt and args.max_steps and run.saved_step != progress.step:
+        hint = "free some space and run the same command"
+        raise UserError(f"{run.folder}: the last checkpoint could not be written; {hint}")
     return 0
 
 
-def _evaluation_due(args: TrainArgs, step: int) -> bool:
-    return step in (0, args.max_steps) or (args.eval_freq > 0 and step % args.eval_freq == 0)
+def read_step(run: TrainingRun, stream: Iterator[Batch]) -> tuple[list[Batch], float, Tensor, Tensor]:
+    """Return the microbatches of this rank and the seconds spent waiting for them; and, summed over all ranks, the
+    targets per group [2 + dep_q] and the requests [3]: to stop, to save (ckpt_every_minutes), and skipped windows."""
+    began = time.perf_counter()
+    batches = [next(stream) for _ in range(run.args.num_microbatches)]
+    waited = time.perf_counter() - began
+    problems = [problem for batch in batches for problem in batch.problems]
+    if problems:
+        run.problems.update(problems)
+        more = f" (and {len(problems) - 1} more)" * (len(problems) > 1)
+        logger.warning("step %d: skipped %s", run.progress.step + 1, problems[0] + more)
+    minutes = run.args.ckpt_every_minutes
+    save_due = minutes is not None and time.monotonic() - run.saved_at > 60 * minutes
+    requests = torch.tensor([run.stop.signal or 0, save_due, len(problems)], dtype=torch.int64)
+    sums = run.world.sum(torch.cat([sum(batch.counts for batch in batches), requests]))
+    return batches, waited, sums[:-3], sums[-3:]
 
 
-class Interval:
-    """Tokens and times since the last line of metrics; evaluation and saving are outside of them."""
-
-    def __init__(self):
-        self.frames = self.slots = self.tokens = 0
-        self.dropped = self.late = self.voiceless = 0
-        self.waited = self.seconds = 0.0
-
-    def add(self, micro: list[Batch], waited: float, seconds: float) -> None:
-        for batch in micro:
-            self.tokens += batch.tokens
-            self.frames += batch.frames
-            self.slots += batch.loss_mask.numel()
-            self.dropped += batch.text.dropped
-            self.late += batch.text.late
-            self.voiceless += batch.voiceless
-        self.waited += waited
-        self.seconds += seconds
-
-    def report(self, world: World) -> dict[str, float]:
-        """Rates of all ranks together. `frames_per_sec` counts frames that carry loss, `tokens_per_sec` all tokens the
-        model reads (17 a frame, prompts included)."""
-        own = [self.tokens, self.frames, self.slots, self.dropped, self.late, self.voiceless, self.waited,
-               self.seconds]  # fmt: skip
-        tokens, frames, slots, dropped, late, voiceless, waited, seconds = world.sum(
-            torch.tensor(own, dtype=torch.float64).to(world.device)
-        ).tolist()
-        return {
-            "tokens_per_sec": tokens * world.size / seconds,
-            "frames_per_sec": frames * world.size / seconds,
-            "loss_frames_share": frames / max(slots, 1),
-            "data_wait": waited / seconds,
-            "interval_sec": self.seconds,
-            "text_tokens_dropped": int(dropped),
-            "words_late": int(late),
-            "windows_without_voice": int(voiceless),
-        }
+def forward_backward(model: TrainingLM, batches: list[Batch], scale: Tensor, world: World) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of a step; return the cross-entropies and correct predictions of this rank, [2 + dep_q]."""
+    ce, correct = torch.zeros(2, len(scale), device=world.device)
+    for i, batch in enumerate(batches):
+        model.set_requires_gradient_sync(i == len(batches) - 1)
+        batch = batch.to(world.device)
+        out = model(batch.codes, batch.loss_mask, batch.embeddings, batch.lengths, targets=batch.targets)
+        # FSDP averages gradients over the ranks, but `scale` is meant for their sum: hence the factor.
+        ((out.ce * scale).sum() * world.size).backward()
+        ce += out.ce.detach()
+        correct += out.correct
+    return ce, correct
 
 
-def _refuse(
-    step: int, step_loss: float, norm: float, own_loss: float, micro: list[Batch], folder: Path, world: World
-) -> None:
-    """Ends the run before an update that is not finite, on all ranks together, with the samples written down."""
-    own = {
-        "rank": world.rank,
-        "loss_is_finite": math.isfinite(own_loss),
-        "samples": [name for batch in micro for name in batch.names],
-    }
-    ranks = world.gather(own)
-    path = folder / f"not_finite_step_{step:06d}.json"
-    if world.is_main:
-        found = {"step": step, "loss": str(step_loss), "grad_norm": str(norm), "ranks": ranks}
+def update(
+    run: TrainingRun, batches: list[Batch], ce: Tensor, correct: Tensor, scale: Tensor, requests: Tensor
+) -> tuple[Tensor, float, list[float]]:
+    """Update the parameters, or raise UserError on all ranks if the loss or the gradient is not finite.
+
+    Returns ce and correct summed over all ranks, the norm of the gradient before clipping, and the requests as numbers.
+    """
+    args, progress = run.args, run.progress
+    grad_norm = clip_gradients([p for p in run.model.parameters() if p.requires_grad], args.max_norm)
+    sums = run.world.sum(torch.stack([ce, correct]))
+    # The one point of a step at which the host waits for the GPU.
+    loss, norm, *numbers = torch.stack([(sums[0] * scale).sum(), grad_norm, *requests.float()]).tolist()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        refuse_update(run, loss, norm, float((ce * scale).sum()), batches)
+    progress.step += 1
+    progress.position += run.windows_per_step
+    progress.skipped += int(numbers[-1])
+    set_lr(run.optimizer, lr_factor(progress.step, args.max_steps, args.optim.pct_start))
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return sums, norm, numbers
+
+
+def refuse_update(run: TrainingRun, loss: float, norm: float, own_loss: float, batches: list[Batch]) -> None:
+    """End the run on all ranks before its weights become useless, and write the samples of the step to a file."""
+    step = run.progress.step + 1
+    names = [name for batch in batches for name in batch.names]
+    ranks = run.world.gather({"rank": run.world.rank, "loss_is_finite": math.isfinite(own_loss), "samples": names})
+    path = run.folder / f"not_finite_step_{step:06d}.json"
+    if run.world.is_main:
+        found = {"step": step, "loss": str(loss), "grad_norm": str(norm), "ranks": ranks}
         path.write_text(json.dumps(found, indent=1))
-    guilty = [r for r in ranks if not r["loss_is_finite"]] or ranks
-    what = "loss" if not math.isfinite(step_loss) else "gradient"
-    names = ", ".join(guilty[0]["samples"][:3])
+    culprit = next((rank for rank in ranks if not rank["loss_is_finite"]), ranks[0])
     raise UserError(
-        f"the {what} of step {step} is not finite (rank {guilty[0]['rank']}; samples {names}, ...; all in {path}); the "
-        "weights were not touched: look at these samples, or lower optim.lr and start from the last checkpoint"
+        f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {step} is not finite (rank {culprit['rank']}; "
+        f"samples {', '.join(culprit['samples'][:3])}, ...; all in {path}); the weights have not been changed: look at "
+        "these samples, or try a lower optim.lr in another run_dir"
     )
 
 
-def _limit_skipped(args: TrainArgs, progress: Progress, windows: int, problems: set[str], world: World) -> None:
-    # So many, or all of the run's, and not one good: the data as a whole are wrong.
-    enough = progress.position >= ALL_BAD or progress.step == args.max_steps
-    nothing = enough and progress.skipped == progress.position
-    passes = -(-progress.position // windows)  # over the data, begun ones too: in each a bad window is met again
-    if progress.skipped <= args.data.max_bad_samples * passes and not nothing:
+def limit_skipped(run: TrainingRun) -> None:
+    """Raise UserError, on all ranks, if so many windows could not be read that the data as a whole seem wrong."""
+    progress, limit = run.progress, run.args.data.max_bad_samples
+    enough = progress.position >= MIN_WINDOWS or progress.step == run.args.max_steps
+    none_read = enough and progress.skipped == progress.position
+    passes = math.ceil(progress.position / len(run.data.train))  # each pass over the data meets a bad window again
+    if progress.skipped <= limit * passes and not none_read:
         return
-    listed = sorted(set().union(*world.gather(problems)))
-    head = f"none of the first {progress.position} windows could be read" if nothing else (
-        f"{progress.skipped} windows could not be read, more than data.max_bad_samples = {args.data.max_bad_samples}"
-        + f" in each of {passes} passes over the data" * (passes > 1)
+    problems = sorted(set().union(*run.world.gather(run.problems)))
+    found = f"{progress.skipped} windows could not be read, more than data.max_bad_samples = {limit}"
+    found += f" in each of {passes} passes over the data" * (passes > 1)
+    if none_read:
+        found = f"none of the first {progress.position} windows could be read"
+    raise UserError(f"{found}; {what_to_do(problems)}")
+
+
+def step_totals(batches: list[Batch], waited: float, seconds: float) -> Tensor:
+    """Return [8] float64 of this rank: tokens, frames with loss, all frames, dropped text tokens, late words, windows
+    without their voice; seconds of waiting for data, seconds of the step."""
+    counts = [(b.tokens, b.frames, b.loss_mask.numel(), b.text.dropped, b.text.late, b.voiceless) for b in batches]
+    return torch.tensor([*map(sum, zip(*counts)), waited, seconds], dtype=torch.float64)
+
+
+def report_totals(totals: Tensor, world: World) -> dict[str, float]:
+    """Return the metrics of all ranks that follow from `step_totals`, summed over steps. `frames_per_sec` counts frames
+    with loss, `tokens_per_sec` all tokens that the model reads (17 per frame, prompts included)."""
+    tokens, frames, all_frames, dropped, late, voiceless, waited, seconds = world.sum(totals).tolist()
+    return {
+        "tokens_per_sec": tokens * world.size / seconds, "frames_per_sec": frames * world.size / seconds,
+        "loss_frames_share": frames / max(all_frames, 1), "data_wait": waited / seconds,
+        "interval_sec": float(totals[-1]), "text_tokens_dropped": int(dropped), "words_late": int(late),
+        "windows_without_voice": int(voiceless),
+    }  # fmt: skip
+
+
+def log_step(run: TrainingRun, sums: Tensor, counts: Tensor, grad_norm: float, totals: Tensor) -> None:
+    """Write a row of metrics: the losses of one step, and the rates of all steps since the last row (`totals`)."""
+    args, step = run.args, run.progress.step
+    row = loss_report(sums[0], sums[1], counts, run.weights)
+    row |= {"lr": args.optim.lr * lr_factor(step, args.max_steps, args.optim.pct_start), "grad_norm": grad_norm}
+    if args.optim.depformer_lr is not None:
+        row["depformer_lr"] = row["lr"] * args.optim.depformer_lr / args.optim.lr
+    row |= report_totals(totals, run.world) | {"peak_memory_gb": peak_memory_gb(run.world.device)}
+    run.metrics.write("train", step, row | {"skipped": run.progress.skipped})
+    if run.world.is_main:
+        logger.info(console_line(step, args.max_steps, row))
+
+
+def save(run: TrainingRun) -> None:
+    """Save a checkpoint unless do_ckpt is off. A failure is logged; the run continues."""
+    args, progress = run.args, run.progress
+    if not args.do_ckpt:
+        return
+    began = time.perf_counter()
+    state = {"seed": args.seed, "windows_per_step": run.windows_per_step, "windows": run.data.train.sizes}
+    path = save_checkpoint(
+        run.folder, progress.step, run.model.lm, run.optimizer, vars(progress) | state, run.world, run.artefact,
+        args.num_ckpt_keep,
     )  # fmt: skip
-    raise UserError(f"{head}; {what_to_do(listed)}")
+    run.saved_at = time.monotonic()
+    if path is not None:
+        run.saved_step, seconds = progress.step, time.perf_counter() - began
+        run.metrics.write("train", progress.step, {"event": "saved", "seconds": seconds})
+        if run.world.is_main:
+            logger.info("saved %s in %.1f s", path, seconds)
 
 
-def _stopped(stop: Stop, world: World, step: int, saved: bool, do_ckpt: bool) -> int:
-    signals = [s for s in world.gather(stop.signal) if s]
-    name = signal.Signals(signals[0]).name
+def evaluation_due(args: TrainArgs, step: int) -> bool:
+    return args.do_eval and (step in (0, args.max_steps) or (args.eval_freq > 0 and step % args.eval_freq == 0))
+
+
+def hold_out(run: TrainingRun, first: bool = False) -> bool:
+    """Evaluate on held-out data; return false if a signal on any rank has ended the evaluation early.
+
+    With `first`, held-out data that cannot be read end the run; later the run is worth more than its evaluations.
+    """
+    args, world, step = run.args, run.world, run.progress.step
+    began = time.perf_counter()
+    samples, warning = [], None
+
+    def check_stop() -> None:
+        if world.sum(torch.tensor(run.stop.signal or 0)):
+            raise Interrupted
+
+    try:
+        row, unread = evaluate(run.model, run.data.eval_batches(), run.weights, world, check_stop)
+        if first:
+            refuse_unreadable(row, unread)
+        if args.eval_free_samples:  # rank 0 reads for all: sharded ranks generate together, from the same samples
+            samples = world.broadcast(run.data.eval_samples(args.eval_free_samples) if world.is_main else None)
+        if samples:
+            conversations = free_run(run.model, samples, args.eval_free_sec, args.seed, check_stop)
+    except Interrupted:
+        return False
+    if samples and world.is_main:
+        folder = run.folder / f"samples/step_{step:06d}"
+        measures, warning = judge_replies(conversations, samples, run.data.decoder(), run.data.text_tokenizer, folder)
+        row |= measures
+        gc.collect()  # moshi's streaming modules refer to themselves: Mimi would stay on the GPU
+    run.metrics.write("eval", step, row | {"seconds": time.perf_counter() - began})
+    run.metrics.draw()
     if world.is_main:
-        if not step:
-            where = "before its first step; the same command begins anew"
-        elif saved:
-            where = f"after step {step}, saved; the same command goes on from here"
-        elif do_ckpt:
-            where = f"after step {step}, NOT saved: the checkpoint could not be written"
-        else:
-            where = f"after step {step}, not saved (do_ckpt is off)"
-        logger.info("%s: stopped %s", name, where)
-    return 0 if signals[0] == signal.SIGINT else EXIT_PREEMPTED
+        level = logging.INFO if "loss" in row else logging.WARNING
+        logger.log(level, "held-out at step %d: %s", step, format_losses(row))
+        if warning and step:
+            logger.warning("replies at step %d: %s", step, warning)
+        if unread:
+            logger.warning("%d held-out windows could not be read: %s", row["skipped"], unread[0])
+    return True
+
+
+def leave(run: TrainingRun) -> int:
+    """Report why the run ends early; return its exit code: 0 after Ctrl-C, else EXIT_PREEMPTED."""
+    number = next(number for number in run.world.gather(run.stop.signal) if number)
+    step, saved = run.progress.step, run.saved_step == run.progress.step
+    problem = "NOT saved: the checkpoint could not be written" if run.args.do_ckpt else "not saved (do_ckpt is off)"
+    result = "saved; the same command continues from here" if saved else problem
+    where = f"after step {step}, {result}" if step else "before its first step; the same command starts it again"
+    if run.world.is_main:
+        logger.info("%s: stopped %s", signal.Signals(number).name, where)
+    return 0 if number == signal.SIGINT else EXIT_PREEMPTED

@@ -1,9 +1,9 @@
 """The objective, as sums and weights per group, so that microbatches and ranks add up to one batch.
 
-Groups: 0 text words, 1 text padding, 2 + k audio codebook k (see finetune.fast.Losses). With W the weights and N the
-valid positions of a whole step over all ranks,
+Groups are those of `Losses` (finetune/model/training_lm.py): 0 text words, 1 text padding, 2 + k audio codebook k. With
+weight w_g, summed cross-entropy ce_g and number of targets n_g of group g over a whole step and all ranks,
 
-    loss = sum_text(w * ce) / sum_text(w * N) + sum_audio(w * ce) / sum_audio(w * N).
+    loss = sum_text(w_g * ce_g) / sum_text(w_g * n_g) + sum_audio(w_g * ce_g) / sum_audio(w_g * n_g).
 """
 
 import math
@@ -19,8 +19,8 @@ AUDIO_GROUPS = slice(2, None)
 
 
 def group_weights(args: TrainArgs, dep_q: int) -> Tensor:
-    """[2 + dep_q] float64: words 1, padding `text_padding_weight`; codebooks 0 and 8, the agent's and the user's
-    semantic ones, `first_codebook_weight_multiplier`; the user's all times `user_audio_loss_weight`."""
+    """[2 + dep_q] float64: 1 for words, `text_padding_weight` for padding; `first_codebook_weight_multiplier` for the
+    semantic codebooks (the agent's 0, the user's 8), 1 for others; the user's times `user_audio_loss_weight`."""
     weights = torch.ones(2 + dep_q, dtype=torch.float64)
     weights[1] = args.text_padding_weight
     weights[2::CODEBOOKS] = args.first_codebook_weight_multiplier
@@ -29,8 +29,8 @@ def group_weights(args: TrainArgs, dep_q: int) -> Tensor:
 
 
 def loss_scales(counts: Tensor, weights: Tensor) -> Tensor:
-    """[2 + dep_q] float32: what a group's summed cross-entropy is multiplied by. `counts` are those of the whole step;
-    a kind without any weight contributes nothing."""
+    """Factor of each group's summed cross-entropy in the loss, [2 + dep_q] float32, given the counts of the whole step.
+    Text or audio without any weight contributes nothing."""
     out = torch.zeros_like(weights)
     for kind in (TEXT_GROUPS, AUDIO_GROUPS):
         total = (weights[kind] * counts[kind]).sum()
@@ -39,11 +39,8 @@ def loss_scales(counts: Tensor, weights: Tensor) -> Tensor:
 
 
 def loss_report(ce: Tensor, correct: Tensor, counts: Tensor, weights: Tensor) -> dict[str, float]:
-    """Losses (nats per token) and accuracies of a step or an evaluation, by name. What has no tokens is left out.
-
-    Args:
-        ce, correct, counts: [2 + dep_q], summed over all ranks.
-    """
+    """Losses (nats per token) and accuracies of a step or an evaluation, given sums over all ranks, [2 + dep_q] each.
+    Those without tokens are left out."""
     ce, correct, counts, weights = (t.double().cpu() for t in (ce, correct, counts, weights))
     dep_q = len(counts) - 2
     agent, user = slice(2, 2 + CODEBOOKS), slice(2 + CODEBOOKS, 2 + dep_q)
@@ -51,28 +48,27 @@ def loss_report(ce: Tensor, correct: Tensor, counts: Tensor, weights: Tensor) ->
     acoustic = [2 + k for k in range(dep_q) if k % CODEBOOKS]
     out: dict[str, float] = {}
 
-    def mean(name: str, index, weighted: bool) -> None:
-        w = weights[index] if weighted else torch.ones_like(weights[index])
-        total = float((w * counts[index]).sum())
+    def mean(name: str, groups: slice | list[int], weighted: bool = False) -> None:
+        w = weights[groups] if weighted else torch.ones_like(weights[groups])
+        total = float((w * counts[groups]).sum())
         if total > 0:
-            out[name] = float((w * ce[index]).sum()) / total
+            out[name] = float((w * ce[groups]).sum()) / total
 
-    mean("text_loss", TEXT_GROUPS, True)
-    mean("audio_loss", AUDIO_GROUPS, True)
+    mean("text_loss", TEXT_GROUPS, weighted=True)
+    mean("audio_loss", AUDIO_GROUPS, weighted=True)
     if out:
         out["loss"] = out.get("text_loss", 0.0) + out.get("audio_loss", 0.0)
-    mean("agent_loss", agent, True)
-    if dep_q > CODEBOOKS:
-        mean("user_loss", user, True)
-    mean("semantic_loss", semantic, False)
-    mean("acoustic_loss", acoustic, False)
-    mean("text_word_loss", [0], False)
-    mean("text_padding_loss", [1], False)
+    mean("agent_loss", agent, weighted=True)
+    mean("user_loss", user, weighted=True)
+    mean("semantic_loss", semantic)
+    mean("acoustic_loss", acoustic)
+    mean("text_word_loss", [0])
+    mean("text_padding_loss", [1])
     for name, group in (("text_word_accuracy", 0), ("text_padding_accuracy", 1)):
         if counts[group] > 0:
             out[name] = float(correct[group] / counts[group])
     if "text_loss" in out:
         out["text_perplexity"] = math.exp(min(out["text_loss"], 700.0))
     for k in range(dep_q):
-        mean(f"codebook_{k}_loss", [2 + k], False)
+        mean(f"codebook_{k}_loss", [2 + k])
     return out

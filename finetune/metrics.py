@@ -1,9 +1,9 @@
-"""Where numbers go: `metrics.{train,eval}.jsonl` are the record; console, curves, TensorBoard and wandb are views."""
+"""Metrics: `metrics.{train,eval}.jsonl` are the record; console, curves, TensorBoard and wandb are views of it."""
 
 import json
 import logging
 import math
-import os
+import resource
 import uuid
 from pathlib import Path
 
@@ -12,16 +12,14 @@ import torch
 from finetune.args import TrainArgs
 from finetune.config import dump_args, parse_yaml
 from finetune.distributed import World
+from finetune.files import replacing
 
 logger = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Writes on the main rank, does nothing on the others.
-
-    Args:
-        resumed_step: rows of later steps, written by a run that did not live to save them, are taken out.
-    """
+    """Writes metrics on the main rank and does nothing on the others. Rows of steps after `resumed_step`, which a run
+    wrote but did not live to save, are removed."""
 
     def __init__(self, folder: Path, args: TrainArgs, is_main: bool, resumed_step: int):
         self.folder, self.is_main = folder, is_main
@@ -29,11 +27,9 @@ class Metrics:
         if not is_main:
             return
         for kind in ("train", "eval"):
-            path = self.path(kind)
-            rows = [row for row in read_rows(path) if row["step"] <= resumed_step] if resumed_step else []
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(temporary, path)
+            rows = [row for row in read_rows(self.path(kind)) if row["step"] <= resumed_step] if resumed_step else []
+            with replacing(self.path(kind)) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -43,24 +39,28 @@ class Metrics:
 
             if args.wandb.key:
                 wandb.login(key=args.wandb.key)
+            stored_id = folder / ".wandb_id"  # drawn once per folder: a resumed run continues its curves
+            if not stored_id.is_file():
+                stored_id.write_text(uuid.uuid4().hex)
             self._wandb = wandb.init(
                 project=args.wandb.project, name=args.wandb.run_name, dir=str(folder), resume="allow",
-                id=_wandb_id(folder), mode="offline" if args.wandb.offline else "online",
+                id=stored_id.read_text(), mode="offline" if args.wandb.offline else "online",
                 config=parse_yaml(dump_args(args)),
             )  # fmt: skip
 
     def evaluated(self, step: int, world: World) -> bool:
-        """Whether there is a held-out row of a step, as the main rank sees it."""
+        """Return, on every rank, whether the record holds a held-out row of a step."""
         return world.broadcast(any(row["step"] == step for row in read_rows(self.path("eval"))))
 
     def path(self, kind: str) -> Path:
         return self.folder / f"metrics.{kind}.jsonl"
 
     def write(self, kind: str, step: int, values: dict) -> None:
-        """Appends one row. Values that are not finite become null: they are no JSON."""
+        """Append one row. Values that are not finite become null, because JSON has none."""
         if not self.is_main:
             return
-        row = {"step": step} | {k: _finite(v) for k, v in values.items()}
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        row = {"step": step} | values
         with self.path(kind).open("a") as file:
             file.write(json.dumps(row) + "\n")
         numbers = {f"{kind}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
@@ -71,12 +71,12 @@ class Metrics:
             self._wandb.log(numbers, step=step)
 
     def draw(self) -> None:
-        """Draws `curves.png` from the rows written so far. A picture that cannot be written ends no run."""
-        if self.is_main:
-            try:
+        """Draw `curves.png` from the rows written so far. A failure to write it does not end the run."""
+        try:
+            if self.is_main:
                 draw_curves(self.folder)
-            except OSError as error:
-                logger.warning("curves.png could not be written (%s)", error)
+        except OSError as error:
+            logger.warning("curves.png could not be written (%s)", error)
 
     def close(self) -> None:
         if self._board is not None:
@@ -85,24 +85,10 @@ class Metrics:
             self._wandb.finish()
 
 
-def _wandb_id(folder: Path) -> str:
-    """The run's id at wandb, which knows all folders of a project by it."""
-    path = folder / ".wandb_id"
-    if not path.is_file():
-        path.write_text(uuid.uuid4().hex)
-    return path.read_text()
-
-
-def _finite(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics file; a last line that was cut short is left out."""
-    if not path.is_file():
-        return []
+    """Return the rows of a metrics file up to the first incomplete line, which a killed run leaves at its end."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -110,35 +96,35 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def console_line(step: int, max_steps: int, row: dict) -> str:
-    """One line for a person."""
-    parts = [f"step {step}/{max_steps}", f"loss {row['loss']:.4f}" if "loss" in row else "no targets"]
+def format_losses(row: dict) -> str:
+    """Format the losses (nats per token) and the text accuracy of a row for the console."""
+    parts = [f"loss {row['loss']:.4f}" if "loss" in row else "no targets"]
     parts += [f"{key} {row[f'{key}_loss']:.3f}" for key in ("text", "agent", "user") if f"{key}_loss" in row]
     parts += [f"words {row['text_word_accuracy']:.1%}"] if "text_word_accuracy" in row else []
-    parts += [f"lr {row['lr']:.2e}", f"grad {row['grad_norm']:.3f}", f"{row['tokens_per_sec']:,.0f} tokens/s"]
-    parts += [f"data wait {row['data_wait']:.0%}", f"{row['peak_memory_gb']:.2f} GB"]
     return " | ".join(parts)
 
 
+def console_line(step: int, max_steps: int, row: dict) -> str:
+    """Format a row of training metrics for the console."""
+    parts = [f"step {step}/{max_steps}", format_losses(row), f"lr {row['lr']:.2e}", f"grad {row['grad_norm']:.3f}"]
+    parts += [f"{row['tokens_per_sec']:,.0f} tokens/s", f"data wait {row['data_wait']:.0%}"]
+    return " | ".join([*parts, f"{row['peak_memory_gb']:.2f} GB"])
+
+
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process in GB: of the GPU, or resident on a CPU."""
+    """Return the peak memory of this process in GB (1e9 bytes): of its GPU, or resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def draw_curves(folder: Path) -> Path:
-    """`curves.png` of a run folder: objective, streams, text accuracy, learning rate and gradient norm over steps."""
-    import matplotlib
+    """Draw losses, text accuracy, learning rate and gradient norm of a run folder over its steps into `curves.png`."""
+    import matplotlib  # only here: most commands that use this module draw nothing
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    train, held_out = (read_rows(folder / f"metrics.{kind}.jsonl") for kind in ("train", "eval"))
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
-    figure.suptitle(f"{folder.name}: training (thin) and held-out (dots)")
     panels = (
         ("objective", ("loss",), "nats"),
         ("text", ("text_word_loss", "text_padding_loss"), "nats / token"),
@@ -147,24 +133,25 @@ def draw_curves(folder: Path) -> Path:
         ("learning rate", ("lr", "depformer_lr"), ""),
         ("gradient norm before clipping", ("grad_norm",), ""),
     )
+    train, held_out = (read_rows(folder / f"metrics.{kind}.jsonl") for kind in ("train", "eval"))
+    styles = ((train, {"lw": 1}), (held_out, {"lw": 1.5, "marker": "o", "ms": 4, "ls": "--"}))
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
+    figure.suptitle(f"{folder.name}: training (thin) and held-out (dots)")
     for axis, (title, keys, unit) in zip(axes.flat, panels):
         for i, key in enumerate(keys):
-            colour = f"C{i}"
             label = key.removesuffix("_loss").removesuffix("_accuracy").replace("_", " ")
-            for rows, style in ((train, {"lw": 1}), (held_out, {"lw": 1.5, "marker": "o", "ms": 4, "ls": "--"})):
+            for rows, style in styles:
                 points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
                 if points:
-                    axis.plot(*zip(*points), color=colour, label=label, **style)
-                    label = None
+                    axis.plot(*zip(*points), color=f"C{i}", label=label, **style)
+                    label = None  # one entry in the legend for both curves
+        axis.set(xlabel="step", ylabel=unit)
         axis.set_title(title, loc="left", fontsize=11)
-        axis.set_xlabel("step")
-        axis.set_ylabel(unit)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, frameon=False)
     path = folder / "curves.png"
-    temporary = folder / ".curves.tmp.png"
-    figure.savefig(temporary, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
-    os.replace(temporary, path)
     return path

@@ -1,4 +1,4 @@
-"""AdamW in two learning rates, and the schedule as a plain function of the step."""
+"""AdamW with two learning rates, the schedule as a function of the step, and gradient clipping."""
 
 import math
 from collections.abc import Iterable
@@ -11,35 +11,30 @@ from finetune.args import OptimArgs
 
 
 def is_depth(name: str) -> bool:
-    """Whether a parameter belongs to the depth part: `depformer*` and the output heads `linears.*`."""
+    """Whether a parameter belongs to the depth part: `depformer*` or the audio heads `linears.*`."""
     return name.startswith(("depformer", "linears."))
 
 
-def build_optimizer(lm: nn.Module, args: OptimArgs, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; norm gains are not decayed."""
+def build_optimizer(lm: nn.Module, args: OptimArgs) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; norm gains do not decay. Call `set_lr` before each step."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in lm.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((is_depth(name), not name.endswith("alpha")), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "peak_lr": (args.depformer_lr or args.lr) if depth else args.lr,
-                "weight_decay": args.weight_decay if decayed else 0.0,
-            }
-            for (depth, decayed), parameters in groups.items()
-        ],
-        lr=args.lr,
-        betas=args.betas,
-        eps=args.eps,
-        fused=True,
-    )
+    settings = [
+        {
+            "params": parameters,
+            "peak_lr": (args.depformer_lr or args.lr) if depth else args.lr,
+            "weight_decay": args.weight_decay if decays else 0.0,
+        }
+        for (depth, decays), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(settings, lr=args.lr, betas=args.betas, eps=args.eps, fused=True)
 
 
 def lr_factor(step: int, max_steps: int, pct_start: float) -> float:
-    """What the peak rate is multiplied by in step 1..max_steps: linear warm-up over `pct_start` of them, then a cosine
-    that would reach zero one step after the last."""
+    """Factor of the peak learning rate at step 1..max_steps: linear warm-up over a fraction `pct_start` of the steps,
+    then a cosine that would reach zero one step after the last."""
     warmup = round(pct_start * max_steps)
     if step <= warmup:
         return step / warmup
@@ -47,12 +42,11 @@ def lr_factor(step: int, max_steps: int, pct_start: float) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets each group's rate to its peak times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scales the gradients so that their norm over all ranks is at most `max_norm`; returns that norm before."""
+    """Scale gradients to a norm over all ranks of at most `max_norm`; return the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -14,11 +14,12 @@ from finetune.args import CHANGEABLE, TrainArgs
 from finetune.cli import UserError
 from finetune.config import dump_args, flatten, parse_yaml, read_settings
 from finetune.distributed import World
+from finetune.files import replacing
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_PREFIX = "checkpoint_"
-# In the order in which they are removed: by args.yaml a folder is known to hold a run, also half removed.
+# In the order of removal: args.yaml marks a folder as one of a run, also when only half of the run has been removed.
 RUN_FILES = (
     "checkpoints", "metrics.*.jsonl", "samples", "evaluation_*.json", "not_finite_step_*.json", "curves.png",
     "report.html", "tensorboard", "wandb", ".wandb_id", ".launch", "args.yaml",
@@ -26,45 +27,41 @@ RUN_FILES = (
 
 
 def open_run(args: TrainArgs, world: World) -> Path:
-    """The run's folder, made or found; call it after everything else was checked.
+    """Create or open the folder of the run. Call this after everything else has been checked.
 
-    A folder that holds this run is continued. With `overwrite_run_dir` the main rank takes the old run out of it, once:
-    what torchrun restarts or SLURM queues again must find its checkpoints.
-
-    Raises:
-        UserError: the folder holds a run with other settings (lists old and new).
+    With `overwrite_run_dir` the main rank first removes the run that the folder holds, but only once per launch:
+    processes that torchrun or SLURM restart must find their checkpoints. Raises UserError if the folder cannot be used
+    or holds a run with other settings (lists old and new values).
     """
     folder = Path(args.run_dir).expanduser()
     problem = None
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if args.overwrite_run_dir and not _started_again(folder / ".launch", world):
+            if args.overwrite_run_dir and not _is_restart(folder / ".launch", world):
                 if (folder / "args.yaml").is_file():
                     remove_run(folder)
                 (folder / ".launch").write_text(json.dumps(_launch(world)))
-            for key, values in _changed(folder, args).items():
+            for key, values in _changed_settings(folder, args).items():
                 logger.info("changed since this run began: %s %s -> %s", key, *values)
-            temporary = folder / ".args.yaml.tmp"
-            temporary.write_text(dump_args(args))
-            os.replace(temporary, folder / "args.yaml")
-        except (OSError, UserError) as error:
+            with replacing(folder / "args.yaml") as temporary:
+                temporary.write_text(dump_args(args))
+        except UserError as error:
             problem = str(error)
-            if isinstance(error, OSError):
-                problem = f"run_dir: {folder} cannot be made ({error.strerror}); name a folder on a disk that is there"
-    problem = world.broadcast(problem)
-    if problem:
+        except OSError as error:
+            problem = f"run_dir: {folder} cannot be written ({error.strerror}); name a folder on a disk that is there"
+    if problem := world.broadcast(problem):
         raise UserError(problem)
     return folder
 
 
 def _launch(world: World) -> dict[str, str | None]:
-    """What stays the same when torchrun starts its processes again, and when SLURM queues a job again."""
+    """Return what stays the same when torchrun restarts its processes and when SLURM requeues a job."""
     return {"process": world.launch, "slurm": os.environ.get("SLURM_JOB_ID")}
 
 
-def _started_again(stored: Path, world: World) -> bool:
-    """Whether the launch that emptied this folder is the present one, come back."""
+def _is_restart(stored: Path, world: World) -> bool:
+    """Return whether this process was restarted by the launch that emptied the folder."""
     try:
         before = json.loads(stored.read_text())
     except (OSError, ValueError):
@@ -75,7 +72,7 @@ def _started_again(stored: Path, world: World) -> bool:
 
 
 def remove_run(folder: Path) -> None:
-    """Removes what runs write into their folder, and nothing else that lies there."""
+    """Remove the files that runs write into their folder, and no others."""
     for pattern in RUN_FILES:
         for path in folder.glob(pattern):
             if path.is_dir() and not path.is_symlink():
@@ -85,37 +82,32 @@ def remove_run(folder: Path) -> None:
 
 
 def check_run_dir(args: TrainArgs) -> None:
-    """Raises UserError where `open_run` would refuse the folder, before minutes go into a model. Touches nothing."""
+    """Raise UserError where `open_run` would refuse the folder, before time is spent on a model. Changes nothing."""
     folder = Path(args.run_dir).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir: {folder} is a file; name a folder")
     if not args.overwrite_run_dir:
-        _changed(folder, args)
+        _changed_settings(folder, args)
 
 
-def _changed(folder: Path, args: TrainArgs) -> dict[str, tuple]:
-    """{setting: (old, new)} of what differs from the run in a folder. Raises UserError where something may not."""
+def _changed_settings(folder: Path, args: TrainArgs) -> dict[str, tuple]:
+    """Return {setting: (old, new)} where the run in `folder` has another value; settings that no longer exist are
+    ignored. Raises UserError if a setting differs that must not change during a run."""
     if not (folder / "args.yaml").is_file():
         return {}
     old = flatten(read_settings(folder / "args.yaml"))
     new = flatten(parse_yaml(dump_args(args)))
-    changed = {key: (old.get(key), new.get(key)) for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-    free = {key for key in changed if key in CHANGEABLE or key.split(".")[0] in CHANGEABLE}
-    fixed = sorted(changed.keys() - free)
+    changed = {key: (old.get(key), value) for key, value in sorted(new.items()) if old.get(key) != value}
+    fixed = [key for key in changed if key not in CHANGEABLE and key.split(".")[0] not in CHANGEABLE]
     if fixed:
         listed = "".join(f"\n  - {key}: was {changed[key][0]!r}, now {changed[key][1]!r}" for key in fixed)
-        raise UserError(
-            f"{folder} holds a run with other settings; use another run_dir, or overwrite_run_dir: true to "
-            f"start anew:{listed}"
-        )
-    return {key: changed[key] for key in sorted(free)}
+        hint = "use another run_dir, or replace that run with overwrite_run_dir: true"
+        raise UserError(f"{folder} holds a run with other settings; {hint}:{listed}")
+    return changed
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of a run's checkpoints, oldest first, by name alone."""
-    found = []
-    for path in (folder / "checkpoints").glob(f"{CHECKPOINT_PREFIX}*"):
-        number = path.name.removeprefix(CHECKPOINT_PREFIX)
-        if path.is_dir() and number.isdigit():
-            found.append((int(number), path))
-    return sorted(found)
+    """Return (step, folder) of the checkpoints of a run, oldest first, by their names alone."""
+    folders = [path for path in (folder / "checkpoints").glob(f"{CHECKPOINT_PREFIX}*") if path.is_dir()]
+    steps = [(path.name.removeprefix(CHECKPOINT_PREFIX), path) for path in folders]
+    return sorted((int(step), path) for step, path in steps if step.isdigit())

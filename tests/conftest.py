@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import precompute_codes
-from finetune.tools.toy.world import make_corpus, make_model
+from finetune.tools.toy.corpus import make_corpus
+from finetune.tools.toy.model import make_model
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children would
 torch.set_num_threads(1)  # two threads collapse when another process takes a core

@@ -1,27 +1,28 @@
 """An independent model of PersonaPlex's inference engine, written from its description.
 
-`Runtime` keeps a ring of delayed columns and takes one frame a step; the transformer reads the column before the one it
-predicts.
+`Runtime` keeps a ring of delayed columns and takes one frame per step; the transformer reads the column before the one
+that it predicts. Constants are literals here, not imports from the package under test.
 """
 
 import torch
 from moshi.models import LMModel, loaders
+from moshi.utils.compile import no_compile
 
 from finetune.model.weights import fuse
-from finetune.streams import SILENCE_TOKENS, SINE_TOKENS
 
+# NVIDIA/personaplex, moshi/models/lm.py: SILENCE_TOKENS, SINE_TOKENS and the delays of moshi's loaders.
+SILENCE_TOKENS = [948, 243, 1178, 546, 1736, 1030, 1978, 2008]
+SINE_TOKENS = [430, 1268, 381, 1611, 1095, 1495, 56, 472]
 DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
-
-
 TINY = dict(
     loaders._lm_kwargs, dim=32, num_heads=2, num_layers=2, hidden_scale=2.0, text_card=60, depformer_dim=16,
     depformer_num_heads=2, depformer_num_layers=2, depformer_dim_feedforward=32, context=600,
 )  # fmt: skip
 
 
-def tiny_lm(dep_q: int, seed: int = 0) -> LMModel:
+def tiny_lm(dep_q: int, seed: int = 0, **changes) -> LMModel:
     torch.manual_seed(seed)
-    lm = LMModel(device="cpu", dtype=torch.float32, **TINY | {"dep_q": dep_q})
+    lm = LMModel(device="cpu", dtype=torch.float32, **TINY | {"dep_q": dep_q} | changes)
     for parameter in lm.parameters():  # moshi leaves parts of the depformer at a tiny scale
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -55,7 +56,7 @@ class Runtime:
         return self
 
     def save_voice(self, lm):
-        """What the engine writes as a .pt after a voice prompt."""
+        """Return what the engine writes as a .pt after a voice prompt."""
         columns = torch.tensor(self.inputs).T[None]
         return {"embeddings": embed(lm, columns)[0][:, None, None], "cache": torch.tensor(self.cache)[None]}
 
@@ -70,15 +71,37 @@ def random_frames(rng, length):
     return [[rng.randrange(4, 60)] + [rng.randrange(2048) for _ in range(16)] for _ in range(length)]
 
 
+def voice_frames(voice):
+    """The frames of a voice prompt of agent codes [[8], ...]."""
+    return [[3, *codes, *SINE_TOKENS] for codes in voice]
+
+
+@torch.no_grad()
+def step_voice(lm, codes):
+    """Return what the engine writes as a .pt, with moshi's own model stepping through agent codes [8, N]."""
+    runtime, inputs = Runtime().run(voice_frames(codes.T.tolist())), []
+    hook = lm.transformer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
+    with no_compile():  # only the transformer's inputs matter, and compiling it takes seconds
+        for column in runtime.inputs:
+            lm.forward_text(torch.tensor(column).view(1, 17, 1))
+    hook.remove()
+    return {"embeddings": torch.stack(inputs), "cache": torch.tensor(runtime.cache)[None]}
+
+
 def engine_frames(voice, text, dialogue):
-    """All frames of a session: voice, half a second of silence, the text a token a frame, silence, dialogue."""
+    """All frames of a session: voice, half a second of silence, one text token per frame, silence, dialogue."""
     quiet = [[3, *SILENCE_TOKENS, *SINE_TOKENS]] * int(0.5 * 12.5)
-    spoken = [[3, *codes, *SINE_TOKENS] for codes in voice]
-    return [*spoken, *quiet, *([token, *SILENCE_TOKENS, *SINE_TOKENS] for token in text), *quiet, *dialogue]
+    return [
+        *voice_frames(voice),
+        *quiet,
+        *([token, *SILENCE_TOKENS, *SINE_TOKENS] for token in text),
+        *quiet,
+        *dialogue,
+    ]
 
 
 def our_inputs(codes):
-    """The columns that moshi's forward feeds the transformer for undelayed codes [17, T]."""
+    """Return the columns that moshi's forward feeds the transformer for undelayed codes [17, T]."""
     columns = [[60] + [2048] * 16]
     for t in range(codes.shape[1] - 1):
         columns.append([codes[k, t - d].item() if t >= d else columns[0][k] for k, d in enumerate(DELAYS)])

@@ -1,7 +1,9 @@
 """Helpers that several test files share."""
 
+import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import numpy as np
 import yaml
 
 import train
+from finetune.args import SETTINGS
 from finetune.config import load_args
 from finetune.distributed import session
 from finetune.metrics import read_rows
@@ -41,6 +44,16 @@ def script(*command: object, processes: int | None = None, timeout: float = 120,
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done
+
+
+def settings_table() -> str:
+    """All settings as a Markdown table, for README.md."""
+    lines = ["| setting | default | |", "|---|---|---|"]
+    for key, field in sorted(SETTINGS.items(), key=lambda item: "." in item[0]):  # sections last, in their order
+        if not hasattr(field.annotation, "model_fields"):
+            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+            lines.append(f"| `{key}` | {default} | {field.description} |")
+    return "\n".join(lines)
 
 
 def write_config(folder: Path, world: Path, **settings) -> Path:
@@ -132,3 +145,28 @@ def wait_for(condition, timeout_sec: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.02)
+
+
+def run_ranks(*command: object, codes: tuple[int, ...] | None = (0, 0), timeout: float = 150, **env: str) -> list[str]:
+    """Run `python command` in two processes that form a process group; return the output of each.
+
+    Their exit codes must be `codes`, unless that is None.
+    """
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | group | {"RANK": rank, "LOCAL_RANK": rank} | env,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes is None or codes == tuple(process.returncode for process in processes), "\n".join(outputs)
+    return outputs

@@ -1,135 +1,244 @@
-"""Runs that survive: the same command goes on, and ends where an undisturbed run ends."""
+"""Checkpoints: complete or absent, verified before they are loaded, and independent of the number of ranks."""
 
 import json
+import logging
 import os
 import pickle
-import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import zlib
 
 import pytest
-import sentencepiece
 import torch
-from moshi.models import LMGen
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from finetune.checkpointing import load_checkpoint, newest_complete, save_checkpoint
 from finetune.cli import UserError
-from finetune.data.run_data import RunData
-from finetune.loop import EXIT_PREEMPTED
-from finetune.model.pretrained import MOSHI, PERSONAPLEX
+from finetune.distributed import session
 from finetune.run_dir import list_checkpoints
-from tests.support import ROOT, rows, script, train_here, write_config
+from tests.support import run_ranks
 
-STEPS = 6
-SETTINGS = {
-    "max_steps": STEPS, "ckpt_freq": 3, "batch_size": 2, "do_eval": False, "prompt.drop_text": 0.3,
-    "prompt.drop_voice": 0.3, "num_ckpt_keep": None,
-}  # fmt: skip
+STATE = {"position": 24, "skipped": 1, "seed": 7}
 
 
-@pytest.fixture(scope="module")
-def straight(world, tmp_path_factory):
-    """A run of six steps that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("straight")
-    assert train_here(write_config(folder, world, **SETTINGS), PERSONAPLEX) == 0
-    return folder
+class Inference:
+    """Stands for the part that inference loads."""
+
+    problem = None
+
+    def write(self, lm, folder, is_main):
+        if is_main and self.problem is None:
+            (folder / "config.json").write_text("{}")
+            (folder / "lora.safetensors").write_bytes(b"weights")
+        return self.problem
 
 
-def copy_of(straight, tmp_path, world, upto=3, **settings):
-    """The same run, as it stood at a step."""
-    shutil.copytree(straight / "run", tmp_path / "run")
-    for step, path in list_checkpoints(tmp_path / "run"):
-        if step > upto:
-            shutil.rmtree(path)
-    config = write_config(tmp_path, world, **SETTINGS | settings)
-    dumped = (tmp_path / "run/args.yaml").read_text()
-    (tmp_path / "run/args.yaml").write_text(dumped.replace(str(straight), str(tmp_path)))
-    return config
+class Training:
+    """A tiny model with a frozen parameter, some steps of AdamW, and its run folder."""
+
+    def __init__(self, folder, world, seed=0, width=5):
+        self.folder, self.world, self.inference, self.step = folder, world, Inference(), 0
+        torch.manual_seed(seed)
+        self.lm = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 3))
+        self.lm[0].bias.requires_grad_(False)
+        trained = [p for p in self.lm.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=0.1, fused=True)
+
+    def train(self, steps):
+        for _ in range(steps):
+            self.step += 1
+            self.lm(torch.arange(8.0).view(2, 4) * self.step).square().mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self
+
+    def save(self, keep=None):
+        return save_checkpoint(self.folder, self.step, self.lm, self.optimizer, STATE, self.world, self.inference, keep)
+
+    def load(self):
+        path, state = newest_complete(self.folder, self.world)
+        load_checkpoint(path, self.lm, self.optimizer, state["step"])
+        self.step = state["step"]
+        return self
+
+    def tensors(self):
+        moments = [moments[key] for moments in self.optimizer.state.values() for key in sorted(moments)]
+        return [tensor.clone() for tensor in (*self.lm.state_dict().values(), *moments)]
 
 
-def curve(run):
-    return [(r["step"], r["loss"], r["grad_norm"], r["text_word_loss"], r["codebook_15_loss"]) for r in rows(run)]
+@pytest.fixture
+def one_rank():
+    with session("cpu") as world:
+        yield world
 
 
-def adapters(run, step=STEPS):
-    return load_file(run / f"checkpoints/checkpoint_{step:06d}/consolidated/lora.safetensors")
+@pytest.fixture
+def training(tmp_path, one_rank):
+    return Training(tmp_path / "run", one_rank)
 
 
-def assert_same_end(run, straight):
-    assert curve(run) == curve(straight / "run")
-    ours, theirs = adapters(run), adapters(straight / "run")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+def steps_saved(training):
+    return [step for step, _ in list_checkpoints(training.folder)]
 
 
-def test_resumed_is_straight_bit_for_bit(straight, world, tmp_path):
-    config = copy_of(straight, tmp_path, world)
-    assert train_here(config, PERSONAPLEX) == 0
-    assert_same_end(tmp_path / "run", straight)
+def messages(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "finetune.checkpointing"]
 
 
-def test_two_ranks_go_on_as_one(straight, world, tmp_path):
-    """Saved by one rank, continued by two, and saved by two, continued by one."""
-    config = copy_of(straight, tmp_path, world, batch_size=1)
-    script("train_personaplex.py", config, "max_steps=6", processes=2)
-    torch.testing.assert_close(torch.tensor(curve(tmp_path / "run")), torch.tensor(curve(straight / "run")), rtol=1e-5,
-                               atol=1e-5)  # fmt: skip
-    shutil.rmtree(tmp_path / "run/checkpoints/checkpoint_000003")
-    assert train_here(write_config(tmp_path, world, **SETTINGS | {"max_steps": 7}), PERSONAPLEX) == 0
-    assert curve(tmp_path / "run")[-1][0] == 7
+def same(ours, theirs):
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
-def test_a_checkpoint_that_is_not_whole_is_passed_over(straight, world, tmp_path, caplog):
-    config = copy_of(straight, tmp_path, world, upto=STEPS)
-    shard = next((tmp_path / "run/checkpoints/checkpoint_000006/state").glob("*.distcp"))
-    data = bytearray(shard.read_bytes())
-    flipped = data[:5000] + b"!" + data[5001:]
-    for damage, sentence in ((data[:-7], "bytes instead of"), (b"", "has 0 bytes"), (flipped, "have changed")):
-        shard.write_bytes(damage)
-        caplog.clear()
-        assert train_here(config, PERSONAPLEX) == 0
-        assert "checkpoint_000006 is not whole" in caplog.text and sentence in caplog.text
-        assert_same_end(tmp_path / "run", straight)
-        shard = next((tmp_path / "run/checkpoints/checkpoint_000006/state").glob("*.distcp"))
+# --- what is saved -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, content", [("train_state.json", b"{"), ("*.distcp", b""), ("*.distcp", b"short")])
-def test_a_run_of_which_no_checkpoint_is_whole_is_not_begun_anew(straight, world, tmp_path, name, content):
-    config = copy_of(straight, tmp_path, world)
-    before = (tmp_path / "run/metrics.train.jsonl").read_bytes()
-    for path in (tmp_path / "run/checkpoints").rglob(name):
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=r"none of its 1 checkpoints is whole .*overwrite_run_dir"):
-        train_here(config, PERSONAPLEX)
-    assert (tmp_path / "run/metrics.train.jsonl").read_bytes() == before
+def test_a_loaded_model_continues_as_if_it_had_not_stopped(training, one_rank):
+    training.train(3).save()
+    resumed = Training(training.folder, one_rank, seed=1)
+    resumed.lm[0].bias.data.copy_(training.lm[0].bias)  # the frozen parameter comes from the base model
+    assert not same(resumed.lm.state_dict().values(), training.lm.state_dict().values())
+    assert same(resumed.load().tensors(), training.tensors()) and resumed.step == 3
+    assert same(resumed.train(2).tensors(), training.train(2).tensors())
 
 
-def test_a_manifest_that_has_grown_is_said(straight, world, tmp_path, caplog):
-    config = copy_of(straight, tmp_path, world)
-    path = tmp_path / "run/checkpoints/checkpoint_000003/train_state.json"
-    state = json.loads(path.read_text())
-    windows = state["windows"]
-    path.write_text(json.dumps(state | {"windows": [windows[0] - 1]}))
-    assert train_here(config, PERSONAPLEX) == 0
-    assert f"the manifests had {[windows[0] - 1]} windows until now and have {windows}" in caplog.text
+def test_a_checkpoint_before_the_first_step_can_be_saved(training, one_rank):
+    training.save()
+    resumed = Training(training.folder, one_rank).load()
+    assert same(resumed.train(2).tensors(), training.train(2).tensors())
 
 
-def test_what_inference_loads_is_its_owners(straight, world, tmp_path):
-    """Resuming does not read it, so that an edited or removed one makes no checkpoint a broken one."""
-    config = copy_of(straight, tmp_path, world)
-    own = tmp_path / "run/checkpoints/checkpoint_000003/consolidated"
-    (own / "config.json").write_text("mine")
-    (own / "lora.safetensors").unlink()
-    leftover = tmp_path / "run/checkpoints/.checkpoint_000002.tmp"  # of a process that was killed while saving
-    leftover.mkdir()
-    assert train_here(config, PERSONAPLEX) == 0
-    assert_same_end(tmp_path / "run", straight)
-    assert not leftover.exists()
+def test_the_files_are_described_and_on_disk_before_the_folder_gets_its_name(training, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    name_of = lambda number: os.path.basename(os.readlink(f"/proc/self/fd/{number}"))
+    monkeypatch.setattr(os, "fsync", lambda number: (events.append(name_of(number)), fsync(number))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(os.path.basename(b)), replace(a, b))[1])
+    path = training.train(2).save()
+    assert path == training.folder / "checkpoints/checkpoint_000002"
+    assert events[-2:] == ["train_state.json", "checkpoint_000002"] and any(e.endswith(".distcp") for e in events)
+    state = json.loads((path / "train_state.json").read_text())
+    files = state.pop("files")
+    assert state == STATE | {"step": 2}
+    present = {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    assert files.keys() == present.keys() - {"train_state.json"}
+    assert {"state/.metadata", "consolidated/config.json", "consolidated/lora.safetensors"} < files.keys()
+    for name, (size, crc) in files.items():
+        assert size == len(present[name])
+        assert crc == (zlib.crc32(present[name]) if name.startswith("state/") else None), name
+
+
+def test_only_trained_parameters_are_saved(training):
+    metadata = dcp.FileSystemReader(training.train(1).save() / "state").read_metadata()
+    names = [
+        f"{kind}.{name}" for kind in ("param", "exp_avg", "exp_avg_sq") for name in ("0.weight", "1.weight", "1.bias")
+    ]
+    assert sorted(metadata.state_dict_metadata) == sorted(names)
+    assert {entry.properties.dtype for entry in metadata.state_dict_metadata.values()} == {torch.float32}
+
+
+def test_old_checkpoints_are_removed(training):
+    for _ in range(4):
+        training.train(1).save()
+    assert steps_saved(training) == [1, 2, 3, 4]
+    training.train(1).save(keep=3)
+    assert steps_saved(training) == [3, 4, 5]
+    training.train(1).save(keep=1)
+    assert steps_saved(training) == [6]
+
+
+# --- which one is loaded -------------------------------------------------------------------------------------------
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def state_without_files(path):
+    path.write_text(json.dumps({"step": 2}))
+
+
+DAMAGE = {
+    "truncated": ("state/*.distcp", lambda path: path.write_bytes(path.read_bytes()[:-7]), "bytes instead of"),
+    "longer": ("state/*.distcp", lambda path: path.write_bytes(path.read_bytes() + b"!"), "bytes instead of"),
+    "empty": ("state/*.distcp", lambda path: path.write_bytes(b""), "has 0 bytes"),
+    "changed": ("state/*.distcp", flip, "have changed"),
+    "missing": ("state/*.distcp", lambda path: path.unlink(), "No such file"),
+    "metadata": ("state/.metadata", flip, "have changed"),
+    "no state": ("train_state.json", lambda path: path.unlink(), "No such file"),
+    "broken state": ("train_state.json", lambda path: path.write_text('{"step": 2'), "damaged"),
+    "other state": ("train_state.json", lambda path: path.write_text("[1]"), "damaged"),
+    "no list": ("train_state.json", state_without_files, "files"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(training, caplog, name):
+    pattern, damage, words = DAMAGE[name]
+    training.train(1).save()
+    expected = training.tensors()
+    damage(next(training.train(1).save().glob(pattern)))
+    assert same(training.load().tensors(), expected) and training.step == 1
+    [warning] = messages(caplog)
+    assert "checkpoint_000002 is damaged" in warning and words in warning
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_run_is_not_begun_again_because_all_checkpoints_are_damaged(training, name):
+    pattern, damage, words = DAMAGE[name]
+    for count in (1, 2):
+        damage(next(training.train(1).save().glob(pattern)))
+        with pytest.raises(UserError) as error:
+            newest_complete(training.folder, training.world)
+        message = str(error.value)
+        assert f"{training.folder}: all {count} checkpoints are damaged (checkpoint_00000{count}: " in message
+        assert words in message and "copy them" in message and "another run_dir" in message
+    assert steps_saved(training) == [1, 2]
+
+
+def test_the_newest_checkpoint_is_loaded_and_none_is_needed(training, caplog):
+    assert newest_complete(training.folder, training.world) is None
+    for _ in range(2):
+        training.train(5).save()
+    path, state = newest_complete(training.folder, training.world)
+    assert path.name == "checkpoint_000010" and state["step"] == 10 and state["position"] == 24
+    assert not messages(caplog)
+
+
+def test_files_for_inference_may_be_edited_and_removed(training):
+    path = training.train(1).save()
+    (path / "consolidated/config.json").write_text("edited by the user")
+    (path / "consolidated/lora.safetensors").unlink()
+    assert newest_complete(training.folder, training.world)[0] == path
+
+
+def test_a_damaged_checkpoint_of_a_later_step_does_not_outlive_new_ones(training):
+    """With one to keep, the damaged one would be kept as the newest, and each new one removed."""
+    training.train(2).save()
+    later = training.folder / "checkpoints/checkpoint_000100"
+    shutil.copytree(training.folder / "checkpoints/checkpoint_000002", later)
+    (later / "train_state.json").write_text("{")
+    training.load().train(1).save(keep=1)
+    assert steps_saved(training) == [3]
+    assert training.load().step == 3
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_same_step(training):
+    training.train(1).save()
+    flip(next(training.train(1).save().glob("state/*.distcp")))
+    assert training.load().step == 1
+    training.train(1).save()
+    expected = training.tensors()
+    assert same(training.load().tensors(), expected) and training.step == 2
+
+
+def test_a_checkpoint_of_another_model_is_refused(training, one_rank):
+    training.train(1).save()
+    other = Training(training.folder, one_rank, width=6)
+    with pytest.raises(UserError, match=r"checkpoint_000001/state: cannot be loaded into this model"):
+        other.load()
 
 
 class Crafted:
@@ -138,330 +247,132 @@ class Crafted:
 
 
 @pytest.mark.parametrize("entry", [Crafted(), BytesStorageMetadata()])
-def test_a_foreign_checkpoint_runs_no_code(straight, world, tmp_path, monkeypatch, entry):
+def test_a_foreign_checkpoint_runs_no_code(training, tmp_path, monkeypatch, entry):
     monkeypatch.chdir(tmp_path)
-    config = copy_of(straight, tmp_path, world)
-    folder = tmp_path / "run/checkpoints/checkpoint_000003"
-    metadata = pickle.loads((folder / "state/.metadata").read_bytes())
+    path = training.train(1).save()
+    metadata = pickle.loads((path / "state/.metadata").read_bytes())
     metadata.state_dict_metadata[next(iter(metadata.state_dict_metadata))] = entry
-    data = pickle.dumps(metadata)
-    (folder / "state/.metadata").write_bytes(data)
-    state = json.loads((folder / "train_state.json").read_text())
-    state["files"]["state/.metadata"] = [len(data), zlib.crc32(data)]
-    (folder / "train_state.json").write_text(json.dumps(state))
+    content = pickle.dumps(metadata)
+    (path / "state/.metadata").write_bytes(content)
+    state = json.loads((path / "train_state.json").read_text())
+    state["files"]["state/.metadata"] = [len(content), zlib.crc32(content)]
+    (path / "train_state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="cannot be loaded into this model"):
-        train_here(config, PERSONAPLEX)
+        training.load()
     assert not (tmp_path / "crafted").exists()
 
 
-def test_a_checkpoint_beyond_the_one_gone_on_from_does_not_outlive_new_ones(straight, world, tmp_path):
-    """With one to keep, the damaged newest one would be kept and each new one pruned."""
-    config = copy_of(straight, tmp_path, world)
-    later = tmp_path / "run/checkpoints/checkpoint_000100"
-    shutil.copytree(tmp_path / "run/checkpoints/checkpoint_000003", later)
-    (later / "train_state.json").write_text("{")
-    assert train_here(config, PERSONAPLEX, ("num_ckpt_keep=1",)) == 0
-    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [STEPS]
+# --- what happens when it cannot be saved --------------------------------------------------------------------------
 
 
-def test_a_signal_does_not_wait_for_an_evaluation_to_end(world, tmp_path, monkeypatch):
-    config = write_config(tmp_path, world, **SETTINGS | {"do_eval": True, "eval_freq": 2, "ckpt_freq": 0})
-    evaluations, batches = [], RunData.eval_batches
-
-    def eval_batches(data):
-        evaluations.append(0)
-        for batch in batches(data):
-            evaluations[-1] += 1
-            if len(evaluations) in (1, 3):  # at the start, and of the second run at step 2
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-    monkeypatch.setattr(RunData, "eval_batches", eval_batches)
-    assert train_here(config, PERSONAPLEX) == EXIT_PREEMPTED
-    assert train_here(config, PERSONAPLEX) == EXIT_PREEMPTED
-    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2]
-    assert train_here(config, PERSONAPLEX) == 0
-    assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [0, 2, 4, 6]
-    whole = evaluations[-1]
-    assert whole > 1 and evaluations == [1, whole, 1, whole, whole, whole]
+def test_a_kill_while_saving_does_not_prevent_the_next_attempt(training, monkeypatch):
+    training.train(1).save()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        training.train(1).save()
+    abandoned = training.folder / "checkpoints/.checkpoint_000002.tmp"
+    shutil.copytree(abandoned, abandoned.with_name(".checkpoint_000001.tmp"))
+    assert steps_saved(training) == [1] and newest_complete(training.folder, training.world)[1]["step"] == 1
+    assert training.save() is not None
+    assert {p.name for p in abandoned.parent.iterdir()} == {"checkpoint_000001", "checkpoint_000002"}
 
 
-def test_a_signal_does_not_wait_for_the_replies_to_end(world, tmp_path, monkeypatch, caplog):
-    config = write_config(tmp_path, world, **SETTINGS | {"do_eval": True, "max_steps": 1, "eval_free_samples": 1,
-                                                         "eval_free_sec": 4.0})  # fmt: skip
-    samples, steps, step = RunData.eval_samples, [], LMGen.step
-
-    def eval_samples(data, count):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return samples(data, count)
-
-    monkeypatch.setattr(LMGen, "step", lambda *args: (steps.append(args), step(*args))[1])
-    with monkeypatch.context() as signalled, caplog.at_level("INFO"):
-        signalled.setattr(RunData, "eval_samples", eval_samples)
-        assert train_here(config, PERSONAPLEX) == EXIT_PREEMPTED
-    assert 0 < len(steps) <= 13 and not list((tmp_path / "run").rglob("*.wav"))
-    assert "SIGTERM: stopped before its first step; the same command begins anew" in caplog.text
-    assert train_here(config, PERSONAPLEX) == 0
-    assert len(steps) > 100 and [row["step"] for row in rows(tmp_path / "run", "eval")] == [0, 1]
+def fail(*_, **__):
+    raise OSError("the disk is full")
 
 
-def test_an_evaluation_that_a_signal_left_out_is_made_up_for(world, tmp_path):
-    config = write_config(tmp_path, world, **SETTINGS | {"do_eval": True, "max_steps": 1})
-    assert train_here(config, PERSONAPLEX) == 0
-    path = tmp_path / "run/metrics.eval.jsonl"
-    held_out = rows(tmp_path / "run", "eval")
-    path.write_text("".join(json.dumps(row) + "\n" for row in held_out if row["step"] == 0))
-    assert train_here(config, PERSONAPLEX) == 0
-    again = rows(tmp_path / "run", "eval")
-    assert [row["step"] for row in again] == [row["step"] for row in held_out]
-    assert again[-1]["loss"] == held_out[-1]["loss"]
+def fail_in_torch(*_, **__):
+    raise dcp.api.CheckpointException("failed", {0: (OSError("the disk is full\nand so on"), None)})
 
 
-def test_settings_that_may_change_do_and_others_are_listed(straight, world, tmp_path):
-    config = copy_of(straight, tmp_path, world)
-    before = (tmp_path / "run/metrics.train.jsonl").read_bytes()
-    with pytest.raises(UserError) as error:
-        train_here(config, PERSONAPLEX, ("optim.lr=5e-4", "lora.rank=8", "max_steps=9"))
-    assert "optim.lr: was 0.001, now 0.0005" in str(error.value) and "lora.rank: was 4, now 8" in str(error.value)
-    assert "max_steps" not in str(error.value)
-    assert (tmp_path / "run/metrics.train.jsonl").read_bytes() == before
-    assert train_here(config, PERSONAPLEX, ("log_freq=2",)) == 0
-    assert [r["step"] for r in rows(tmp_path / "run")] == [1, 2, 3, 4, 6]
+@pytest.mark.parametrize(
+    "place, failure",
+    [
+        ("pathlib.Path.mkdir", fail),
+        ("torch.distributed.checkpoint.save", fail),
+        ("torch.distributed.checkpoint.save", fail_in_torch),
+        ("tests.test_checkpointing.Inference.problem", "the disk is full"),
+        ("finetune.checkpointing._crc", fail),
+        ("os.fsync", fail),
+        ("os.replace", fail),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_others_alone(training, monkeypatch, caplog, place, failure):
+    training.train(1).save()
+    expected = training.tensors()
+    with monkeypatch.context() as patch:
+        patch.setattr(place, failure)
+        assert training.train(1).save(keep=1) is None
+    [message] = messages(caplog)
+    assert "step 2" in message and "(the disk is full)" in message
+    assert ("finetune.checkpointing", logging.ERROR, message) in caplog.record_tuples
+    assert [p.name for p in (training.folder / "checkpoints").iterdir()] == ["checkpoint_000001"]
+    assert same(training.load().tensors(), expected)
 
 
-def test_overwriting_starts_anew_only_after_everything_was_checked(straight, world, tmp_path):
-    config = copy_of(straight, tmp_path, world)
-    with pytest.raises(UserError):
-        train_here(config, PERSONAPLEX, ("overwrite_run_dir=true", "prompt.voice=nobody", "optim.lr=5e-4",
-                                         "prompt.max_sec=1"))  # fmt: skip
-    assert len(rows(tmp_path / "run")) == STEPS, "nothing was deleted"
-    assert train_here(config, PERSONAPLEX, ("overwrite_run_dir=true", "max_steps=1")) == 0
-    assert [r["step"] for r in rows(tmp_path / "run")] == [1]
+def test_a_disk_that_is_really_full(tmp_path, one_rank, caplog):
+    training = Training(tmp_path / "run", one_rank, width=20_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        assert training.train(1).save() is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "could not be written" in caplog.text and not list((training.folder / "checkpoints").iterdir())
+    assert training.save() is not None
 
 
-@pytest.mark.parametrize("launcher", ["SLURM", "torchrun"])
-def test_what_comes_back_does_not_overwrite_itself(straight, world, tmp_path, monkeypatch, launcher):
-    """And what is started anew, by a script that always says the same, does."""
-    config = copy_of(straight, tmp_path, world)
-    (tmp_path / "run/mine.txt").write_text("not of the run")
-    overwrite = ("overwrite_run_dir=true", "ckpt_freq=1", "log_freq=1")
-    agents = []
+# --- two ranks -----------------------------------------------------------------------------------------------------
 
-    def launch(number):
-        if launcher == "SLURM":
-            monkeypatch.setenv("SLURM_JOB_ID", number)
-            monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-            return
-        agents.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True))  # as torchrun's agent has one
-        for name, value in {
-            "TORCHELASTIC_RUN_ID": "always", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(agents[-1].port), "RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0",
-        }.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
+TWO_RANKS = """
+import sys
+from pathlib import Path
+import finetune.checkpointing as checkpointing
+from torch.distributed.fsdp import fully_shard
+from finetune.distributed import make_mesh, session
+from tests.test_checkpointing import Training, fail
 
-    launch("17")
-    assert train_here(config, PERSONAPLEX, (*overwrite, "max_steps=1")) == 0
-    begun = (tmp_path / "run/checkpoints/checkpoint_000001/train_state.json").stat().st_mtime_ns
-    monkeypatch.setenv("SLURM_RESTART_COUNT" if launcher == "SLURM" else "TORCHELASTIC_RESTART_COUNT", "1")
-    assert train_here(config, PERSONAPLEX, (*overwrite, "max_steps=2")) == 0
-    assert (tmp_path / "run/checkpoints/checkpoint_000001/train_state.json").stat().st_mtime_ns == begun
-    launch("18")
-    assert train_here(config, PERSONAPLEX, (*overwrite, "max_steps=1")) == 0
-    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [1]
-    assert (tmp_path / "run/mine.txt").exists()
+crc, read = checkpointing._crc, []
+def recorded_crc(path):
+    read.append(path.name)
+    return crc(path)
 
+def shares(world):
+    names = [name for share in world.gather(read) for name in share]
+    read.clear()
+    return sorted(names)
 
-def test_a_run_that_was_removed_by_half_is_still_one(straight, world, tmp_path, monkeypatch):
-    config = copy_of(straight, tmp_path, world)
-    rmtree = shutil.rmtree
-
-    def torn(path, *args, **kwargs):
-        if path.name == "checkpoints":
-            raise KeyboardInterrupt
-        rmtree(path, *args, **kwargs)
-
-    monkeypatch.setattr(shutil, "rmtree", torn)
-    with pytest.raises(KeyboardInterrupt):
-        train_here(config, PERSONAPLEX, ("overwrite_run_dir=true", "max_steps=1"))
-    monkeypatch.undo()
-    assert train_here(config, PERSONAPLEX, ("overwrite_run_dir=true", "max_steps=1")) == 0
-    assert [r["step"] for r in rows(tmp_path / "run")] == [1]
+with session("cpu") as world:
+    training = Training(Path(sys.argv[1]), world)
+    fully_shard(training.lm, mesh=make_mesh(world, "full"))
+    training.optimizer.param_groups.clear()
+    training.optimizer.add_param_group({"params": [p for p in training.lm.parameters() if p.requires_grad]})
+    checkpointing._crc = recorded_crc
+    training.load().train(2)
+    assert shares(world) == [".metadata", "__0_0.distcp"], "each file is read by one rank"
+    assert training.save().name == "checkpoint_000005"
+    assert shares(world) == [".metadata", "__0_0.distcp", "__1_0.distcp"], "when saving too"
+    assert training.load().step == 5
+    training.train(1)
+    if world.rank == 1:
+        checkpointing._crc = fail
+    assert training.save() is None, "a failure of one rank is one of all"
+    if world.rank == 1:
+        checkpointing._crc = lambda path: 0 if "checkpoint_000005" in str(path) else crc(path)
+    assert checkpointing.newest_complete(training.folder, world)[1]["step"] == 3, "damage that one rank finds"
+"""
 
 
-def test_old_checkpoints_are_pruned_by_step(straight, world, tmp_path):
-    config = copy_of(straight, tmp_path, world)
-    assert train_here(config, PERSONAPLEX, ("ckpt_freq=1", "num_ckpt_keep=2")) == 0
-    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [5, 6]
-
-
-def test_a_full_disk_keeps_the_checkpoint_before(straight, world, tmp_path):
-    config = copy_of(straight, tmp_path, world)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    signal_safe = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": ROOT, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "train_personaplex.py", config], preexec_fn=limit, **signal_safe)
-    assert done.returncode == 2 and "the last checkpoint could not be written" in done.stderr
-    assert "could not be written" in done.stderr and "the one before is kept" in done.stderr
-    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [3]
-    assert train_here(config, PERSONAPLEX) == 0
-    assert_same_end(tmp_path / "run", straight)
-
-
-# --- real processes -----------------------------------------------------------------------------------------------
-
-
-def start(*command, processes=None, restarts=0):
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-                     f"--max-restarts={restarts}"]  # fmt: skip
-    return subprocess.Popen(
-        [*launcher, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-
-
-def wait_for_step(process, run, step, timeout=120):
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(r["step"] >= step for r in rows(run)):
-            return
-        time.sleep(0.02)
-    raise AssertionError(process.communicate()[0] if process.poll() is not None else "no step in time")
-
-
-def workers_of(process):
-    out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
-    return sorted(int(m[1]) for m in re.finditer(rf"^\s*(\d+)\s+{process.pid}\s.*train_personaplex", out, re.M))
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGINT, 0)])
-def test_a_signal_saves_and_the_same_command_goes_on(straight, world, tmp_path, number, code):
-    config = write_config(tmp_path, world, **SETTINGS | {"ckpt_freq": 0, "data.num_workers": 1})
-    process = start("train_personaplex.py", config)
-    wait_for_step(process, tmp_path / "run", 1)
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
-    if len(rows(tmp_path / "run")) < STEPS:  # else it had ended before the signal came
-        assert process.returncode == code, output
-        assert f"{number.name}: stopped after step" in output and "the same command goes on" in output
-    assert train_here(config, PERSONAPLEX, ("data.num_workers=0",)) == 0
-    assert_same_end(tmp_path / "run", straight)
-
-
-def test_a_killed_rank_is_restarted_and_the_end_is_the_same(straight, world, tmp_path):
-    config = write_config(tmp_path, world, **SETTINGS | {"batch_size": 1, "ckpt_freq": 1})
-    process = start("train_personaplex.py", config, processes=2, restarts=2)
-    wait_for_step(process, tmp_path / "run", 2)
-    os.kill(workers_of(process)[-1], signal.SIGKILL)
-    output = process.communicate(timeout=150)[0]
-    assert process.returncode == 0, output
-    torch.testing.assert_close(torch.tensor(curve(tmp_path / "run")), torch.tensor(curve(straight / "run")), rtol=1e-5,
-                               atol=1e-5)  # fmt: skip
-
-
-def test_a_dead_rank_ends_the_others(world, tmp_path):
-    config = write_config(tmp_path, world, **SETTINGS | {"batch_size": 1, "max_steps": 1000, "do_ckpt": False})
-    process = start("train_personaplex.py", config, processes=2)
-    wait_for_step(process, tmp_path / "run", 1)
-    os.kill(workers_of(process)[-1], signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-
-
-def test_a_second_signal_ends_the_run_at_once(world, tmp_path):
-    config = write_config(tmp_path, world, **SETTINGS | {"max_steps": 1000, "batch_size": 8, "num_microbatches": 40})
-    process = start("train_personaplex.py", config)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run/args.yaml").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)  # in the first, long step
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)  # an echo of the same
-    time.sleep(1.5)
-    assert process.poll() is None, process.communicate()[0]
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGTERM
-
-
-# --- before the update --------------------------------------------------------------------------------------------
-
-
-def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(world, tmp_path):
-    """One token's embedding is NaN, so only windows that hold it are; both ranks stop, and the samples are listed."""
-    shutil.copytree(world / "model", tmp_path / "model")
-    state = load_file(tmp_path / "model/model.safetensors")
-    pieces = sentencepiece.SentencePieceProcessor(str(world / "model/tokenizer.model"))
-    lines = [json.loads(line) for line in (world / "codes/train_precomputed.jsonl").read_text().splitlines()]
-    sidecars = [json.loads((world / "codes" / line["path"]).with_suffix(".json").read_text()) for line in lines]
-    spoken = [
-        {token for word, _, who in own["alignments"] if who == "SPEAKER_MAIN" for token in pieces.encode(word)}
-        for own in sidecars
-    ]
-    rare = min(set().union(*spoken), key=lambda token: (sum(token in own for own in spoken), token))
-    state["text_emb.weight"][rare] = float("nan")
-    save_file(state, tmp_path / "model/model.safetensors")
-    config = write_config(tmp_path, world, **{
-        "moshi_paths.hf_repo_id": str(tmp_path / "model"), "batch_size": 1, "max_steps": 50, "duration_sec": 30,
-        "do_eval": False, "data.shuffle": False,
-    })  # fmt: skip
-    done = script("train.py", config, processes=2, check=False)
-    assert done.returncode != 0
-    found = re.search(r"error: the loss of step (\d+) is not finite \(rank (\d)", done.stderr)
-    assert found, done.stderr
-    step, rank = int(found[1]), int(found[2])
-    ranks = json.loads((tmp_path / f"run/not_finite_step_{step:06d}.json").read_text())["ranks"]
-    assert not ranks[rank]["loss_is_finite"]
-    named = ranks[rank]["samples"][0].split(" at ")[0]
-    holders = [line["path"] for line, own in zip(lines, spoken) if rare in own]
-    assert any(named.endswith(os.path.basename(h)) for h in holders)
-    assert len(rows(tmp_path / "run")) == step - 1
-
-
-def test_a_bad_window_is_allowed_in_each_pass(world, tmp_path):
-    lines = [json.loads(line) for line in (world / "codes/train_precomputed.jsonl").read_text().splitlines()[:4]]
-    for line in lines:
-        line |= {key: str(world / "codes" / line[key]) for key in ("path", "codes_path")}
-    good = tmp_path / "good.jsonl"
-    good.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    lines[2]["codes_path"] = "gone.pt"
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = write_config(tmp_path, world, **{
-        "data.train_data": str(tmp_path / "train.jsonl"), "duration_sec": 100, "batch_size": 1, "max_steps": 12,
-        "data.max_bad_samples": 1, "do_eval": False, "do_ckpt": False,
-    })  # fmt: skip
-    assert train_here(config, MOSHI) == 0
-    assert rows(tmp_path / "run")[-1]["skipped"] == 3
-
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text(json.dumps(lines[2]) + "\n")
-    config = write_config(tmp_path, world, **{
-        "data.train_data": str(good), "data.eval_data": str(held_out), "run_dir": str(tmp_path / "second"),
-    })  # fmt: skip
-    with pytest.raises(UserError, match=r"none of the held-out windows could be read; (.|\n)*gone.pt"):
-        train_here(config, MOSHI)
-
-
-def test_too_many_bad_samples_stop_the_run_with_the_list(world, tmp_path):
-    lines = (world / "codes/train_precomputed.jsonl").read_text().splitlines()
-    gone = lambda i: {"codes_path": "gone.pt", "path": f"gone{i}.wav"}
-    bad = [json.dumps(json.loads(line) | gone(i)) for i, line in enumerate(lines)]
-    for name, mixed, limit, sentence in (
-        ("some", [x for pair in zip(lines, bad) for x in pair], 2, "3 windows could not be read, more than data.max"),
-        ("all", bad, 100, "none of the first 8 windows could be read"),
-    ):
-        folder = tmp_path / name
-        folder.mkdir()
-        for line in mixed:
-            fields = json.loads(line)
-            fields |= {k: str(world / "codes" / fields[k]) for k in ("path", "codes_path")}
-            with (folder / "train.jsonl").open("a") as file:
-                file.write(json.dumps(fields) + "\n")
-        config = write_config(folder, world, **{
-            "data.train_data": str(folder / "train.jsonl"), "batch_size": 1, "data.max_bad_samples": limit,
-            "max_steps": 50, "do_eval": False,
-        })  # fmt: skip
-        with pytest.raises(UserError) as error:
-            train_here(config, MOSHI)
-        assert sentence in str(error.value) and "gone.pt" in str(error.value)
+def test_two_ranks_continue_what_one_has_saved_and_the_reverse(training, one_rank, tmp_path):
+    training.train(3).save()
+    (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
+    outputs = run_ranks(tmp_path / "two_ranks.py", training.folder)
+    assert "the checkpoint of step 6 could not be written (the disk is full)" in outputs[0]
+    assert "could not be written" not in outputs[1], "only the main rank reports it"
+    assert steps_saved(training) == [3, 5]
+    state = json.loads((training.folder / "checkpoints/checkpoint_000005/train_state.json").read_text())
+    assert {"state/__0_0.distcp", "state/__1_0.distcp"} < state["files"].keys()
+    resumed = Training(training.folder, one_rank).load()
+    assert resumed.step == 5
+    for ours, theirs in zip(resumed.tensors(), training.train(2).tensors(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -1,8 +1,7 @@
-"""Measures of conversations whose every word and silence is known: drawn by hand, from the tiny world, and recorded."""
+"""Measures of conversations in which every word and silence is known: made by hand, and of the tiny world."""
 
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +9,11 @@ import sentencepiece
 import torch
 
 from finetune.audio.files import FRAME_RATE, FRAME_SIZE, read_audio
-from finetune.audio.speech import find_spans, voice_activity
+from finetune.audio.speech import voice_activity
 from finetune.audio.words import read_alignments
 from finetune.data.interleaver import Interleaver
 from finetune.dialogue import measure_reply, repetition, reply_verdict, spoken_words, summarise_replies
-from finetune.tools.toy.world import WORDS
-
-SHARED = Path(__file__).parents[2] / "shared"
+from finetune.tools.toy.language import WORDS
 
 
 def sound(seconds, spans, level_db=-25.0, noise_db=None):
@@ -31,75 +28,15 @@ def sound(seconds, spans, level_db=-25.0, noise_db=None):
     return pcm.astype(np.float32)
 
 
-def heard(pcm):
-    """Spans of voice activity in seconds."""
-    return [(s.first / FRAME_RATE, s.last / FRAME_RATE) for s in find_spans(voice_activity(pcm))]
-
-
 @pytest.fixture(scope="module")
 def tokenizer(world):
     return sentencepiece.SentencePieceProcessor(str(world / "model/tokenizer.model"))
 
 
-# --- 1. Who is heard -----------------------------------------------------------------------------------------------
-
-SPEECH = [(0.8, 2.0), (3.2, 3.52), (5.6, 8.0)]
+# --- Words ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("noise_db", [None, -80, -60, -45])
-@pytest.mark.parametrize("level_db", [-12, -28])
-def test_speech_is_found_over_silence_and_noise(noise_db, level_db):
-    assert heard(sound(12, SPEECH, level_db, noise_db)) == SPEECH
-
-
-@pytest.mark.parametrize("noise_db", [None, -70, -56, -45])
-def test_a_channel_without_speech_is_silent(noise_db):
-    assert heard(sound(10, [], noise_db=noise_db)) == []
-
-
-def test_speech_without_a_break_is_speech():
-    assert heard(sound(10, [(0, 10)])) == [(0, 10)]
-
-
-def test_quiet_speech_in_a_silent_channel_is_found_and_the_other_side_in_the_headphones_is_not():
-    assert heard(sound(12, SPEECH, -45)) == SPEECH
-    assert heard(sound(12, SPEECH, -14) + sound(12, [(9, 11)], -54)) == SPEECH
-
-
-def test_articulation_is_part_of_speech_and_clicks_are_not():
-    assert heard(sound(8, [(0.8, 2.0), (2.16, 3.2), (4.0, 4.08)])) == [(0.8, 3.2)]
-    assert heard(sound(8, [(0.8, 2.0), (2.24, 3.2)])) == [(0.8, 2.0), (2.24, 3.2)]
-
-
-def test_speech_that_fades_is_followed_down():
-    fading = sum(sound(8, [(1.6 + i * 0.8, 2.4 + i * 0.8)], level) for i, level in enumerate((-31, -40, -51)))
-    assert heard(fading + sound(8, [], noise_db=-60)) == [(1.6, 4.0)]
-    alone = sound(8, [(1.6, 2.4)], -51) + sound(8, [], noise_db=-60)  # beneath the beginning of speech
-    assert heard(alone) == []
-
-
-def test_faint_sounds_of_a_silent_decoder_are_not_speech():
-    assert heard(sound(8, [(2, 3), (4, 5)], -60, noise_db=-85)) == []
-
-
-def test_any_length_will_do():
-    assert heard(np.zeros(0, np.float32)) == []
-    assert voice_activity(np.ones(FRAME_SIZE * 3 // 2, np.float32) / 10).tolist() == [True, True]
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="needs a recording")
-def test_recorded_speech_begins_where_it_begins():
-    pcm = read_audio(SHARED / "audio/input_assistant.wav")[0]
-    starts = [start for start, _ in heard(pcm)]
-    assert starts == pytest.approx([3.26, 21.75], abs=0.08)  # "How", "By"
-    measures = measure_reply(np.zeros_like(pcm), pcm, [3] * 500)
-    assert (measures["turns"], measures["pauses"]) == (2, 0) and measures["silence"] == 1
-
-
-# --- 2. What is said -----------------------------------------------------------------------------------------------
-
-
-def test_words_are_what_the_interleaver_laid_out(tokenizer):
+def test_the_words_are_those_of_the_interleaver(tokenizer):
     interleaver = Interleaver(tokenizer)
     given = [("hello", 0.4, 0.5), ("harbour", 0.8, 1.2), ("seven", 1.04, 1.3), ("books", 4.0, 4.2)]
     frames, _ = interleaver(given, 0, 75)
@@ -108,10 +45,23 @@ def test_words_are_what_the_interleaver_laid_out(tokenizer):
     for (_, start, _), (_, said, end) in zip(given, found):
         assert said <= start + 0.24 and said > start - 0.08 and end > said
     assert spoken_words([3, 0, -1, 3], tokenizer) == []
+    assert spoken_words(torch.tensor([3, 10**6, 3]), tokenizer) == [], "a token that the tokenizer does not have"
+
+
+def test_a_word_ends_with_its_last_token(tokenizer):
+    parts = next(ids for ids in map(tokenizer.encode, WORDS) if len(ids) > 1)
+    first, *rest = parts
+    word = tokenizer.decode(parts)
+    assert spoken_words([3, 3, first, 0, *rest, 3], tokenizer) == [[word, 2 / 12.5, (4 + len(rest)) / 12.5]]
+    assert spoken_words([first, *rest, first, *rest], tokenizer) == [
+        [word, 0.0, len(parts) / 12.5], [word, len(parts) / 12.5, 2 * len(parts) / 12.5],
+    ]  # fmt: skip
+    (word,) = spoken_words([3, rest[0], 3], tokenizer)
+    assert word[1:] == [1 / 12.5, 2 / 12.5], "a word whose first token is missing"
 
 
 def brute_force(tokens):
-    """Longest phrase of four or more that recurs without overlap: by trying all pairs of places."""
+    """Repetition by the longest phrase of four or more that recurs without overlap, by trying all pairs."""
     for n in range(len(tokens) // 2, 3, -1):
         best = 0
         for i in range(len(tokens) - n + 1):
@@ -144,7 +94,7 @@ def test_repetition_of_loops_phrases_and_short_texts():
         assert repetition(short) == 0
 
 
-# --- 3. Turn-taking ------------------------------------------------------------------------------------------------
+# --- Turn-taking ------------------------------------------------------------------------------------------------------
 
 
 def scene(seconds, user, agent, tokenizer, **kwargs):
@@ -168,7 +118,13 @@ def scene(seconds, user, agent, tokenizer, **kwargs):
         ([(6, 6.8, 3)], 1, 0.8, 0, 0),  # short, but three words
         ([(6, 7.2, 1)], 1, 0.8, 0, 0),  # one word, but long
         ([(6, 6.4, 1), (6.64, 7.2, 1)], 1, 0.8, 0, 0),  # two of them without a pause are one utterance
-        ([(10.8, 12, 4)], 0, None, 0, 0),  # too late: after 5 s
+        ([(6, 6.96, 1)], 0, None, 0, 0),  # 0.96 s is short
+        ([(6, 7.04, 1)], 1, 0.8, 0, 0),  # and 1.04 s is long
+        ([(6, 6.4, 2)], 1, 0.8, 0, 0),  # two words are enough
+        ([(6, 6.4, 1), (6.72, 7.2, 1)], 1, 0.8, 0, 0),  # 0.32 s between them is no pause
+        ([(6, 6.4, 1), (6.8, 7.2, 1)], 0, None, 0, 0),  # and 0.40 s is one
+        ([(10.08, 12, 4)], 1, 4.88, 0, 0),  # just in time
+        ([(10.16, 12, 4)], 0, None, 0, 0),  # too late: after the 62 frames in 5 s
         ([(4.8, 8, 8)], 1, 0, 0, 0),  # before the end
         ([(3.2, 4.4, 4)], 0, None, 1, 0),  # takes the pause, and falls silent again
         ([(3.2, 8, 10)], 1, 0, 1, 0),  # takes the pause and keeps the floor
@@ -185,7 +141,7 @@ def test_take_over_latency_and_backchannels(agent, tor_turn, latency, tor_pause,
         assert found["latency"] == (None if latency is None else pytest.approx(latency))
 
 
-def test_words_may_be_written_a_little_before_they_sound(tokenizer):
+def test_a_word_may_come_a_little_before_its_sound(tokenizer):
     agent = sound(16, [(6, 6.8)])
     token = next(ids[0] for ids in map(tokenizer.encode, WORDS) if len(ids) == 1)
     for first, taken in ((73, 1), (72, 0)):  # 0.16 s before the sound, and 0.24 s
@@ -207,9 +163,11 @@ def test_pauses_are_longer_than_hesitations_and_shorter_than_ends(tokenizer):
     assert counts() == (0, 0)
 
 
-def test_a_remark_while_the_agent_speaks_is_no_turn(tokenizer):
+def test_a_remark_while_the_agent_speaks_is_not_a_turn(tokenizer):
     long = [(4.0, 12.0, 20)]
     assert scene(20, [(1.04, 3.04), (6.0, 6.4)], long, tokenizer)["turns"] == 1
+    assert scene(20, [(1.04, 3.04), (6.0, 6.96)], long, tokenizer)["turns"] == 1
+    assert scene(20, [(1.04, 3.04), (6.0, 7.04)], long, tokenizer)["turns"] == 2
     assert scene(20, [(1.04, 3.04), (6.0, 8.0)], long, tokenizer)["turns"] == 2  # an interruption
     assert scene(20, [(1.04, 3.04), (14.0, 14.4)], long, tokenizer)["turns"] == 2  # a short turn
 
@@ -222,12 +180,38 @@ def test_shares_and_paces(tokenizer):
     assert found["words_per_minute_speaking"] == pytest.approx(15 / 7.52 * 60)
     unread = measure_reply(sound(20, [(4, 9)]), sound(20, [(0, 4)]), [3] * 250)
     assert unread["words"] is None and unread["words_per_minute"] is None and unread["tor_turn"] == 1
+    assert unread["repetition"] == 0, "padding does not count"
     shorter = measure_reply(sound(10, [(4, 9.04)]), sound(20, [(0, 4)]), [3] * 125)
     assert shorter["seconds"] == 20 and shorter["silence"] == pytest.approx(1 - 5.04 / 20)
     nothing = measure_reply(np.zeros(0), np.zeros(0), [], tokenizer)
     assert nothing["silence"] is None and nothing["words_per_minute"] is None
     assert scene(20, [(0, 4)], [(6, 6.8, 3)], tokenizer)["words_per_minute_speaking"] is None  # of less than a second
     json.dumps([found, unread, nothing], allow_nan=False)
+
+
+def test_an_answer_is_awaited_until_the_user_goes_on(tokenizer):
+    agent = [(6.96, 9.04, 6)]
+    assert scene(20, [(1.04, 3.04), (6.0, 8.0)], agent, tokenizer)["tor_turn"] == 0.5  # only the second turn is taken
+    assert scene(20, [(1.04, 3.04)], agent, tokenizer)["latency"] == pytest.approx(3.92)
+    # A remark ends the wait, too, although it is not a turn.
+    remark = [(1.04, 3.04), (5.04, 5.36)]
+    answers = [(4.8, 5.2, 1), (6.0, 8.0, 6)]
+    assert scene(20, remark, answers, tokenizer)["turns"] == 1
+    assert scene(20, remark, answers, tokenizer)["tor_turn"] == 0
+    assert scene(20, [(1.04, 3.04)], answers, tokenizer)["tor_turn"] == 1
+
+
+def test_backchannels_are_those_during_turns_of_the_user(tokenizer):
+    user = [(1.04, 5.04), (8.0, 8.4)]
+    assert scene(20, user, [(0.32, 0.64, 1), (5.04, 5.36, 1), (6.0, 6.4, 1)], tokenizer)["backchannels"] == 0
+    assert scene(20, user, [(1.04, 1.36, 1), (4.96, 5.28, 1)], tokenizer)["backchannels"] == 2
+    assert scene(20, user, [(2.0, 2.4, 2), (3.2, 4.4, 1)], tokenizer)["backchannels"] == 0
+
+
+def test_without_a_tokenizer_a_backchannel_is_recognised_by_its_length():
+    user = sound(20, [(1.04, 5.04)])
+    short, long = (measure_reply(sound(20, [(6, end)]), user, [5] * 250) for end in (6.8, 7.2))
+    assert (short["tor_turn"], long["tor_turn"]) == (0, 1)
 
 
 def test_the_dialogues_of_the_tiny_world_are_measured_as_they_were_made(world, tokenizer):
@@ -249,7 +233,7 @@ def test_the_dialogues_of_the_tiny_world_are_measured_as_they_were_made(world, t
     assert reply_verdict(summarise_replies(replies)) is None
 
 
-# --- 4. Many replies -----------------------------------------------------------------------------------------------
+# --- Several replies --------------------------------------------------------------------------------------------------
 
 
 def test_a_summary_is_what_one_long_conversation_would_measure(tokenizer):
@@ -277,6 +261,43 @@ def test_no_replies_make_an_empty_summary():
     assert summarise_replies([])["silence"] is None
     assert reply_verdict(summarise_replies([])) is None
     assert reply_verdict({}) is None
+
+
+def test_rates_are_weighted_by_counts_and_times():
+    reply = measure_reply(np.zeros(0, np.float32), np.zeros(0, np.float32), [])
+    first = reply | {"seconds": 10.0, "silence": 0.5, "overlap": 0.1, "words": 4, "turns": 1, "tor_turn": 1.0,
+                     "latencies": [0.4], "pauses": 0, "repetition": 0.5, "backchannels": 1}  # fmt: skip
+    second = reply | {"seconds": 30.0, "silence": 0.9, "overlap": 0.0, "words": 10, "turns": 3, "tor_turn": 1 / 3,
+                      "latencies": [0.8], "pauses": 2, "tor_pause": 0.5, "repetition": 0.1}  # fmt: skip
+    summary = summarise_replies([first, second])
+    expected = {
+        "replies": 2, "seconds": 40.0, "silence": 0.8, "overlap": 0.025, "words_per_minute": 21.0,
+        "words_per_minute_speaking": 105.0, "repetition": 0.3, "looping": 0.5, "turns": 4, "tor_turn": 0.5,
+        "latency": 0.6, "pauses": 2, "tor_pause": 0.5, "backchannels_per_minute": 1.5,
+    }  # fmt: skip
+    assert summary == {key: pytest.approx(value) for key, value in expected.items()}
+    assert summarise_replies([first, second | {"words": None}])["words_per_minute"] is None
+
+
+@pytest.mark.parametrize(
+    ("summary", "verdict"),
+    [
+        ({"silence": 0.949, "words_per_minute": 5.0, "looping": 0.249}, None),
+        ({"silence": 0.95, "words_per_minute": 0.0, "looping": 1.0}, "mute"),
+        ({"silence": 0.94, "words_per_minute": 4.99, "looping": 1.0}, "wordless"),
+        ({"silence": None, "words_per_minute": None, "looping": 0.25}, "loops"),
+        ({"silence": 0.5, "words_per_minute": 60.0, "looping": None}, None),
+    ],
+)
+def test_thresholds_of_the_verdict(summary, verdict):
+    found = reply_verdict(summary)
+    assert (found and found.split(":")[0]) == verdict
+
+
+def test_a_reply_loops_from_half_of_its_text_on():
+    reply = measure_reply(np.zeros(0, np.float32), np.zeros(0, np.float32), [])
+    looping = lambda share: summarise_replies([reply | {"repetition": share}])["looping"]
+    assert (looping(0.49), looping(0.5)) == (0, 1)
 
 
 def test_verdicts(tokenizer):

@@ -1,4 +1,4 @@
-"""Schedule, groups and clipping."""
+"""Schedule, parameter groups, AdamW's settings and clipping."""
 
 import math
 
@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from finetune.args import OptimArgs
-from finetune.lora import initial_adapter
 from finetune.optim import build_optimizer, clip_gradients, is_depth, lr_factor, set_lr
 from tests.engine import tiny_lm
 
 
 @pytest.mark.parametrize("max_steps", [*range(1, 45), 100, 2000])
 @pytest.mark.parametrize("pct_start", [0.0, 0.05, 0.5, 1.0])
-def test_the_schedule_exists_for_every_length(max_steps, pct_start):
+def test_the_schedule_is_defined_for_every_length(max_steps, pct_start):
     factors = [lr_factor(step, max_steps, pct_start) for step in range(1, max_steps + 1)]
     assert all(0 < f <= 1 for f in factors) and all(map(math.isfinite, factors))
     warmup = round(pct_start * max_steps)
@@ -22,47 +21,79 @@ def test_the_schedule_exists_for_every_length(max_steps, pct_start):
 
 
 def test_the_schedule_is_a_warmup_and_a_cosine():
-    assert [lr_factor(s, 100, 0.1) for s in (5, 10, 11)] == [0.5, 1.0, 1.0]
-    assert lr_factor(56, 100, 0.1) == pytest.approx(0.5) and lr_factor(100, 100, 0.1) < 0.001
+    assert [lr_factor(step, 100, 0.1) for step in (1, 5, 10, 11)] == [0.1, 0.5, 1.0, 1.0]
+    assert lr_factor(56, 100, 0.1) == pytest.approx(0.5)
+    assert lr_factor(41, 100, 0.1) == pytest.approx(0.75)  # a third of the cosine
+    assert lr_factor(100, 100, 0.1) == pytest.approx((1 - math.cos(math.pi / 90)) / 2)  # one step before zero
 
 
-def test_groups_rates_and_betas():
-    lm = tiny_lm(16)
-    optimizer = build_optimizer(lm, OptimArgs(lr=2e-6, depformer_lr=4e-6, betas=(0.8, 0.99)), torch.device("cpu"))
-    set_lr(optimizer, 0.5)
+def groups_by_name(lm, optimizer) -> dict[str, dict]:
     names = {id(p): n for n, p in lm.named_parameters()}
-    seen = {}
-    for group in optimizer.param_groups:
-        assert group["betas"] == (0.8, 0.99)
-        for p in group["params"]:
-            seen[names[id(p)]] = (group["lr"], group["weight_decay"])
-    assert len(seen) == len(names)
-    for name, (lr, decay) in seen.items():
-        deep = name.startswith("depformer") or name.startswith("linears")
-        assert lr == (2e-6 if deep else 1e-6), name
-        assert decay == (0.0 if name.endswith("alpha") else 0.1), name
-    assert is_depth("linears.3.weight") and not is_depth("text_linear.weight") and not is_depth("emb.0.weight")
+    return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
 
 
-def test_clipping_returns_the_norm_before():
-    p = torch.nn.Parameter(torch.zeros(4))
-    p.grad = torch.full((4,), 2.0)
-    assert float(clip_gradients([p], 1.0)) == 4.0 and p.grad.norm() == pytest.approx(1.0)
+def test_every_setting_reaches_adamw():
+    lm = tiny_lm(16)
+    args = OptimArgs(lr=2e-6, depformer_lr=5e-6, betas=(0.8, 0.99), eps=1e-5, weight_decay=0.3)
+    optimizer = build_optimizer(lm, args)
+    set_lr(optimizer, 0.5)
+    found = groups_by_name(lm, optimizer)
+    assert found.keys() == {name for name, _ in lm.named_parameters()}
+    for name, group in found.items():
+        depth = name.startswith("depformer") or name.startswith("linears")
+        assert group["lr"] == (2.5e-6 if depth else 1e-6), name
+        assert group["weight_decay"] == (0.0 if name.endswith("alpha") else 0.3), name
+        assert (group["betas"], group["eps"], group["fused"]) == ((0.8, 0.99), 1e-5, True)
+    set_lr(optimizer, 0.25)  # of the peak, not of the rate before
+    assert {group["lr"] for group in found.values()} == {0.5e-6, 1.25e-6}
 
 
-def test_adapters_start_at_the_base_model_and_the_same_on_any_number_of_ranks():
-    b = initial_adapter("x.lora_B.weight", torch.Size([8, 4]), seed=0)
-    a = initial_adapter("x.lora_A.weight", torch.Size([4, 64]), seed=0)
-    assert (b == 0).all() and a.abs().max() <= 1 / 8 and a.std() > 0.05
-    assert torch.equal(a, initial_adapter("x.lora_A.weight", torch.Size([4, 64]), seed=0))
-    assert not torch.equal(a, initial_adapter("y.lora_A.weight", torch.Size([4, 64]), seed=0))
-    assert not torch.equal(a, initial_adapter("x.lora_A.weight", torch.Size([4, 64]), seed=1))
+def test_one_rate_unless_depformer_lr_is_given():
+    lm = tiny_lm(8)
+    optimizer = build_optimizer(lm, OptimArgs(lr=3e-6))
+    set_lr(optimizer, 1.0)
+    assert {group["lr"] for group in optimizer.param_groups} == {3e-6}
 
 
-def test_only_what_is_asked_for_is_optimised():
+def test_two_updates_are_adamws():
+    """Worked out by hand, with an eps that matters."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    module = torch.nn.Module()
+    module.weight = parameter
+    optimizer = build_optimizer(module, OptimArgs(lr=0.1, betas=(0.5, 0.8), eps=1.0, weight_decay=0.2))
+    value, m, v = 1.0, 0.0, 0.0
+    for step, gradient in enumerate((2.0, -1.0), start=1):
+        parameter.grad = torch.tensor([gradient])
+        set_lr(optimizer, 0.5)
+        optimizer.step()
+        m, v = 0.5 * m + 0.5 * gradient, 0.8 * v + 0.2 * gradient**2
+        value -= 0.05 * 0.2 * value
+        value -= 0.05 * (m / (1 - 0.5**step)) / (math.sqrt(v / (1 - 0.8**step)) + 1.0)
+        assert float(parameter.detach()) == pytest.approx(value, rel=1e-6)
+
+
+def test_depth_is_the_depformer_and_the_audio_heads():
+    for name in ("depformer.layers.0.norm1.alpha", "depformer_in.0.weight", "depformer_text_emb.weight",
+                 "depformer_emb.3.weight", "linears.3.weight"):  # fmt: skip
+        assert is_depth(name), name
+    for name in ("text_linear.weight", "emb.0.weight", "transformer.layers.0.gating.linear_in.weight"):
+        assert not is_depth(name), name
+
+
+def test_only_trainable_parameters_are_optimised():
     lm = tiny_lm(8)
     for p in lm.parameters():
         p.requires_grad_(False)
     lm.text_emb.weight.requires_grad_(True)
-    groups = build_optimizer(lm, OptimArgs(), torch.device("cpu")).param_groups
-    assert sum(len(g["params"]) for g in groups) == 1
+    (group,) = build_optimizer(lm, OptimArgs()).param_groups
+    assert group["params"] == [lm.text_emb.weight]
+
+
+def test_clipping_scales_to_the_norm_of_all_gradients_and_returns_the_one_before():
+    parameters = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    for parameter, value in zip(parameters, (1.5, 2.0)):  # norms 3 and 4
+        parameter.grad = torch.full((4,), value)
+    assert float(clip_gradients(parameters, 1.0)) == 5.0
+    assert [float(p.grad.norm()) for p in parameters] == pytest.approx([0.6, 0.8], rel=1e-5)
+    assert float(clip_gradients(parameters, 2.0)) == pytest.approx(1.0)  # small enough already
+    assert [float(p.grad.norm()) for p in parameters] == pytest.approx([0.6, 0.8], rel=1e-5)

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 import train
-from finetune.args import settings_table
 from finetune.config import load_args
 from finetune.model.pretrained import MOSHI, PERSONAPLEX
-from tests.support import ROOT, train_here
+from tests.support import ROOT, settings_table, train_here
+from tests.test_structure import PATH
 
 README = (ROOT / "README.md").read_text()
 
@@ -28,7 +28,8 @@ def test_a_wheel_holds_every_module(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy]
     subprocess.run(list(map(str, build)), check=True, capture_output=True)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "finetune").rglob("*.py")}
+    wanted = ("*.py", "*.html", "*.css", "*.js")
+    modules = {str(p.relative_to(ROOT)) for name in wanted for p in (ROOT / "finetune").rglob(name)}
     scripts = {"annotate.py", "precompute_codes.py", "train.py", "train_personaplex.py"}
     assert modules | scripts <= names
 
@@ -39,17 +40,24 @@ def test_the_first_screen_has_the_two_commands():
 
 
 def test_the_settings_table_is_the_codes():
-    assert settings_table() in README, "python -c 'from finetune.args import settings_table; print(settings_table())'"
+    assert settings_table() in README, "python -c 'from tests.support import settings_table; print(settings_table())'"
 
 
 def test_the_map_names_every_module_and_no_other():
-    tree = README[README.index("## The code") :]
+    tree = README[README.rindex("```\nannotate.py") :]
     named = set(re.findall(r"\b([a-z_]+)\.py\b", tree))
-    there = {p.stem for p in ROOT.glob("*.py")} | {p.stem for p in (ROOT / "finetune").glob("*.py")} - {"__init__"}
-    assert named == there
-    data = next(line for line in tree.splitlines() if line.strip().startswith("data/"))
-    there = {p.stem for p in (ROOT / "finetune/data").glob("*.py")} - {"__init__"}
-    assert set(re.findall(r"[a-z_]+", data)) - {"data"} == there
+    package = ROOT / "finetune"
+    assert named == {p.stem for p in (*ROOT.glob("*.py"), *package.glob("*.py"))} - {"__init__"}
+    rooms = dict(re.findall(r"^  ([a-z]+)/ +(.*)$", tree, flags=re.MULTILINE))
+    assert set(rooms) == {p.parent.name for p in package.glob("*/__init__.py")}
+    for room, modules in rooms.items():
+        there = {p.stem for p in (package / room).glob("*.py")} | {p.name for p in (package / room).glob("[a-z]*/")}
+        assert set(modules.split(", ")) == {name for name in there if not name.startswith("_")}, room
+
+
+def test_the_reading_order_is_the_path_of_a_window():
+    files = re.findall(r"^\| `([a-z_/]+\.py)` \|", README, flags=re.MULTILINE)
+    assert files == ["train.py" if name == "../train" else f"finetune/{name}.py" for name in PATH]
 
 
 COMMANDS = sorted(

@@ -60,7 +60,7 @@ def evening(world, tmp_path, monkeypatch):
 
     call(export_command, "--expand", world / "model", tmp_path / "personaplex")
     (tmp_path / "voices").mkdir()
-    call(make_voice, "make", folder / "me.wav", tmp_path / "voices/NATF2.pt", "--weights", tmp_path / "personaplex")
+    call(make_voice, folder / "me.wav", tmp_path / "voices/NATF2.pt", "--weights", tmp_path / "personaplex")
     with tarfile.open(tmp_path / "personaplex/voices.tgz", "w:gz") as archive:
         archive.add(tmp_path / "voices", "voices")
     hub_cache(tmp_path / "hub", "kyutai/moshiko-pytorch-bf16", list((world / "model").iterdir()))

@@ -1,4 +1,16 @@
-"""Encoding with Mimi, frame by frame as the servers do, over many streams at once."""
+"""Encode audio with Mimi as the servers do, many streams at once.
+
+A server encodes one stream frame by frame, 1,920 samples a call, from a fresh state. Here each stream has a slot in a
+streaming batch. A slot whose stream ends is reset and takes the next one, so that all slots stay busy and memory does
+not depend on the length of a stream.
+
+Floating-point sums depend on the shapes of the matrices they are part of. A batch therefore differs from a single
+stream in its last bits, and where two codes are about equally near, in a code: up to one code in a thousand, as on a
+server with another number of threads or another processor (NOTES.md). On a GPU a batch is in full float32, because TF32
+changes far more codes. `exact` avoids the difference: sums are computed slot by slot, in the very calls that a single
+stream would make. Each code then equals that of a server with one stream on the same machine, whatever else is in the
+batch. This takes four times as long on a CPU; a GPU would spend its time launching the calls.
+"""
 
 import ctypes
 import itertools
@@ -16,30 +28,32 @@ from torch.overrides import TorchFunctionMode
 from finetune.audio.files import FRAME_SIZE
 from finetune.cli import UserError
 
-SLOTS = {"cpu": 32, "cuda": 64}
-_TRAINING_LANES = 32  # on a GPU that also trains: 1.3 GB. Always as many, so that codes depend on the sound alone
-_LANE_BYTES = 40 * 2**20  # of GPU memory, with the real Mimi: 16 MB are keys and values, the rest activations
-_COLLECT_FRAMES = 32  # codes stay in batches for so long: fetching them makes the host of a GPU wait
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
-# How often free lanes are filled. On a GPU a reset is some 250 launches, as long as half a frame: lanes share one.
+_SLOTS = {"cpu": 32, "cuda": 64}  # more do not make it faster
+_TRAINING_SLOTS = 32  # on a GPU that also trains: 1.3 GB. A constant, so that codes depend on the audio alone
+_SLOT_BYTES = 40 * 2**20  # GPU memory per slot with the real Mimi: 16 MB of keys and values, activations
+_COLLECT_FRAMES = 32  # codes stay on the device this long: fetching them makes the host wait for the GPU
+# How often free slots are filled. On a GPU a reset takes some 250 launches, half the time of a frame: share them.
 _REFILL_FRAMES = {"cpu": 1, "cuda": 8}
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
-def default_lanes(device: torch.device | str) -> int:
-    """How many channels to encode at once where nothing else runs: as many as pay, on a GPU also as many as fit."""
+def default_slots(device: torch.device | str) -> int:
+    """Return how many channels to encode at once: on a GPU, no more than fit its free memory."""
     device = torch.device(device)
     if device.type != "cuda":
-        return SLOTS["cpu"]
-    # What torch keeps for later is not free to others, but it is to torch.
+        return _SLOTS["cpu"]
+    # Memory that torch keeps for later use is not free for others, but it is for torch.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + kept
-    return max(2, min(SLOTS["cuda"], free // _LANE_BYTES // 2 * 2))
+    return max(2, min(_SLOTS["cuda"], free // _SLOT_BYTES // 2 * 2))
 
 
 def keep_freed_memory() -> None:
-    """Makes malloc keep what this process frees. Frames ask for the same few large blocks again and again; returned
-    to the system in between, they come back page by page, which on a CPU is a quarter of the time. Without glibc: as
-    it was."""
+    """Make malloc keep the memory that this process frees; without glibc, do nothing.
+
+    Each frame asks for the same few large blocks. Returned to the system in between, they come back page by page,
+    which takes a quarter of the time on a CPU.
+    """
     with suppress(TypeError, OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
@@ -47,86 +61,89 @@ def keep_freed_memory() -> None:
 
 
 def encode_audio(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | None = None) -> list[Tensor]:
-    """Codes of recordings in memory, as a server would make them.
+    """Encode recordings in memory.
 
     Args:
-        mimi: not streaming; it streams meanwhile and is left as it was.
-        wavs: float32 [samples] at 24 kHz, of any lengths; the last frame is filled up with silence.
-        exact: see the module's docstring; None: on a CPU, so that codes depend on the sound alone, as on a GPU, where
-            the batch is always as large.
+        mimi: not streaming; its state is left unchanged.
+        wavs: float32 [samples] at 24 kHz, of any lengths; the last frame is padded with silence.
+        exact: see above. None: exact on a CPU; on a GPU a batch of constant size. In both cases codes depend on the
+            audio alone.
     Returns:
-        int64 [codebooks, ceil(samples / 1920)] each, on the CPU.
+        int64 [codebooks, ceil(samples / 1920)] for each recording, on the CPU.
     Raises:
-        UserError: one of them is empty.
+        UserError: a recording is empty.
     """
     if not len(wavs):
         return []
-    order = sorted(range(len(wavs)), key=lambda i: -len(wavs[i]))  # so that lanes end together
+    order = sorted(range(len(wavs)), key=lambda i: -len(wavs[i]))  # so that slots end together
     on_cuda = _device(mimi).type == "cuda"
     exact = not on_cuda if exact is None else exact
-    lanes = _TRAINING_LANES if on_cuda and not exact else min(len(wavs), SLOTS["cpu"])
+    slots = _TRAINING_SLOTS if on_cuda and not exact else min(len(wavs), _SLOTS["cpu"])
     codes = {}
-    # Recording a CUDA graph, two for each call of this function, would hand all memory that torch keeps back first.
-    with no_cuda_graph(), closing(encode_streams(mimi, ([wavs[i]] for i in order), lanes, exact)) as results:
-        for place, result in results:
+    # To record a CUDA graph, which each call would do twice, torch first gives back all memory that it keeps.
+    with no_cuda_graph(), closing(encode_streams(mimi, ([wavs[i]] for i in order), slots, exact)) as results:
+        for index, result in results:
             if isinstance(result, UserError):
                 raise result
-            codes[order[place]] = result[0].long()
+            codes[order[index]] = result[0].long()
     return [codes[i] for i in range(len(wavs))]
 
 
 def encode_streams(
-    mimi: MimiModel, sources: Iterable[Iterable[Tensor | np.ndarray]], lanes: int, exact: bool = False
+    mimi: MimiModel, sources: Iterable[Iterable[Tensor | np.ndarray]], slots: int, exact: bool = False
 ) -> Iterator[tuple[int, Tensor | UserError]]:
-    """Codes of any number of recordings of any length, `lanes` channels at a time.
+    """Encode any number of recordings of any length, `slots` channels at a time.
 
     Args:
-        mimi: not streaming; it streams until the iterator ends or is closed, and is then left as it was.
-        sources: one iterable per recording, over pieces of any lengths, float32 [samples] or [channels, samples] on
-            the CPU, at 24 kHz. A channel takes a lane. The next recording is asked for one ahead of need and pieces
-            when they are needed: whoever reads ahead in threads lets decoding overlap with encoding.
-        exact: see the module's docstring.
+        mimi: not streaming; it streams until the iterator ends or is closed, and its state is then left unchanged.
+        sources: for each recording an iterable of pieces of any lengths, float32 [samples] or [channels, samples] at
+            24 kHz on the CPU. Each channel takes a slot. A recording is requested one ahead of need, and its pieces
+            when they are needed: read ahead in threads to decode while encoding.
+        exact: see above.
     Yields:
-        (index of the recording, int16 [channels, codebooks, frames] on the CPU) in the order in which they end, or in
-        place of the codes a UserError: what its source raised, or that it is empty.
+        (index of the recording, int16 [channels, codebooks, frames] on the CPU), in the order in which recordings end.
+        Instead of codes a UserError if the source raised it or is empty.
     Raises:
-        UserError: a recording has more channels than there are lanes.
+        UserError: a recording has more channels than there are slots.
     """
     on_cuda = _device(mimi).type == "cuda"
     refill_frames = _REFILL_FRAMES["cuda" if on_cuda else "cpu"]
     recordings = (_Recording(index, source) for index, source in enumerate(sources))
     waiting = next(recordings, None)
     active: list[_Recording] = []
-    ended: list[_Recording] = []  # and not given out yet
-    free = list(range(lanes))
-    made: list[Tensor] = []  # codes [lanes, codebooks] of the frames since the last collection, on the device
+    ended: list[_Recording] = []  # and not yielded yet
+    free = list(range(slots))
+    made: list[Tensor] = []  # codes [slots, codebooks] of each frame since the last collection, on the device
 
-    with mimi.streaming(lanes):
+    with mimi.streaming(slots):
         for step in itertools.count():
+            # 1. Read the next frame of each recording. Free the slots of recordings that have ended.
             for recording in active:
                 recording.advance()
                 if recording.frame is None:
                     recording.stop = len(made)
-                    free += recording.lanes
+                    free += recording.slots
                     ended.append(recording)
             active = [recording for recording in active if recording.frame is not None]
 
+            # 2. Give free slots to the next recordings.
             fresh: list[int] = []
             while waiting is not None and (not active or step % refill_frames == 0):
-                if waiting.channels > lanes:
-                    raise UserError(f"{waiting.channels} channels need as many lanes, there are {lanes}")
+                if waiting.channels > slots:
+                    raise UserError(f"{waiting.channels} channels need as many slots; there are {slots}")
                 if waiting.channels > len(free):
                     break
                 if waiting.frame is None:
                     ended.append(waiting)
                 else:
-                    waiting.lanes, free = free[: waiting.channels], free[waiting.channels :]
+                    waiting.slots, free = free[: waiting.channels], free[waiting.channels :]
                     waiting.start = len(made)
-                    fresh += waiting.lanes
+                    fresh += waiting.slots
                     active.append(waiting)
                 waiting = next(recordings, None)
 
-            due = not active or (ended and not on_cuda)  # where it costs nothing, codes are given out at once
+            # 3. Fetch codes from the device and yield those of recordings that have ended: on a CPU at once.
+            due = not active or (ended and refill_frames == 1)
             if len(made) == _COLLECT_FRAMES or (made and due):
                 _collect(made, ended + active)
             if not made:
@@ -134,29 +151,31 @@ def encode_streams(
                 ended.clear()
             if not active:
                 return
+
+            # 4. Encode the frame of each slot.
             if fresh and step:
-                _reset(mimi, lanes, fresh)
-            frame = np.zeros((lanes, 1, FRAME_SIZE), dtype=np.float32)
+                _reset(mimi, slots, fresh)
+            frame = np.zeros((slots, 1, FRAME_SIZE), dtype=np.float32)
             for recording in active:
-                frame[recording.lanes, 0] = recording.frame
+                frame[recording.slots, 0] = recording.frame
             busy = None
-            if exact and lanes > 1:  # CUDA graphs keep the calls that they were recorded with: there all lanes are
-                busy = list(range(lanes)) if on_cuda else [lane for each in active for lane in each.lanes]
+            if exact and slots > 1:  # CUDA graphs repeat the calls they were recorded with: all slots are busy there
+                busy = list(range(slots)) if on_cuda else [slot for each in active for slot in each.slots]
             made.append(_encode_frame(mimi, torch.from_numpy(frame), busy))
 
 
 class _Recording:
-    """One source on its way through the lanes.
+    """A source while it is encoded.
 
     Attributes:
-        frame: the current one, [channels, 1920]; None when there are no more.
-        start, stop: where its codes lie among those not collected yet.
+        frame: the current frame [channels, 1920]; None after the last one.
+        start, stop: range of its codes among those not collected yet.
     """
 
     def __init__(self, index: int, source: Iterable[Tensor | np.ndarray]):
         self.index = index
         self.error: UserError | None = None
-        self.lanes: list[int] = []
+        self.slots: list[int] = []
         self.start, self.stop = 0, None
         self.codes: list[Tensor] = []
         self._frames = _frames(source)
@@ -174,22 +193,19 @@ class _Recording:
 
 
 def _frames(pieces: Iterable[Tensor | np.ndarray]) -> Iterator[np.ndarray]:
-    """[channels, 1920] each, the last one filled up with silence."""
-    rest, empty = None, True
+    """Yield frames [channels, 1920], the last one padded with silence. Raises UserError if there are no samples."""
+    pcm, empty = None, True
     for piece in pieces:
-        pcm = np.asarray(piece, dtype=np.float32)
-        pcm = pcm[None] if pcm.ndim == 1 else pcm
-        if rest is not None:
-            pcm = np.concatenate([rest, pcm], axis=1)
-        whole = pcm.shape[1] // FRAME_SIZE * FRAME_SIZE
-        for start in range(0, whole, FRAME_SIZE):
-            yield pcm[:, start : start + FRAME_SIZE]
-        rest = pcm[:, whole:] if pcm.shape[1] > whole else None
+        piece = np.atleast_2d(np.asarray(piece, dtype=np.float32))
+        pcm = piece if pcm is None else np.concatenate([pcm, piece], axis=1)
         empty = empty and pcm.shape[1] == 0
-    if rest is not None:
-        yield np.pad(rest, ((0, 0), (0, FRAME_SIZE - rest.shape[1])))
+        while pcm.shape[1] >= FRAME_SIZE:
+            yield pcm[:, :FRAME_SIZE]
+            pcm = pcm[:, FRAME_SIZE:]
     if empty:
         raise UserError("holds no sound at all: 0 samples")
+    if pcm.shape[1]:
+        yield np.pad(pcm, ((0, 0), (0, FRAME_SIZE - pcm.shape[1])))
 
 
 def _device(mimi: MimiModel) -> torch.device:
@@ -198,49 +214,48 @@ def _device(mimi: MimiModel) -> torch.device:
 
 @torch.inference_mode()
 def _encode_frame(mimi: MimiModel, frame: Tensor, busy: list[int] | None) -> Tensor:
-    """Codes int16 [lanes, codebooks] of a frame [lanes, 1, 1920]; exact for the lanes in `busy` if that is given."""
+    """Return codes int16 [slots, codebooks] of a frame [slots, 1, 1920]; exact for the slots in `busy` if given."""
     device = _device(mimi)
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
-            # Pinned memory and moshi's CUDA graphs belong to the current GPU, which may be another than Mimi's.
+            # Pinned memory and moshi's CUDA graphs belong to the current GPU, which may not be Mimi's.
             stack.enter_context(torch.cuda.device(device))
             stack.enter_context(_full_float32())
             frame = frame.pin_memory().to(device, non_blocking=True)
         if busy is not None:
-            stack.enter_context(_LaneByLane(busy))
+            stack.enter_context(_SlotBySlot(busy))
         return mimi.encode(frame)[:, :, 0].short()
 
 
 @torch.inference_mode()
-def _reset(mimi: MimiModel, lanes: int, fresh: list[int]) -> None:
-    """Gives lanes a fresh state. Only what encodes has one to lose: the decoder is never run here."""
-    mask = torch.zeros(lanes, dtype=torch.bool)
+def _reset(mimi: MimiModel, slots: int, fresh: list[int]) -> None:
+    """Reset the state of the encoder in the slots `fresh`. The decoder has none: it does not run here."""
+    mask = torch.zeros(slots, dtype=torch.bool)
     mask[fresh] = True
     mask = mask.to(_device(mimi))
     for part in (mimi.encoder, mimi.encoder_transformer, mimi.downsample.conv):
         part.reset_streaming(mask)
 
 
-@torch.inference_mode()
 def _collect(made: list[Tensor], recordings: list[_Recording]) -> None:
-    """Moves the codes made so far to the recordings that they belong to."""
+    """Move the codes in `made` to their recordings."""
     codes = torch.stack(made, dim=2).cpu()
     for recording in recordings:
-        recording.codes.append(codes[recording.lanes, :, recording.start : recording.stop])
+        recording.codes.append(codes[recording.slots, :, recording.start : recording.stop])
         recording.start = 0
     made.clear()
 
 
-# Functions, and the dimension of the lanes in their first argument (a row of `cdist` is one lane's frame).
+# Functions that sum, and the dimension of the slots in their first argument (a row of `cdist` is the frame of a slot).
 _SUMS = {F.linear: 0, F.conv1d: 0, F.scaled_dot_product_attention: 0, torch.cdist: 1}
 
 
-class _LaneByLane(TorchFunctionMode):
-    """Calls whatever sums over channels, positions or weights once per lane, with tensors of one stream's shape.
+class _SlotBySlot(TorchFunctionMode):
+    """Call functions that sum over channels, positions or weights once per slot, with tensors of one stream's shape.
 
-    Elementwise operations and norms are the same for a row whatever is beside it. Lanes that are not `busy` get the
-    result of one that is.
+    Elementwise operations and norms do not depend on the other rows. Slots that are not `busy` get the result of one
+    that is.
     """
 
     def __init__(self, busy: list[int]):
@@ -254,16 +269,16 @@ class _LaneByLane(TorchFunctionMode):
             return function(*args, **kwargs)
         split = len(args) if function is F.scaled_dot_product_attention else 1  # the rest are weights
         done = {
-            lane: function(*(tensor.narrow(dim, lane, 1) for tensor in args[:split]), *args[split:], **kwargs)
-            for lane in self.busy
+            slot: function(*(tensor.narrow(dim, slot, 1) for tensor in args[:split]), *args[split:], **kwargs)
+            for slot in self.busy
         }
         idle = done[self.busy[0]]
-        return torch.cat([done.get(lane, idle) for lane in range(args[0].shape[dim])], dim=dim)
+        return torch.cat([done.get(slot, idle) for slot in range(args[0].shape[dim])], dim=dim)
 
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """No TF32, in convolutions (where torch uses it unless told otherwise) nor in matrix products."""
+    """Disable TF32 in convolutions, where torch uses it by default, and in matrix products."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""Files of Mimi codes, and the fingerprints that tell which codec made them and of which audio."""
+"""Files of Mimi codes, with fingerprints of the codec and of the audio they were made from."""
 
 import errno
 import hashlib
@@ -18,9 +18,10 @@ from finetune.cli import UserError
 from finetune.files import replacing
 from finetune.streams import CODEBOOKS
 
-_BLOCK = 8192
-_BLOCKS = 64
-# Names that files use for what MimiModel.state_dict calls otherwise (moshi/modules/transformer.py: _load_hook;
+FORMAT = 1
+_FIELDS = {"codes": Tensor, "frame_rate": float, "sample_rate": int, "duration": float, "mimi": str, "audio": str}
+_BLOCK, _BLOCKS = 8192, 64  # size in bytes and number of the blocks in the fingerprint of a large audio file
+# Older names in weight files -> names in MimiModel.state_dict (moshi/modules/transformer.py: _load_hook;
 # moshi/quantization/core_vq.py: _load_from_state_dict).
 _RENAMED = {
     ".in_proj_weight": ".in_projs.0.weight",
@@ -33,20 +34,20 @@ _RENAMED = {
 
 
 def fingerprint_mimi(mimi: MimiModel) -> str:
-    """Names a codec by what its codes depend on: the weights of its encoder and the codebooks in use."""
+    """Return a digest of everything that codes depend on: the encoder's weights and the codebooks in use."""
     state = mimi.state_dict()
     return _fingerprint(state, state.__getitem__, mimi.num_codebooks)
 
 
-def fingerprint_file(path: Path, codebooks: int = CODEBOOKS) -> str:
-    """`fingerprint` of the Mimi that a weight file holds, without building it. Raises UserError if it holds none."""
+def fingerprint_file(path: Path) -> str:
+    """Return `fingerprint_mimi` of the weights in a file. Raises UserError if the file does not hold a Mimi."""
     try:
         if Path(path).suffix in (".safetensors", ".sft", ".sfts"):
             with safe_open(path, framework="pt") as file:
-                return _fingerprint(file.keys(), file.get_tensor, codebooks)
+                return _fingerprint(file.keys(), file.get_tensor, CODEBOOKS)
         state = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        return _fingerprint(state, state.__getitem__, codebooks)
-    except Exception as error:  # torch raises nearly anything on what is no file of its own
+        return _fingerprint(state, state.__getitem__, CODEBOOKS)
+    except Exception as error:  # torch.load raises almost any exception on a file that torch.save has not written
         reason = str(error).splitlines()[0] if isinstance(error, OSError | SafetensorError) else "damaged, or no Mimi"
         raise UserError(
             f"{path}: not readable as Mimi's weights ({reason}); give the model's own Mimi, downloaded whole"
@@ -54,45 +55,44 @@ def fingerprint_file(path: Path, codebooks: int = CODEBOOKS) -> str:
 
 
 def _fingerprint(names: Iterable[str], get: Callable[[str], Tensor], codebooks: int) -> str:
-    stored = {_canonical(name): name for name in names}
-    used = [name for name in stored if _encodes(name, codebooks)]
+    stored = {_current_name(name): name for name in names}
+    used = sorted(name for name in stored if _affects_codes(name, codebooks))
     if not used:
         raise ValueError("no encoder in it")
     digest = hashlib.sha256(str(codebooks).encode())
-    for name in sorted(used):
+    for name in used:
         tensor = get(stored[name]).detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name}{list(tensor.shape)}".encode())
         digest.update(tensor.numpy())
     return digest.hexdigest()[:16]
 
 
-def _canonical(name: str) -> str:
+def _current_name(name: str) -> str:
     for old, new in _RENAMED.items():
         if name.endswith(old):
             return name.removesuffix(old) + new
     return name
 
 
-def _encodes(name: str, codebooks: int) -> bool:
+def _affects_codes(name: str, codebooks: int) -> bool:
     part, _, rest = name.partition(".")
     if part != "quantizer":
         return part in ("encoder", "encoder_transformer", "downsample")
     if rest.endswith((".cluster_usage", ".embedding_sum")):
-        which, layer = rest.split(".")[0], int(rest.split(".layers.")[1].split(".")[0])
-        return layer < (1 if which == "rvq_first" else codebooks - 1)  # one semantic codebook, the rest acoustic
+        group, layer = rest.split(".")[0], int(rest.split(".layers.")[1].split(".")[0])
+        return layer < (1 if group == "rvq_first" else codebooks - 1)  # one semantic codebook, the rest acoustic
     return rest.endswith(".input_proj.weight")
 
 
 def audio_fingerprint(path: Path) -> str:
-    """Names the content of a file: its size and 64 blocks of 8 kB, evenly spread from its first byte to its last; of a
-    file of no more than that, all of it.
+    """Return a digest of a file's size and of 64 blocks of 8 kB spread evenly over it (of all of a smaller file).
 
-    It costs the same for every length, so that training can check each file that it opens. A copy, a move or a new
-    date do not change it; a file recorded, cut, resampled or made louder anew does. An edit that keeps the size and
-    falls between the blocks is seen by `check(thorough=True)` only. Raises UserError if the file cannot be read.
+    The cost does not grow with the file, so that training can check each file it opens. The name and the date of the
+    file do not matter. An edit that keeps the size and falls between the blocks is noticed by
+    `check_codes(thorough=True)` only. Raises UserError if the file cannot be read.
     """
-    with _reading(path) as file:
-        size = file.seek(0, 2)
+    with _open_audio(path) as file:
+        size = file.seek(0, os.SEEK_END)
         starts = range(0, size, _BLOCK)
         if size > _BLOCKS * _BLOCK:
             starts = [(size - _BLOCK) * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
@@ -104,12 +104,12 @@ def audio_fingerprint(path: Path) -> str:
 
 
 def audio_stamp(path: Path) -> dict[str, str | int]:
-    """What a file of codes says of its source beside the fingerprint: a digest of all of it, and its date in ns.
+    """Return the date (ns) of a file and a digest of all of it, to be saved with its codes.
 
     Raises UserError if the file cannot be read.
     """
-    with _reading(path) as file:
-        date = os.fstat(file.fileno()).st_mtime_ns  # before it is read: what is written meanwhile makes it another
+    with _open_audio(path) as file:
+        date = os.fstat(file.fileno()).st_mtime_ns  # before reading: a file that changes meanwhile gets a later date
         digest = hashlib.sha256()
         while block := file.read(2**20):
             digest.update(block)
@@ -117,7 +117,7 @@ def audio_stamp(path: Path) -> dict[str, str | int]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[BinaryIO]:
+def _open_audio(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
             yield file
@@ -127,25 +127,16 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-FORMAT = 1
-_FIELDS = {"codes": Tensor, "frame_rate": float, "sample_rate": int, "duration": float, "mimi": str, "audio": str}
-
-
 def save_codes(
-    path: Path,
-    codes: Tensor,
-    duration_sec: float,
-    mimi_fingerprint: str,
-    audio_fingerprint: str,
-    stamp: dict[str, str | int] | None = None,
-    exact: bool = False,
-) -> None:
-    """Writes codes [channels, 8, frames] to a file in an existing folder, atomically.
+    path: Path, codes: Tensor, duration_sec: float, mimi_fingerprint: str, audio_fingerprint: str,
+    stamp: dict[str, str | int] | None = None, exact: bool = False,
+) -> None:  # fmt: skip
+    """Write codes [channels, 8, frames] to a file in an existing folder, atomically.
 
-    The file is `torch.save` of a dictionary: the codes as int16, "frame_rate" and "sample_rate" (Hz), "duration" (of
-    the audio, seconds), "mimi" and "audio" (fingerprints), "format", "exact" (see `encode`), and what `audio_stamp`
-    gave.
-    """  # fmt: skip
+    The file is `torch.save` of a dictionary: "codes" as int16, "frame_rate" and "sample_rate" (Hz), "duration" (of the
+    audio, seconds), "mimi" and "audio" (fingerprints), "format", "exact" (see finetune.audio.codec), and the entries of
+    `audio_stamp`.
+    """
     entry = {
         "codes": codes.to(torch.int16).contiguous(),
         "frame_rate": FRAME_RATE,
@@ -161,57 +152,52 @@ def save_codes(
 
 
 def save_tensors(path: Path, entry: object) -> None:
-    """`torch.save`, atomically; OSError if the disk is full (given a name, not a file, torch raises RuntimeError)."""
+    """Call `torch.save`, atomically. Raises OSError if the disk is full (given a path, torch raises RuntimeError)."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(entry, file)
 
 
 def load_codes(path: Path) -> dict:
-    """What `save_codes` wrote. The codes are mapped from disk: only what is used of them is read.
+    """Return what `save_codes` wrote, with the codes mapped from disk: only what is used of them is read.
 
-    Raises UserError if the file is missing, damaged, something else, or cannot be mapped.
+    Raises UserError if the file is missing, damaged, not a file of codes, or cannot be mapped.
     """
     again = "run precompute_codes.py again"
     try:
         entry = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {again}") from None
-    except Exception as error:  # torch raises nearly anything on nearly a zip file, EINVAL too
+    except Exception as error:  # torch.load raises almost any exception on a damaged file, OSError (EINVAL) included
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         if os.strerror(errno.ENOMEM) in str(error):
-            raise UserError(
-                f"{path}: cannot be mapped, as this process has too many files mapped already; lower data.cache_mb"
-            ) from None
+            raise UserError(f"{path}: this process has mapped too many files; lower data.cache_mb") from None
         raise UserError(f"{path}: damaged, or not a file of codes; {again}") from None
     if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in _FIELDS.items()):
         raise UserError(f"{path}: not a file of codes; {again}")
     codes = entry["codes"]
     if entry.get("format") != FORMAT or codes.dtype != torch.int16 or codes.ndim != 3 or codes.shape[1] != CODEBOOKS:
         raise UserError(
-            f"{path}: holds codes of format {entry.get('format')}, {codes.dtype} {list(codes.shape)}, where format "
-            f"{FORMAT}, int16 [channels, {CODEBOOKS}, frames] is expected; {again}"
+            f"{path}: holds codes of format {entry.get('format')}, {codes.dtype} {list(codes.shape)}; expected format "
+            f"{FORMAT}, int16 [channels, {CODEBOOKS}, frames]; {again}"
         )
     return entry
 
 
 def check_codes(
-    entry: dict,
-    path: Path | None = None,
-    mimi_fingerprint: str | None = None,
-    audio_path: Path | None = None,
-    thorough: bool = False,
+    entry: dict, path: Path, mimi_fingerprint: str | None, audio_path: Path | None = None, thorough: bool = False
 ) -> None:
-    """Raises UserError if codes (from `path`) were made by another codec, or of audio that has changed since.
+    """Raise UserError if the codes from `path` were made by another codec, or of audio that has changed since.
 
-    What is None is not checked, nor is audio that is not there: training on codes does not need it. Audio of the same
-    date is the same, unless its file system counts in whole seconds. `thorough` reads all of a file of another date: an
-    edit in place may fall between the blocks of its fingerprint.
+    Args:
+        mimi_fingerprint: of the model's codec; None is not checked.
+        audio_path: not checked if None or missing, as training on codes does not need the audio. Audio of the same
+            date is unchanged, unless its file system counts in whole seconds.
+        thorough: read all of a file of another date: an edit may fall between the blocks of its fingerprint.
     """
-    name = "codes" if path is None else str(path)
     if mimi_fingerprint is not None and entry["mimi"] != mimi_fingerprint:
         raise UserError(
-            f"{name}: made by Mimi {entry['mimi']}, and this model's is {mimi_fingerprint}; run precompute_codes.py "
+            f"{path}: made by Mimi {entry['mimi']}, and this model's is {mimi_fingerprint}; run precompute_codes.py "
             "again with this model's --hf-repo or --mimi-path"
         )
     try:
@@ -227,6 +213,6 @@ def check_codes(
         changed = entry["audio_sha256"] != audio_stamp(audio_path)["audio_sha256"]
     if changed:
         raise UserError(
-            f"{name}: made of audio {entry['audio']}, and {audio_path} is now {now}: it has changed since; "
+            f"{path}: made of audio {entry['audio']}, and {audio_path} is now {now}: it has changed since; "
             "run precompute_codes.py again"
         )

@@ -1,21 +1,23 @@
-"""Reading audio files as float32 arrays [channels, samples], whole, a stretch of them, or in pieces.
+"""Read audio files as float32 arrays [channels, samples]: whole, a segment, or piece by piece. Write 16-bit wavs.
 
-A stretch or a piece is bit for bit what it would be in the whole file. Decoding is sphn's, which seeks to the very
-sample in plain wav, flac and aiff only; of other formats (mp3, ogg, m4a, ADPCM) the whole file is decoded first.
-Resampling is a finite filter whose every output depends on its place in the file and the sound around it, and on
-nothing else. (`sphn.resample` is not used: it comes tens of milliseconds late, loses the end, and depends on where it
-starts.)
+A segment or a piece is bit for bit that part of the whole file. sphn decodes; it seeks to the exact sample only in
+plain wav, flac and aiff, so files of other formats (mp3, ogg, m4a, ADPCM) are decoded whole first. Resampling is a
+finite filter: an output sample depends on its position in the file and on the sound around it, and on nothing else.
+(`sphn.resample` is not used: it delays the sound by tens of milliseconds, loses the end, and its output depends on
+where it starts.)
 """
 
+import itertools
 import os
 import tempfile
 import threading
 import wave
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
 from math import ceil, gcd
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import sphn
@@ -26,148 +28,215 @@ from finetune.files import replacing
 SAMPLE_RATE = 24_000  # Hz, Mimi (moshi/models/loaders.py: SAMPLE_RATE)
 FRAME_RATE = 12.5  # frames per second, Mimi (moshi/models/loaders.py: FRAME_RATE)
 FRAME_SIZE = 1920  # samples of one frame: SAMPLE_RATE / FRAME_RATE
-PIECE_SEC = 20  # decoded at once where a file is streamed: 7 MB at 44.1 kHz stereo
-_WHOLE_FILES = 2  # of formats without exact seeking that are kept decoded
-_one_at_a_time = threading.Lock()  # for whole files: one in memory is enough
-_PLAIN = (b"\1\0", b"\3\0", b"\6\0", b"\7\0")  # formats of wav with samples of one size: PCM, float, A-law, mu-law
-_EXTENSIBLE = b"\xfe\xff"  # the format stands further back
-LOUDEST = 100.0  # full scale is 1; what is beyond 40 dB above it is another scale or garbage
-# The filter is a Kaiser-windowed sinc. Toward 24 kHz it passes up to 10.7 kHz and stops from 12 kHz on by 86 dB.
+HEADER_TOLERANCE_SEC = 0.1  # the duration in a header may differ this much from what can be decoded
+SAME_SOUND = 0.98  # correlation above which two channels hold one recording
+PIECE_SEC = 20  # length of the pieces in which a file is streamed: 7 MB at 44.1 kHz stereo
+_EXPORT = "export it again as wav or flac"
+_MAX_AMPLITUDE = 100.0  # full scale is 1; samples 40 dB above it are in another scale or garbage
+_KEPT_FILES = 2  # decoded files that are kept, of formats without exact seeking
+_one_at_a_time = threading.Lock()  # for decoding whole files: one in memory is enough
+_PLAIN_WAV = (b"\1\0", b"\3\0", b"\6\0", b"\7\0")  # formats with samples of one size: PCM, float, A-law, mu-law
+_EXTENSIBLE_WAV = b"\xfe\xff"  # a later field holds the format
+# The filter is a Kaiser-windowed sinc. To 24 kHz it passes up to 10.7 kHz and attenuates by 86 dB from 12 kHz on.
 _ZERO_CROSSINGS = 48  # on each side
-_CUTOFF = 0.945  # of the lower of both Nyquist frequencies
+_CUTOFF = 0.945  # relative to the lower of the two Nyquist frequencies
 _KAISER_BETA = 8.6
 
 
 def to_frames(seconds: float) -> int:
-    """Frames that a sound of so many seconds takes, the last one padded."""
-    return ceil(round(seconds * FRAME_RATE, 6))
+    """Return the number of Mimi frames that a duration takes, the last one padded."""
+    return ceil(round(seconds * FRAME_RATE, 6))  # 0.56 * 12.5 is 7.000000000000001
 
 
 class AudioInfo(NamedTuple):
     channels: int
     sample_rate: int  # Hz
-    duration_sec: float  # as the header says; a truncated file decodes to less
+    duration_sec: float  # from the header; a truncated file decodes to less
 
 
 def probe_audio(path: str | Path) -> AudioInfo:
-    """Channels, sample rate and duration from the header. Raises UserError if the file is missing or not audio."""
-    reader = _Reader(path)
-    return AudioInfo(reader.channels, reader.sample_rate, reader.duration_sec)
+    """Return what the header says. Raises UserError if the file is missing or is not audio."""
+    return _AudioFile(path).info
 
 
 def read_audio(
-    path: str | Path,
-    start_sec: float = 0.0,
-    duration_sec: float | None = None,
-    sample_rate: int = SAMPLE_RATE,
+    path: str | Path, start_sec: float = 0.0, duration_sec: float | None = None, sample_rate: int = SAMPLE_RATE,
     channel: int | None = None,
-) -> np.ndarray:
-    """A stretch of a file, float32 [channels, samples] at `sample_rate`; shorter where the file ends.
+) -> np.ndarray:  # fmt: skip
+    """Return a segment of a file as float32 [channels, samples] at `sample_rate`; it is shorter where the file ends.
 
     Args:
-        start_sec, duration_sec: the stretch; None reads to the end.
-        channel: only this one, as [1, samples]; None for all.
+        duration_sec: None reads to the end.
+        channel: return this one only, as [1, samples]; None returns all.
     Raises:
-        UserError: the file is missing, is not audio, or has no such channel.
+        UserError: the file is missing, is not audio, or does not have the channel.
     """
-    reader = _Reader(path)
-    if channel is not None and channel >= reader.channels:
-        raise UserError(f"{path}: has {reader.channels} channel(s), so there is no channel {channel}")
-    rate = _rate(reader.sample_rate, sample_rate)
-    start = round(start_sec * sample_rate)
-    first_sec = max(0, start * rate.down // rate.up - rate.reach) // reader.sample_rate
-    if duration_sec is None:
-        stop, pcm = None, reader.decode(first_sec, None)
-    else:
-        stop = start + max(0, round(duration_sec * sample_rate))
-        last = -(-stop * rate.down // rate.up) + rate.reach
-        pcm = reader.decode(first_sec, -(-last // reader.sample_rate) - first_sec)
+    file = _AudioFile(path)
+    rate = file.info.sample_rate
+    if channel is not None and channel >= file.info.channels:
+        raise UserError(f"{path}: has {file.info.channels} channel(s), so there is no channel {channel}")
+    resampler = _resampler(rate, sample_rate)
+    start = stop = round(start_sec * sample_rate)
+    if duration_sec is not None:
+        stop += max(0, round(duration_sec * sample_rate))
+    low, high = resampler.inputs(start, stop)
+    first_sec = low // rate
+    pcm = file.decode(first_sec, None if duration_sec is None else -(-high // rate) - first_sec)
     if channel is not None:
         pcm = pcm[channel : channel + 1]
-    first = first_sec * reader.sample_rate
-    there = rate.outputs(first + pcm.shape[1])
-    stop = there if stop is None else min(stop, there)
-    return rate.convert(pcm, first, start, max(start, stop))
+    end = resampler.outputs(first_sec * rate + pcm.shape[1])
+    return resampler.convert(pcm, first_sec * rate, start, end if duration_sec is None else min(stop, end))
 
 
-def stream_audio(path: str | Path, sample_rate: int = SAMPLE_RATE, piece_sec: int = PIECE_SEC) -> Iterator[np.ndarray]:
-    """A whole file in pieces [channels, samples] that join to what `read` gives, in memory that does not grow with it
-    if its format has exact seeking.
+def stream_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> Iterator[np.ndarray]:
+    """Yield a file in pieces [channels, samples] that join to what `read_audio` returns.
 
-    Raises UserError as `read` does.
+    Memory does not grow with the file if its format has exact seeking. Raises UserError as `read_audio` does.
     """
-    reader = _Reader(path)
-    rate = _rate(reader.sample_rate, sample_rate)
-    pcm = np.zeros((reader.channels, 0), dtype=np.float32)
-    first = done = 0  # source samples before `pcm`, target samples given out
-    for second in range(0, 2**31, piece_sec):
-        piece = reader.decode(second, piece_sec)
+    file = _AudioFile(path)
+    rate = file.info.sample_rate
+    resampler = _resampler(rate, sample_rate)
+    pcm = np.zeros((file.info.channels, 0), dtype=np.float32)
+    first = done = 0  # source samples before `pcm`, target samples yielded
+    for second in itertools.count(0, PIECE_SEC):
+        piece = file.decode(second, PIECE_SEC)
         pcm = np.concatenate([pcm, piece], axis=1)
         end = first + pcm.shape[1]
-        ended = piece.shape[1] < piece_sec * reader.sample_rate
-        stop = rate.outputs(end) if ended else max(done, (end - rate.reach) * rate.up // rate.down)
+        ended = piece.shape[1] < PIECE_SEC * rate
+        stop = resampler.outputs(end) if ended else (end - resampler.reach) * resampler.up // resampler.down
         if stop > done:
-            yield rate.convert(pcm, first, done, stop)
+            yield resampler.convert(pcm, first, done, stop)
+            done = stop
         if ended:
             return
-        done = stop
-        keep = max(first, done * rate.down // rate.up - rate.reach)
+        keep = max(first, resampler.inputs(done, done)[0])
         pcm, first = pcm[:, keep - first :], keep
 
 
-def resample(pcm: np.ndarray, source: int, target: int) -> np.ndarray:
-    """`pcm` [channels, samples] as float32 [channels, ceil(samples * target / source)] at `target` Hz."""
-    rate = _rate(source, target)
-    return rate.convert(np.asarray(pcm, dtype=np.float32), 0, 0, rate.outputs(pcm.shape[1]))
+def decodable_sec(path: Path, info: AudioInfo) -> float:
+    """Return how many seconds of a file can be decoded: the header's duration if the file ends there.
+
+    Raises UserError if the file cannot be decoded.
+    """
+    start = max(0, int(info.duration_sec) - 1)
+    tail = read_audio(path, start, 4.0, info.sample_rate)
+    if abs(start + tail.shape[1] / info.sample_rate - info.duration_sec) <= HEADER_TOLERANCE_SEC:
+        return info.duration_sec
+    return sum(piece.shape[1] for piece in stream_audio(path, info.sample_rate)) / info.sample_rate
 
 
-class _Reader:
-    """An audio file, of which stretches in whole seconds can be had: only there does sphn find the very sample.
+def to_int16(pcm: np.ndarray) -> np.ndarray:
+    """Round float samples to 16 bits; samples beyond full scale are clipped."""
+    return (pcm.clip(-1, 1) * 32767).round().astype(np.int16)
 
-    Raises UserError if it is missing or not audio.
+
+@contextmanager
+def wav_writer(path: Path, channels: int, sample_rate: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write a 16-bit wav piece by piece; the file appears once it is complete.
+
+    Yields a function that appends int16 samples [channels, samples].
+    """
+    with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
+        file.setparams((channels, 2, sample_rate, 0, "NONE", "not compressed"))
+        yield lambda pcm: file.writeframesraw(pcm.T.astype("<i2").tobytes())
+
+
+def write_wav(path: Path, pcm: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
+    """Write int16 samples [channels, samples] as a wav, atomically."""
+    with wav_writer(path, len(pcm), sample_rate) as append:
+        append(pcm)
+
+
+def write_conversation(path: Path, agent: np.ndarray, user: np.ndarray) -> None:
+    """Write float samples at 24 kHz as a stereo wav, agent left and user right; the shorter side ends in silence."""
+    length = max(len(agent), len(user))
+    both = np.stack([np.pad(side, (0, length - len(side))) for side in (agent, user)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_wav(path, (both.clip(-1, 1) * 32767).astype(np.int16))
+
+
+class _AudioFile:
+    """An open audio file, decoded in segments that start at whole seconds: there sphn finds the exact sample.
+
+    Raises UserError if the file is missing or is not audio.
     """
 
     def __init__(self, path: str | Path):
-        self._path, self._file = path, _open(path)
-        self._seeks = _seeks(path)
-        self._whole: np.ndarray | None = None
-        self.channels, self.sample_rate = self._file.channels, int(self._file.sample_rate)
-        self.duration_sec = self._file.duration_sec
+        self._path = path
+        try:
+            self._file = _call(sphn.FileReader, str(path))
+        except ValueError as error:
+            if not Path(path).exists():
+                raise UserError(f"{path}: no such file") from None
+            reason = str(error).split(": ", 1)[-1]
+            raise UserError(f"{path}: not readable as audio ({reason}); {_EXPORT}") from None
+        self.info = AudioInfo(self._file.channels, int(self._file.sample_rate), self._file.duration_sec)
+        if self.info.channels < 1 or not 1000 <= self.info.sample_rate <= 200_000:
+            raise UserError(f"{path}: its header says {self.info[0]} channel(s) at {self.info[1]} Hz; {_EXPORT}")
+        self._seeks_exactly = _seeks_exactly(path)
 
-    def decode(self, start_sec: int, duration_sec: int | None) -> np.ndarray:
-        """float32 [channels, samples] of a stretch, to the end of the file if `duration_sec` is None."""
-        if not self._seeks:
-            if self._whole is None:
-                stat = os.stat(self._path)
-                self._whole = _whole(str(self._path), stat.st_size, stat.st_mtime_ns)
-            stop = None if duration_sec is None else (start_sec + duration_sec) * self.sample_rate
-            return np.array(self._whole[:, start_sec * self.sample_rate : stop])
-        if start_sec == 0 and duration_sec is None:
-            return _decoded(self._path, self._file.decode_all).reshape(self.channels, -1)
+    @cached_property
+    def _whole(self) -> np.ndarray:
+        stat = os.stat(self._path)
+        return _decode_to_disk(str(self._path), stat.st_size, stat.st_mtime_ns)
+
+    def decode(self, start_sec: int, duration_sec: int | None = None) -> np.ndarray:
+        """Return float32 [channels, samples] from `start_sec` on; to the end of the file if `duration_sec` is None."""
+        rate = self.info.sample_rate
+        if not self._seeks_exactly:
+            stop = None if duration_sec is None else (start_sec + duration_sec) * rate
+            return np.array(self._whole[:, start_sec * rate : stop])
         if duration_sec is None:
-            duration_sec = ceil(max(0.0, self.duration_sec - start_sec)) + 1
-        pcm = _decoded(self._path, self._file.decode, float(start_sec), float(duration_sec))
-        return pcm.reshape(self.channels, -1)[:, : duration_sec * self.sample_rate]
+            if start_sec == 0:
+                return self.decode_all()
+            duration_sec = ceil(max(0.0, self.info.duration_sec - start_sec)) + 1
+        return self._samples(self._file.decode, float(start_sec), float(duration_sec))[:, : duration_sec * rate]
+
+    def decode_all(self) -> np.ndarray:
+        return self._samples(self._file.decode_all)
+
+    def _samples(self, decode: Callable, *args: float) -> np.ndarray:
+        try:
+            pcm = np.asarray(_call(decode, *args), dtype=np.float32)
+        except ValueError as error:
+            if "end of stream" not in str(error) and "out-of-range for stream" not in str(error):
+                raise UserError(f"{self._path}: cannot be decoded ({error}); {_EXPORT}") from None
+            pcm = np.zeros(0, dtype=np.float32)  # it starts after the end of the file
+        # One NaN would stay in the codec's attention for all files that the same slot encodes later.
+        if pcm.size and not max(-pcm.min(), pcm.max()) < _MAX_AMPLITUDE:
+            raise UserError(f"{self._path}: holds samples that are not finite or exceed {_MAX_AMPLITUDE:g}; {_EXPORT}")
+        return pcm.reshape(self.info.channels, -1)
 
 
-def _seeks(path: str | Path) -> bool:
-    """Whether sphn seeks exactly in a file. It lands milliseconds off in what is coded in frames that build on the
-    ones before (mp3, Vorbis, AAC), and finds nothing in ADPCM."""
+def _call(function: Callable, *args: Any) -> Any:
+    """Call sphn. Some damage makes its Rust code panic, which is not an Exception: raise a ValueError for that too."""
+    try:
+        return function(*args)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(error) from None
+
+
+def _seeks_exactly(path: str | Path) -> bool:
+    """Whether sphn seeks to the exact sample. It misses by milliseconds in formats whose frames depend on earlier ones
+    (mp3, Vorbis, AAC), and finds nothing in ADPCM."""
     with open(path, "rb") as file:
         head = file.read(4096)
     if head.startswith(b"RIFF"):
         form = head.partition(b"fmt ")[2]
-        return (form[28:30] if form[4:6] == _EXTENSIBLE else form[4:6]) in _PLAIN
+        return (form[28:30] if form[4:6] == _EXTENSIBLE_WAV else form[4:6]) in _PLAIN_WAV
     return head.startswith((b"fLaC", b"FORM"))
 
 
-@lru_cache(_WHOLE_FILES)
-def _whole(path: str, size: int, mtime_ns: int) -> np.ndarray:
-    """All of a file [channels, samples], decoded from its start, in a temporary file without a name: an hour at
-    44.1 kHz stereo is 1.3 GB. `size` and `mtime_ns` are the file's, so that a new one is decoded anew."""
+@lru_cache(_KEPT_FILES)
+def _decode_to_disk(path: str, size: int, mtime_ns: int) -> np.ndarray:
+    """Decode a whole file to [channels, samples] in an unnamed temporary file: an hour at 44.1 kHz stereo is 1.3 GB.
+
+    `size` and `mtime_ns` are the file's, so that a file that has changed is decoded again.
+    """
     with _one_at_a_time:
-        reader = _open(path)
-        pcm = _decoded(path, reader.decode_all).reshape(reader.channels, -1)
+        pcm = _AudioFile(path).decode_all()
         if pcm.size == 0:
             return pcm
         try:
@@ -182,49 +251,10 @@ def _whole(path: str, size: int, mtime_ns: int) -> np.ndarray:
             ) from None
 
 
-def _open(path: str | Path) -> sphn.FileReader:
-    try:
-        reader = _call(sphn.FileReader, str(path))
-    except ValueError as error:
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such file") from None
-        reason = str(error).split(": ", 1)[-1]
-        raise UserError(f"{path}: not readable as audio ({reason}); export it again as wav or flac") from None
-    if reader.channels < 1 or not 1000 <= reader.sample_rate <= 200_000:
-        raise UserError(f"{path}: its header says {reader.channels} channel(s) at {reader.sample_rate} Hz")
-    return reader
+class _Resampler:
+    """Resample from `source` to `target` Hz: target sample n is at n * down / up source samples.
 
-
-def _call(function: Callable, *args) -> object:
-    """sphn's answer. Some damage makes its Rust code panic, which is no Exception; here it is a ValueError too."""
-    try:
-        return function(*args)
-    except Exception:
-        raise
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(error) from None
-
-
-def _decoded(path: str | Path, function, *args) -> np.ndarray:
-    try:
-        pcm = np.asarray(_call(function, *args), dtype=np.float32)
-        # One NaN would stay in the codec's attention for all files that its lane encodes after this one.
-        if pcm.size and not max(-pcm.min(), pcm.max()) < LOUDEST:
-            raise UserError(f"{path}: holds samples that are not finite or beyond {LOUDEST:.0f} times full scale")
-        return pcm
-    except ValueError as error:
-        if "end of stream" in str(error) or "out-of-range for stream" in str(error):  # a start past the end
-            return np.zeros(0, dtype=np.float32)
-        raise UserError(f"{path}: cannot be decoded ({error})") from None
-
-
-class _Rate:
-    """From `source` to `target` Hz: target sample n is at n * down / up source samples.
-
-    Attributes:
-        reach: source samples on each side that a target sample hears.
+    `reach` source samples on each side of that point affect it.
     """
 
     def __init__(self, source: int, target: int):
@@ -232,7 +262,7 @@ class _Rate:
         self.reach = 0
         if self.up == self.down:
             return
-        import scipy.signal  # takes almost a second, which is spared where nothing is resampled
+        import scipy.signal  # takes almost a second, which files that are not resampled are spared
 
         widest = max(self.up, self.down)
         half = _ZERO_CROSSINGS * widest
@@ -240,56 +270,30 @@ class _Rate:
         taps = scipy.signal.firwin(2 * half + 1, _CUTOFF / widest, window=("kaiser", _KAISER_BETA)) * self.up
         # With its centre at a multiple of `down`, and pieces that begin at one, every output falls on its own tap.
         self._delay = -(-half // self.down)
-        pad = self._delay * self.down - half
-        self._taps = np.pad(taps, (pad, 0)).astype(np.float32)
+        self._taps = np.pad(taps, (self._delay * self.down - half, 0)).astype(np.float32)
         self.reach = half // self.up + 1
 
     def outputs(self, samples: int) -> int:
-        """Length of what `samples` source samples become."""
+        """Return the length of `samples` source samples after resampling."""
         return -(-samples * self.up // self.down)
 
+    def inputs(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the range of source samples that affect target samples [start, stop)."""
+        return max(0, start * self.down // self.up - self.reach), -(-stop * self.down // self.up) + self.reach
+
     def convert(self, pcm: np.ndarray, first: int, start: int, stop: int) -> np.ndarray:
-        """Target samples [start, stop) out of source samples `first` and on; the file is silent outside of them."""
+        """Return target samples [start, stop), given source samples from `first` on; the file is silent around them."""
+        if stop <= start:
+            return pcm[:, :0]
         if self.up == self.down:
             return pcm[:, start - first : stop - first]
-        low = max(0, start * self.down // self.up - self.reach) // self.down * self.down
-        high = -(-stop * self.down // self.up) + self.reach
-        out = np.zeros((len(pcm), max(0, stop - start)), dtype=np.float32)
-        if out.shape[1] == 0:
-            return out
+        low, high = self.inputs(start, stop)
+        low -= low % self.down
         if low < first:
-            pcm = np.pad(pcm, ((0, 0), (first - low, 0)))
-            first = low
+            pcm, first = np.pad(pcm, ((0, 0), (first - low, 0))), low
         made = self._upfirdn(self._taps, pcm[:, low - first : high - first], self.up, self.down, axis=1)
-        offset = start + self._delay - low // self.down * self.up
-        made = made[:, offset : offset + out.shape[1]]
-        out[:, : made.shape[1]] = made
-        return out
+        offset = self._delay - low // self.down * self.up
+        return made[:, start + offset : stop + offset]
 
 
-_rate = lru_cache(_Rate)
-HEADER_TOLERANCE_SEC = 0.1  # by which a header may differ from what can be decoded
-
-
-def decodable_sec(path: Path, info: AudioInfo) -> float:
-    """Seconds of a file that can be decoded: the header's, unless its end is not where that says.
-
-    Raises UserError if the file cannot be decoded.
-    """
-    start = max(0, int(info.duration_sec) - 1)
-    tail = read_audio(path, start, 4.0, info.sample_rate)
-    if abs(start + tail.shape[1] / info.sample_rate - info.duration_sec) <= HEADER_TOLERANCE_SEC:
-        return info.duration_sec
-    return sum(piece.shape[1] for piece in stream_audio(path, info.sample_rate)) / info.sample_rate
-
-
-def write_conversation(path: Path, agent: np.ndarray, user: np.ndarray) -> None:
-    """A stereo wav of 16 bits, agent left and user right; the shorter one ends in silence."""
-    length = max(len(agent), len(user))
-    both = np.stack([np.pad(channel, (0, length - len(channel))) for channel in (agent, user)], axis=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
-        file.setnchannels(2)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
-        file.writeframes((both.clip(-1, 1) * 32767).astype("<i2").tobytes())
+_resampler = lru_cache(_Resampler)

@@ -1,8 +1,7 @@
-"""Whisper with the manners that training data needs: it hears only where there is sound, long files pass through in
-blocks, and every word ends up inside the file, in order, with a positive length.
+"""Words of one channel of a recording, by Whisper (whisper-timestamped).
 
-The engine is whisper-timestamped. What it gets wrong on one side of a dialogue, where most of the file is silence,
-is what the repairs below are about.
+Whisper is made for audio that is full of speech, but one side of a dialogue is mostly silence. So only segments with
+speech are transcribed, and words are dropped or moved until all are in order, inside the file and not in silence.
 """
 
 import os
@@ -20,47 +19,48 @@ import whisper_timestamped
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 
 from finetune.audio.files import read_audio
-from finetune.audio.speech import LEVEL_SAMPLES, LEVEL_SEC_16K, WHISPER_RATE, sound_levels, sound_segments, sounding
+from finetune.audio.speech import detect_speech, frame_levels, speech_segments, speech_threshold
+from finetune.audio.words import Word
 from finetune.cli import UserError
 from finetune.jobs.workers import WorkerBroken
 
-BLOCK_SEC = 600.0  # what is in memory at once
-CUT_SEC = 120.0  # a block ends in the quietest second of its last two minutes
-MARGIN_SEC = 0.5  # silence left around a stretch of sound (the dilatation of whisper_timestamped.get_vad_segments)
-KEPT_MARGIN_SEC = 1.5  # the same with keep_silence
+WHISPER_RATE = 16_000  # Hz (whisper/audio.py: SAMPLE_RATE)
+LEVEL_SAMPLES = 320  # one level: 20 ms, the resolution of Whisper's times (whisper/audio.py: TOKENS_PER_SECOND)
+LEVEL_SEC = LEVEL_SAMPLES / WHISPER_RATE
+# Losing a word is worse than transcribing noise. Of 26 words at -40 dBFS, 5 dB over white noise, tiny.en finds 25 with
+# this value and 8 with the detector's own 12 dB.
+OVER_FLOOR_DB = 6.0
+BLOCK_SEC = 600.0  # audio in memory at once, however long the file
+TAIL_SEC = 120.0  # a block ends in the quietest second of its last two minutes
+MARGIN_SEC = 0.5  # silence kept around speech (the dilatation of whisper_timestamped.get_vad_segments)
+LONG_MARGIN_SEC = 1.5  # the same with keep_silence
 # With tiny.en: phrases invented in noise, hum or silence had a confidence of 0.01 to 0.12, real ones 0.55 and more even
 # at 5 dB over white noise; words squeezed in after the end of a real phrase had less than 0.01.
 MIN_PHRASE_CONFIDENCE = 0.2
 MIN_WORD_CONFIDENCE = 0.02
-PAUSE_SEC = 0.2  # a word that follows so much silence starts where the sound does
-# OpenAI's beam search (whisper/transcribe.py: cli) with its first fallbacks only: what Whisper says at higher
-# temperatures is fluent and was not said, and in noise they cost most of the time.
+PAUSE_SEC = 0.2  # a word that follows a silence of this length starts where the speech does
+# OpenAI's beam search (whisper/transcribe.py: cli) with its first fallbacks only: at higher temperatures Whisper makes
+# up fluent text, which in noise takes most of its time.
 DECODING = {"beam_size": 5, "best_of": 5, "temperature": (0.0, 0.2, 0.4)}
-
-
-class HeardWord(NamedTuple):
-    text: str
-    start: float  # seconds from the start of the file
-    end: float
+# Raised by whisper-timestamped for segments of length zero, text without timestamps and its own failed assertions.
+ENGINE_ERRORS = (AssertionError, IndexError, ValueError, RuntimeError)
 
 
 class Transcript(NamedTuple):
-    """The words of one channel, and what is worth knowing about how they came to be."""
+    """The words of one channel, and how they came about."""
 
-    words: list[HeardWord]
+    words: list[Word]
     language: str | None  # None: nothing was said
-    duration_sec: float
-    sound_sec: float  # how much of it is not silent
+    duration: float  # seconds
+    sound_sec: float  # of speech
     repairs: dict[str, int]  # words dropped or moved, by reason
 
 
 def read_blocks(path: Path, channel: int) -> Iterator[tuple[float, np.ndarray]]:
-    """One channel of a file at 16 kHz as (start in seconds, pcm float32 [samples]), at most 10 minutes at a time.
+    """Yield one channel of a file at 16 kHz as (start in seconds, pcm float32 [samples]), up to 10 minutes at a time.
 
-    A file ends where no more can be decoded: headers of piped wavs, of mp3s and of what was cut off are wrong.
-
-    Raises:
-        UserError: as `audio.read`; or the file holds no samples.
+    The file ends where no more can be decoded: headers of piped wavs, mp3s and truncated files have wrong lengths.
+    Raises UserError as `read_audio` does, and if the file has no samples.
     """
     start, ended = 0.0, False
     while not ended:
@@ -75,19 +75,23 @@ def read_blocks(path: Path, channel: int) -> Iterator[tuple[float, np.ndarray]]:
 
 
 def _quiet_sample(pcm: np.ndarray) -> int:
-    """The sample in the middle of the quietest second of the block's end."""
-    level = sound_levels(pcm)
-    tail = round(CUT_SEC / LEVEL_SEC_16K)
-    second = round(1 / LEVEL_SEC_16K)
-    loudness = np.convolve(level[-tail:], np.ones(second), mode="valid")
-    return (len(level) - tail + int(np.argmin(loudness)) + second // 2) * LEVEL_SAMPLES
+    """Return the sample in the middle of the quietest second of the end of a block."""
+    levels = frame_levels(pcm, LEVEL_SAMPLES)
+    tail, second = round(TAIL_SEC / LEVEL_SEC), round(1 / LEVEL_SEC)
+    loudness = np.convolve(levels[-tail:], np.ones(second), mode="valid")
+    return (len(levels) - tail + int(np.argmin(loudness)) + second // 2) * LEVEL_SAMPLES
+
+
+def find_speech(pcm: np.ndarray) -> np.ndarray:
+    """Return bool [frames of 20 ms]: where a channel at 16 kHz (float32 [samples]) has speech."""
+    levels = frame_levels(pcm, LEVEL_SAMPLES)
+    return detect_speech(levels, LEVEL_SEC, speech_threshold(levels, OVER_FLOOR_DB) if len(levels) else None)
 
 
 def download_whisper(name: str) -> None:
-    """Fetches a model by name into whisper's cache, once: several workers would write into the same file at once.
+    """Download a model by name into Whisper's cache, before several workers would write to the same file.
 
-    Raises:
-        UserError: there is no such model, or the download fails.
+    Raises UserError if there is no such model or the download fails.
     """
     if name not in whisper.available_models():
         known = ", ".join(whisper.available_models())
@@ -96,46 +100,44 @@ def download_whisper(name: str) -> None:
     try:
         whisper._download(whisper._MODELS[name], str(cache), in_memory=False)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"cannot download the Whisper model {name!r} ({error}); give the path of a .pt file instead"
-        ) from None
+        problem = f"cannot download the Whisper model {name!r} ({error}); give the path of a .pt file instead"
+        raise UserError(problem) from None
 
 
 def load_whisper(name: str, device: str) -> whisper.model.Whisper:
-    """A Whisper by name or from a `.pt` file in openai-whisper's format.
+    """Load a Whisper by name or from a `.pt` file in openai-whisper's format.
 
-    A file's model has no alignment heads of its own, and with the generic ones words come 0.1 s early: if its name
-    ends like that of a known model (`whisper-tiny.en.pt`), that model's heads are taken.
+    A file has no alignment heads, and with the generic ones words come 0.1 s early: if its name ends like that of a
+    known model (`whisper-tiny.en.pt`), it gets the heads of that model. Raises UserError if it cannot be loaded.
     """
     try:
         model = whisper_timestamped.load_model(name, device=device)
     except pickle.UnpicklingError:
-        raise UserError(f"cannot load the Whisper model {name!r}: this is no file of weights") from None
+        raise UserError(f"cannot load the Whisper model {name!r}: it is not a file of weights") from None
     except (RuntimeError, OSError, KeyError, ValueError, TypeError, EOFError) as error:
         reason = f"{type(error).__name__}, {error}".splitlines()[0]
         raise UserError(f"cannot load the Whisper model {name!r}: {reason}") from None
-    heads = known_model(name)
-    if heads is not None and Path(name).exists():
-        with suppress(ValueError, RuntimeError):  # of another size than its name: the generic heads still work
-            model.set_alignment_heads(whisper._ALIGNMENT_HEADS[heads])
+    known = known_model(name)
+    if known is not None and Path(name).exists():
+        with suppress(ValueError, RuntimeError):  # not of the size in its name: the generic heads still work
+            model.set_alignment_heads(whisper._ALIGNMENT_HEADS[known])
     return model
 
 
 def known_model(name: str) -> str | None:
-    """The OpenAI model that a file name ends with: "x/whisper-tiny.en.pt" -> "tiny.en"."""
+    """Return the OpenAI model that a file name ends with: "x/whisper-tiny.en.pt" -> "tiny.en"."""
     stem = Path(name).name.removesuffix(".pt")
-    fitting = [known for known in whisper.available_models() if stem == known or stem.endswith(f"-{known}")]
-    return max(fitting, key=len, default=None)
+    matches = [known for known in whisper.available_models() if stem == known or stem.endswith(f"-{known}")]
+    return max(matches, key=len, default=None)
 
 
 class Transcriber:
-    """One Whisper on one device.
+    """A Whisper model on a device.
 
     Args:
-        language: a code such as "en" or a name; None: heard in the first words of each file.
-        keep_silence: leave 1.5 s rather than 0.5 s of silence around each stretch of sound.
-    Raises:
-        UserError: the model cannot be loaded or does not know the language.
+        language: a code such as "en" or a name; None: detected in the first speech of each file.
+        keep_silence: keep 1.5 s of silence around speech instead of 0.5 s.
+    Raises UserError if the model cannot be loaded or does not know the language.
     """
 
     def __init__(self, model: str, device: str, language: str | None = None, keep_silence: bool = False):
@@ -147,89 +149,76 @@ class Transcriber:
         if not self.model.is_multilingual and language not in (None, "en"):
             raise UserError(f"the Whisper model {model!r} knows English only, and --lang is {language!r}")
         self.language = language if self.model.is_multilingual else "en"
-        self.margin_sec = KEPT_MARGIN_SEC if keep_silence else MARGIN_SEC
+        self.margin_sec = LONG_MARGIN_SEC if keep_silence else MARGIN_SEC
 
     def __call__(self, path: Path, channel: int) -> Transcript:
-        """The words of one channel of a file. Memory is that of ten minutes of it, however long it is.
-
-        Raises:
-            UserError: as `blocks`.
-        """
-        words: list[HeardWord] = []
+        """Transcribe one channel of a file. Raises UserError as `read_blocks` does."""
+        words: list[Word] = []
         repairs: Counter[str] = Counter()
-        language, duration, sound_sec = self.language, 0.0, 0.0
+        language, duration, speech_sec = self.language, 0.0, 0.0
         for offset, pcm in read_blocks(path, channel):
             length = len(pcm) / WHISPER_RATE
-            sound = sounding(sound_levels(pcm))
-            found = sound_segments(sound, self.margin_sec, length)
-            if found:
-                raw, language = self._hear(pcm, found, language, repairs)
-                for word in repair_words(raw, sound, length, repairs):
-                    words.append(
-                        HeardWord(word.text, _milliseconds(word.start + offset), _milliseconds(word.end + offset))
-                    )
-            sound_sec += float(sound.sum()) * LEVEL_SEC_16K
+            speech = find_speech(pcm)
+            segments = speech_segments(speech, LEVEL_SEC, self.margin_sec, length)
+            if segments:
+                raw, language = self._transcribe(pcm, segments, language, repairs)
+                for text, *times in repair_words(raw, speech, length, repairs):
+                    # Whole milliseconds, rounded down so that no word ends after its file.
+                    start, end = (floor((time + offset) * 1000 + 1e-6) / 1000 for time in times)
+                    words.append((text, start, end))
+            speech_sec += float(speech.sum()) * LEVEL_SEC
             duration = offset + length
-        return Transcript(words, language if words else None, duration, sound_sec, dict(repairs))
+        language = language if words else None
+        return Transcript(words, language, round(duration, 3), round(speech_sec, 2), dict(repairs))
 
-    def _hear(self, pcm, found, language, repairs) -> tuple[list[dict], str | None]:
-        """All stretches in one go, as Whisper likes its 30 seconds full; if whisper-timestamped trips over them,
-        each alone, so that an assertion of its own costs one stretch and not the file."""
+    def _transcribe(self, pcm, segments, language, repairs) -> tuple[list[dict], str | None]:
+        """Return (words, language) of all segments. They are transcribed in one call, as Whisper works best on full 30
+        seconds; after an error of whisper-timestamped one by one, so that it costs one segment and not the file."""
         try:
-            return self._whisper(pcm, found, language)
-        except TRIPS as error:
-            _raise_if_cuda(error)
-        words, given_up = [], []
-        for stretch in found:
+            return self._whisper(pcm, segments, language)
+        except ENGINE_ERRORS as error:
+            failure = error
+        words, failed = [], 0
+        for segment in segments:
             try:
-                more, language = self._whisper(pcm, [stretch], language)
+                more, language = self._whisper(pcm, [segment], language)
                 words += more
-            except TRIPS as error:
-                _raise_if_cuda(error)
-                given_up.append(error)
-        if len(given_up) == len(found):
-            raise given_up[0]
-        if given_up:
-            repairs["given up: stretches"] += len(given_up)
+            except ENGINE_ERRORS:
+                failed += 1
+        if failed == len(segments):
+            raise failure
+        if failed:
+            repairs["given up: segments"] += failed
         return words, language
 
-    def _whisper(self, pcm, found, language) -> tuple[list[dict], str | None]:
-        result = whisper_timestamped.transcribe(self.model, pcm, language=language, vad=found, verbose=None, **DECODING)
+    def _whisper(self, pcm, segments, language) -> tuple[list[dict], str | None]:
+        try:
+            result = whisper_timestamped.transcribe(
+                self.model, pcm, language=language, vad=segments, verbose=None, **DECODING
+            )
+        except RuntimeError as error:
+            if "CUDA" in str(error):  # everything later fails in this process, whatever the audio
+                raise WorkerBroken(str(error).splitlines()[0]) from error
+            raise
         words = [
-            word | {"phrase confidence": segment.get("confidence", 1.0)}
-            for segment in result["segments"]
-            for word in segment.get("words", [])
+            word | {"phrase confidence": phrase.get("confidence", 1.0)}
+            for phrase in result["segments"]
+            for word in phrase.get("words", [])
         ]
         return words, result["language"] if words else language
 
 
-def _milliseconds(seconds: float) -> float:
-    """Rounded down, so that no word ends after its file."""
-    return floor(seconds * 1000 + 1e-6) / 1000
-
-
-# What whisper-timestamped raises on odd input: failed assertions ("Inconsistent number of segments"), segments of
-# length zero, text without timestamps.
-TRIPS = (AssertionError, IndexError, ValueError, RuntimeError)
-
-
-def _raise_if_cuda(error: Exception) -> None:
-    """After an error of the GPU everything fails in this process: that is no fault of the audio."""
-    if "CUDA" in str(error):
-        raise WorkerBroken(str(error).splitlines()[0]) from error
-
-
-def repair_words(raw: list[dict], sound: np.ndarray, duration_sec: float, repairs: Counter) -> list[HeardWord]:
-    """Words in order, inside [0, `duration_sec`], of positive length, none of them in silence.
+def repair_words(raw: list[dict], speech: np.ndarray, duration_sec: float, repairs: Counter) -> list[Word]:
+    """Return words in order, inside [0, `duration_sec`], of positive length, none of them in silence.
 
     Args:
-        raw: whisper-timestamped's words: text, start, end (seconds), confidence, phrase confidence.
-        sound: bool [frames of 20 ms], from `sounding`.
-        repairs: counts, by reason, the words dropped or moved; each word once.
+        raw: words from whisper-timestamped: text, start, end (seconds), confidence, phrase confidence.
+        speech: bool [frames of 20 ms], from `find_speech`.
+        repairs: counts the words dropped or moved by reason, each word once.
     """
-    words: list[HeardWord] = []
-    pause = round(PAUSE_SEC / LEVEL_SEC_16K)
-    last_start = max(0.0, duration_sec - LEVEL_SEC_16K)
+    words: list[Word] = []
+    pause = round(PAUSE_SEC / LEVEL_SEC)
+    last_start = max(0.0, duration_sec - LEVEL_SEC)
     for word in raw:
         text, start, end = word["text"].strip(), float(word["start"]), float(word["end"])
         if not any(letter.isalnum() for letter in text):
@@ -238,21 +227,21 @@ def repair_words(raw: list[dict], sound: np.ndarray, duration_sec: float, repair
         if word["phrase confidence"] < MIN_PHRASE_CONFIDENCE or word["confidence"] < MIN_WORD_CONFIDENCE:
             repairs["dropped: not sure"] += 1
             continue
-        # Times a rounding beyond the end are no mistake.
-        possible = start < end and start > -LEVEL_SEC_16K and end < duration_sec + LEVEL_SEC_16K
+        # A rounding error beyond the ends of the file is not a mistake.
+        possible = start < end and start > -LEVEL_SEC and end < duration_sec + LEVEL_SEC
         start = min(max(start, 0.0), last_start)
-        end = min(max(end, start + LEVEL_SEC_16K), duration_sec)
-        first, last = int(start / LEVEL_SEC_16K), ceil(end / LEVEL_SEC_16K)
-        if not sound[max(first - pause, 0) : last + pause].any():
+        end = min(max(end, start + LEVEL_SEC), duration_sec)
+        first, last = int(start / LEVEL_SEC), ceil(end / LEVEL_SEC)
+        if not speech[max(first - pause, 0) : last + pause].any():
             repairs["dropped: in silence"] += 1
             continue
         if not possible:
             repairs["moved: impossible times"] += 1
-        elif words and start < words[-1].start:
+        elif words and start < words[-1][1]:
             repairs["moved: out of order"] += 1
-        elif not sound[max(first - pause, 0) : first + 1].any() and sound[first:last].any():
+        elif not speech[max(first - pause, 0) : first + 1].any() and speech[first:last].any():
             repairs["to the onset"] += 1
-            start = min((first + int(np.argmax(sound[first:last]))) * LEVEL_SEC_16K, last_start)
-            end = max(end, start + LEVEL_SEC_16K)
-        words.append(HeardWord(text, start, end))
-    return sorted(words, key=lambda word: word.start)
+            start = min((first + int(np.argmax(speech[first:last]))) * LEVEL_SEC, last_start)
+            end = max(end, start + LEVEL_SEC)
+        words.append((text, start, end))
+    return sorted(words, key=lambda word: word[1])

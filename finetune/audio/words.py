@@ -1,41 +1,80 @@
-"""Word times: the `.json` next to an audio file."""
+"""Word times and prompts: the `.json` next to an audio file."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic_core import from_json
+
 from finetune.cli import UserError
 
 MAIN_SPEAKER = "SPEAKER_MAIN"  # moshi-finetune's label of the agent
+PROMPT_FIELDS = ("text_prompt", "voice_prompt")  # of a manifest line or a .json
 Word = tuple[str, float, float]  # text, start and end in seconds from the start of the file
 
 
-def read_alignments(raw: object, speakers: Sequence[str] = (MAIN_SPEAKER,)) -> list[Word]:
-    """The words of `speakers` out of a .json's `alignments`, in the order of their starts.
+def sidecar(audio: Path) -> Path:
+    """Return the path of the `.json` next to an audio file."""
+    return audio.with_suffix(".json")
 
-    Raises:
-        UserError: not a list of [word, [start, end], speaker] with finite times.
-    """
-    if not isinstance(raw, list):
+
+def parse_word(row: object) -> Word:
+    """Parse [text, [start, end]] or [text, [start, end], speaker]. Raises ValueError if `row` is something else."""
+    try:
+        text, (start, end), *_ = row
+        start, end = float(start), float(end)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(row, list) or not isinstance(text, str) or not math.isfinite(start) or not math.isfinite(end):
+        raise ValueError("the text must be a string and the times finite")
+    return text, start, end
+
+
+def read_alignments(rows: object, speakers: Sequence[str] = (MAIN_SPEAKER,)) -> list[Word]:
+    """Return the words of `speakers`, and those without a speaker, in the order of their starts. Raises UserError."""
+    if not isinstance(rows, list):
         raise UserError('"alignments" is not a list of [word, [start, end], speaker]')
     words: list[Word] = []
-    for i, item in enumerate(raw):
+    for i, row in enumerate(rows):
         try:
-            text, (start, end), *speaker = item
-            start, end = float(start), float(end)
-        except (TypeError, ValueError):
-            raise UserError(f"alignment {i} is {item!r}, not [word, [start, end], speaker]") from None
-        if not isinstance(text, str) or not math.isfinite(start) or not math.isfinite(end):
-            raise UserError(f"alignment {i} is {item!r}, not [word, [start, end], speaker] with finite times")
-        if not speaker or speaker[0] in speakers:
-            words.append((text, start, end))
+            word = parse_word(row)
+        except ValueError:
+            raise UserError(f"alignment {i} is {row!r}, not [word, [start, end], speaker] with finite times") from None
+        if len(row) < 3 or row[2] in speakers:
+            words.append(word)
     words.sort(key=lambda word: word[1])
     return words
 
 
-def sidecar(audio: Path) -> Path:
-    """The `.json` beside an audio file: word times and prompts."""
-    return audio.with_suffix(".json")
+def read_sidecar(audio: Path) -> dict:
+    """Return the content of the `.json` next to an audio file. Raises UserError if it has no "alignments"."""
+    file = sidecar(audio)
+    try:
+        content = from_json(file.read_bytes())  # takes less than half the time of json.loads
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing; run annotate.py to make it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as JSON ({error}); move it away and run annotate.py again") from None
+    if not isinstance(content, dict) or "alignments" not in content:
+        raise UserError(f'{file}: has no "alignments"; run annotate.py to make them')
+    return content
 
 
-PROMPT_FIELDS = ("text_prompt", "voice_prompt")  # of a manifest line or a .json
+def read_words(audio: Path, speakers: Sequence[str] = (MAIN_SPEAKER,)) -> tuple[list[Word], dict]:
+    """Return (words of `speakers`, prompt fields) from the `.json` next to an audio file. Raises UserError."""
+    content = read_sidecar(audio)
+    try:
+        words = read_alignments(content["alignments"], speakers)
+    except UserError as error:
+        raise UserError(f"{sidecar(audio)}: {error}") from None
+    return words, {key: content[key] for key in PROMPT_FIELDS if key in content}
+
+
+def read_prompt_fields(audio: Path) -> dict:
+    """Return the prompt fields of the `.json` next to an audio file; none if the file is missing or broken."""
+    try:
+        raw = sidecar(audio).read_bytes()  # parsed only if there is a prompt, as it may have thousands of words
+        content = from_json(raw) if any(f'"{key}"'.encode() in raw for key in PROMPT_FIELDS) else {}
+        return {key: content[key] for key in PROMPT_FIELDS if key in content}
+    except (OSError, ValueError, TypeError):
+        return {}

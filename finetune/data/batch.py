@@ -1,10 +1,11 @@
-"""Samples -> batches."""
+"""Samples, and batches of samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from finetune.model.targets import Targets, count_targets, make_targets
 from finetune.streams import N_STREAMS, ZERO
@@ -12,26 +13,26 @@ from finetune.streams import N_STREAMS, ZERO
 
 @dataclass
 class TextStats:
-    """What became of the tokens of a stretch of text."""
+    """How the words of one or more windows fit into their frames."""
 
     words: int = 0
     placed: int = 0  # tokens
-    dropped: int = 0  # tokens that found no frame
-    late: int = 0  # words placed after their due frame
-    late_frames: int = 0  # by how many frames, summed over the late words
+    dropped: int = 0  # tokens for which there was no frame
+    late: int = 0  # words placed after the frame in which they were due
+    late_frames: int = 0  # delay in frames, summed over the late words
 
     def add(self, other: "TextStats") -> None:
-        for name in ("words", "placed", "dropped", "late", "late_frames"):
+        for name in vars(self):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass
 class Sample:
-    """One window, ready for the model.
+    """One window: its prompt, if any, and its dialogue.
 
-    codes: [17, T] int64, undelayed: the prompt, if any, then the dialogue.
+    codes: [17, T] int64, not delayed.
     loss_mask: [T] bool, false on the prompt.
-    embeddings: [E, dim] or None, in place of the temporal transformer's inputs at positions 0..E-1.
+    embeddings: [E, dim], which replace the inputs of the temporal transformer at positions 0..E-1, or None.
     """
 
     codes: Tensor
@@ -40,67 +41,63 @@ class Sample:
     name: str  # path and start, for messages
     text: TextStats
     prompt_ids: list[int] = field(default_factory=list)  # of the text prompt
-    voice: str | None = None  # its name
-    voiceless: bool = False  # it names a voice and has none: `same_speaker` found no other speech of the agent
+    voice: str | None = None  # name of the voice prompt
+    voiceless: bool = False  # `same_speaker` found no other speech of the agent
 
 
 @dataclass
 class Batch:
-    """One microbatch of one rank.
+    """One microbatch of one rank: the windows that could be read, or else one without loss.
 
     codes: [B, 17, T] int64, padded with ZERO to the longest sample; loss_mask: [B, T] bool.
-    embeddings: [B, E, dim] or None with lengths [B]: prompt embeddings (see Sample).
-    plan: which frames carry loss; counts: [2 + dep_q] int64, valid positions per group (finetune.fast.Losses).
-    B may be less than asked for (bad samples are left out); at B = 0 it is one window without loss.
+    embeddings: [B, E, dim] with lengths [B], or None (see Sample).
+    targets: the frames with loss; counts: [2 + dep_q] int64, how many of each group (see count_targets).
     """
 
     codes: Tensor
     loss_mask: Tensor
     embeddings: Tensor | None
     lengths: Tensor | None
-    plan: Targets
+    targets: Targets
     counts: Tensor
     names: list[str]
-    problems: list[str]  # why samples were left out
+    problems: list[str]  # a sentence for each window that could not be read
     text: TextStats
-    voiceless: int  # windows without the voice that they name
-    tokens: int  # that the model reads, prompts included
-    frames: int  # that carry loss
+    voiceless: int  # number of samples that are voiceless
+    tokens: int  # tokens other than ZERO, prompts included
+    frames: int  # frames with loss
 
     def to(self, device: torch.device) -> "Batch":
+        """Copy the tensors that the model needs to a device."""
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """In pinned memory, out of which a GPU copies while its host goes on (DataLoader calls this by its name)."""
+        """Copy them to pinned memory, so that a copy to a GPU is asynchronous. DataLoader calls this by its name."""
         return self._moved(Tensor.pin_memory)
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        optional = lambda tensor: None if tensor is None else move(tensor)
-        return replace(
-            self, codes=move(self.codes), loss_mask=move(self.loss_mask), embeddings=optional(self.embeddings),
-            lengths=optional(self.lengths), plan=Targets(*map(move, self.plan)),
-        )  # fmt: skip
+        tensors = {"codes": self.codes, "loss_mask": self.loss_mask}
+        if self.embeddings is not None:
+            tensors |= {"embeddings": self.embeddings, "lengths": self.lengths}
+        moved = {name: move(tensor) for name, tensor in tensors.items()}
+        return replace(self, **moved, targets=Targets(*map(move, self.targets)))
 
 
 def collate(samples: list[Sample], problems: list[str], delays: list[int], dep_q: int) -> Batch:
-    """A batch of samples, padded to the longest of them."""
+    """Make a batch of samples; `problems`: why others are missing; delays, dep_q: of the model."""
     size, longest = max(1, len(samples)), max([s.codes.shape[1] for s in samples], default=2)
     codes = torch.full((size, N_STREAMS, longest), ZERO, dtype=torch.int64)
     mask = torch.zeros((size, longest), dtype=torch.bool)
-    embeddings = lengths = None
     text = TextStats()
-    with_embeddings = [s.embeddings for s in samples if s.embeddings is not None]
-    if with_embeddings:
-        dim = with_embeddings[0].shape[1]
-        embeddings = with_embeddings[0].new_zeros((size, max(len(e) for e in with_embeddings), dim))
-        lengths = torch.zeros(size, dtype=torch.int64)
     for i, sample in enumerate(samples):
         codes[i, :, : sample.codes.shape[1]] = sample.codes
         mask[i, : sample.loss_mask.shape[0]] = sample.loss_mask
         text.add(sample.text)
-        if sample.embeddings is not None:
-            embeddings[i, : len(sample.embeddings)] = sample.embeddings
-            lengths[i] = len(sample.embeddings)
+    embeddings = lengths = None
+    with_embeddings = [s.embeddings for s in samples if s.embeddings is not None]
+    if with_embeddings:
+        each = [with_embeddings[0][:0] if s.embeddings is None else s.embeddings for s in samples]
+        embeddings, lengths = pad_sequence(each, batch_first=True), torch.tensor([len(e) for e in each])
     return Batch(
         codes, mask, embeddings, lengths, make_targets(codes, mask, delays, dep_q),
         count_targets(codes, mask, delays, dep_q), [s.name for s in samples], problems, text,

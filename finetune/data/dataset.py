@@ -1,12 +1,23 @@
-"""Windows -> batches, read by worker processes."""
+"""Batches of one rank. The path of a window:
 
-import copy
+manifest.py       Line               one audio file
+windows.py        (source, window)   the order of windows, and the positions that belong to this rank
+  - - -  in workers (data.num_workers)  - - -
+interleaver.py    Draft              text stream, and audio or stored codes
+prompter.py       PromptParts        text and voice in front of it
+  - - -  in the training process; if codes are pre-computed, still in workers  - - -
+interleaver.py    Sample [17, T]     Mimi encodes audio; prompt and dialogue are joined
+batch.py          Batch [B, 17, T]   samples are padded to the longest
+model/targets.py  Targets            the frames that carry loss
+"""
+
 import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,20 +25,23 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from finetune.cli import UserError
 from finetune.data.batch import Batch, Sample, collate
-from finetune.data.interleaver import Draft, InterleavedTokenizer, Tokenizer
+from finetune.data.interleaver import Draft, Tokenizer
 from finetune.data.windows import EvalOrder, ManifestIndex, RankShare, WindowOrder, Windows
 from finetune.jobs.parent import die_with_parent
 
+Finish = Callable[[list[Draft], list[str]], Batch]  # (drafts, problems) -> batch
 
+
+@dataclass(eq=False)
 class Microbatches(IterableDataset):
-    """Drafts (or, with codes at hand, batches) of one rank, read by DataLoader's workers in turn."""
+    """The microbatches of one rank, read by the workers of a DataLoader in turn."""
 
-    def __init__(
-        self, indexes: list[ManifestIndex], order: Callable[[int], tuple[int, int]], share: RankShare,
-        tokenizer: Tokenizer, seed: int | None, finish: Callable | None,
-    ):  # fmt: skip
-        self.indexes, self.order, self.share = indexes, order, share
-        self.tokenizer, self.seed, self.finish = tokenizer, seed, finish
+    indexes: list[ManifestIndex]
+    order: Callable[[int], tuple[int, int]]  # position in the stream -> (source, window)
+    share: RankShare
+    tokenizer: Tokenizer
+    seed: int | None  # of the prompt dropout; None: no prompt is dropped
+    finish: Finish | None = None  # None: yield (drafts, problems) instead of batches
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -48,40 +62,27 @@ class Microbatches(IterableDataset):
             yield (drafts, problems) if self.finish is None else self.finish(drafts, problems)
 
 
-class Finish:
-    """Drafts -> batch; in a worker where codes are at hand, in the training process where Mimi has to make them."""
-
-    def __init__(self, tokenizer: Tokenizer, delays: list[int], dep_q: int):
-        self.tokenizer, self.delays, self.dep_q = tokenizer, list(delays), dep_q
-
-    def __call__(self, drafts: list[Draft], problems: list[str]) -> Batch:
-        samples = self.tokenizer.encode(drafts) if drafts else []
-        return collate(samples, problems, self.delays, self.dep_q)
+def _make_batch(tokenizer: Tokenizer, delays: list[int], dep_q: int, drafts: list[Draft], problems: list[str]) -> Batch:
+    samples = tokenizer.encode(drafts) if drafts else []
+    return collate(samples, problems, delays, dep_q)
 
 
-def _begin_worker(_: int) -> None:
-    # The training process decides when to end; a Ctrl-C at the terminal reaches its workers too.
+def _start_worker(_: int) -> None:
+    # The training process decides when to end; Ctrl-C in a terminal signals its workers too.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    # One whose result nobody takes any more would wait for ever to hand it over.
+    # A worker whose parent has died would wait forever to hand over its next batch.
     threading.Thread(target=die_with_parent, daemon=True).start()
 
 
-def _as_is(item: object) -> object:  # the default would turn arrays into tensors
-    return item
+def _load(stream: IterableDataset, workers: int, pin: bool = False) -> Iterator:
+    options = {"num_workers": workers, "prefetch_factor": 4 if workers else None, "worker_init_fn": _start_worker}
+    unchanged = lambda item: item  # the default collate_fn turns arrays into tensors
+    return iter(DataLoader(stream, batch_size=None, collate_fn=unchanged, pin_memory=pin, **options))
 
 
-def _load(stream: Microbatches, workers: int, pin: bool = False) -> Iterator:
-    prefetch = 4 if workers else None
-    return iter(DataLoader(
-        stream, batch_size=None, num_workers=workers, prefetch_factor=prefetch, worker_init_fn=_begin_worker,
-        collate_fn=_as_is, pin_memory=pin,
-    ))  # fmt: skip
-
-
-def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same, each taken from its worker while the one before is in use: a batch is a dozen tensors, and to map their
-    shared memory takes milliseconds."""
+def _prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Take each batch from its worker while the previous one is in use: to map shared memory takes milliseconds."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, batches, None)
         while (batch := coming.result()) is not None:
@@ -90,25 +91,17 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def get_live_encoding_iterator(stream: Microbatches, finish: Finish, workers: int) -> Iterator[Batch]:
-    """Batches whose audio workers decode and whose codes Mimi makes here, a whole batch at a time."""
+    """Yield batches whose audio is decoded by workers and encoded by Mimi here, a whole batch at a time."""
     for drafts, problems in _load(stream, workers):
         yield finish(drafts, problems)
 
 
 def get_precomputed_iterator(stream: Microbatches, finish: Finish, workers: int, pin: bool = False) -> Iterator[Batch]:
-    """Batches that workers read whole from pre-computed codes; `pin`: for a GPU."""
+    """Yield batches that workers make of pre-computed codes; `pin`: in pinned memory."""
     stream.finish = finish
     batches = _load(stream, workers, pin)
-    # A GPU's batches are taken from the workers by the thread that pins them, others by one of ours.
-    yield from _ahead(batches) if workers and not pin else batches
-
-
-def spread_samples(windows: Windows, tokenizer: Tokenizer, count: int) -> list[Sample]:
-    """`count` samples, evenly spread over the windows; those that cannot be read are left out."""
-    order = EvalOrder(windows.sizes, count)
-    stream = Microbatches(windows.indexes, order, RankShare(count, stop=len(order)), tokenizer, None, None)
-    drafts = next(iter(stream))[0]
-    return tokenizer.encode(drafts) if drafts else []
+    # If it pins batches, DataLoader takes them from the workers in a thread of its own.
+    yield from _prefetch(batches) if workers and not pin else batches
 
 
 def get_dataset_iterator(
@@ -116,26 +109,29 @@ def get_dataset_iterator(
     seed: int = 0, shuffle: bool = False, workers: int = 0, evaluation: bool = False, eval_samples: int | None = None,
     pin: bool = False,
 ) -> Iterator[Batch]:  # fmt: skip
-    """This rank's batches.
+    """Return an iterator over the batches of this rank.
 
     Args:
-        windows, tokenizer: of the same kind: PrecomputedTokenizer for windows with codes, else InterleavedTokenizer.
-        share: where in the stream, and which part of it.
-        evaluation: each window once, in order, none dropped of its prompt; `eval_samples` evenly spread ones.
-        pin: for a GPU to copy from; of batches out of pre-computed codes.
+        tokenizer: PrecomputedTokenizer if the windows have codes, else InterleavedTokenizer.
+        share: the part of the stream that this rank takes, and where it begins.
+        evaluation: read all windows, or `eval_samples` evenly spread ones, once, in order, and drop no prompt.
+        pin: put batches of pre-computed codes into pinned memory, from which a GPU copies them.
     """
     if evaluation:
         order = EvalOrder(windows.sizes, eval_samples)
         share = replace(share, position=0, stop=len(order))
     else:
-        mixed = windows.weights if len(windows.indexes) > 1 else None
-        order = WindowOrder(windows.sizes, mixed, seed, shuffle)
-    finish = Finish(tokenizer, delays, dep_q)
-    reader = tokenizer
-    if isinstance(tokenizer, InterleavedTokenizer):
-        reader = copy.copy(tokenizer)
-        reader.mimi = None  # workers decode only
-    stream = Microbatches(windows.indexes, order, share, reader, None if evaluation else seed, None)
+        order = WindowOrder(windows.sizes, windows.weights if len(windows.indexes) > 1 else None, seed, shuffle)
+    finish = partial(_make_batch, tokenizer, list(delays), dep_q)
+    stream = Microbatches(windows.indexes, order, share, tokenizer, None if evaluation else seed)
     if windows.precomputed:
         return get_precomputed_iterator(stream, finish, workers, pin)
     return get_live_encoding_iterator(stream, finish, workers)
+
+
+def spread_samples(windows: Windows, tokenizer: Tokenizer, count: int) -> list[Sample]:
+    """Return `count` samples, evenly spread over the windows; those that cannot be read are left out."""
+    order = EvalOrder(windows.sizes, count)
+    stream = Microbatches(windows.indexes, order, RankShare(count, stop=len(order)), tokenizer, seed=None)
+    drafts, _ = next(iter(stream))
+    return tokenizer.encode(drafts) if drafts else []

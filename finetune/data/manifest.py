@@ -1,6 +1,7 @@
 """Manifests: JSON lines, one audio file each, `{"path": "calls/1.wav", "duration": 63.2, ...}`.
 
-A relative path is relative to the manifest's own folder, in every tool, and may not leave it.
+All commands resolve a relative path against the folder of the manifest, which the path may not leave. "duration" is in
+seconds; training needs it, annotate.py and precompute_codes.py do without.
 """
 
 import gzip
@@ -15,32 +16,38 @@ from typing import NamedTuple
 
 from finetune.cli import UserError
 
-LONGEST_SEC = 1e6  # twelve days: what says that it is longer is broken
+LONGEST_SEC = 1e6  # twelve days; a longer duration is a mistake
 
 
 class Line(NamedTuple):
-    number: int  # 1-based, as an editor counts
+    number: int  # 1-based, as in an editor
     path: Path  # of the audio, resolved
-    fields: dict  # everything the line holds, as written
+    fields: dict  # everything the line holds, unchanged
     manifest: Path
 
+    @property
+    def duration(self) -> float | None:
+        """Seconds; None if the line has no duration or a bad one, which `check_duration` refuses."""
+        value = self.fields.get("duration")  # true is an int, and NaN a float
+        return float(value) if type(value) in (int, float) and 0 <= value <= LONGEST_SEC else None
 
-def open_manifest(path: Path):
-    """The manifest as a text stream; `.gz` is read through gzip. Raises UserError if it is not there."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such manifest")
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+def check_duration(line: Line) -> None:
+    """Raise UserError if a line has no duration, or one that is not a number from 0 to LONGEST_SEC."""
+    if line.duration is None:
+        found = json.dumps({key: value for key, value in line.fields.items() if key == "duration"})[:60]
+        problem = f'needs "duration": seconds, from 0 to {LONGEST_SEC:,.0f}, found {found}'
+        raise UserError(f"{line.manifest}, line {line.number}: {problem}")
 
 
 def resolve_path(manifest: Path, value: str) -> Path:
-    """The file that `value` names in `manifest`. Raises UserError if a relative path leaves the folder, or no file can
-    have that name."""
-    try:
-        if b"\0" in os.fsencode(value):
-            raise ValueError
-    except ValueError:  # also of half a character, which is no text
-        raise UserError(f"{value!r} is no file's name") from None
+    """Return the path that `value` names in `manifest`. Raises UserError if it is not usable as one."""
     path = Path(value)
+    try:
+        if not path.name or b"\0" in os.fsencode(value):
+            raise ValueError
+    except ValueError:  # half of a surrogate pair has no encoding
+        raise UserError(f"{value!r} is no file's name") from None
     if path.is_absolute():
         return path
     if ".." in path.parts:
@@ -48,66 +55,68 @@ def resolve_path(manifest: Path, value: str) -> Path:
     return manifest.parent / path
 
 
-def parse_line(manifest: Path, number: int, line: str | bytes) -> Line:
-    """One line of a manifest. Raises UserError naming manifest and line."""
+def parse_line(manifest: Path, number: int, raw: bytes) -> Line:
+    """Parse a line of a manifest. Raises UserError naming manifest and line."""
     try:
-        text = line.decode() if isinstance(line, bytes) else line
-        fields = json.loads(text.removeprefix("\ufeff"))  # the mark with which editors of Windows begin a file
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{manifest}, line {number}: not JSON ({error})") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("path"), str) or not Path(fields["path"]).name:
-        raise UserError(f'{manifest}, line {number}: needs an object with a "path"')
-    try:
+        fields = json.loads(raw.decode().removeprefix("\ufeff"))  # the mark with which editors on Windows begin a file
+        if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
+            raise UserError(f'needs {{"path": ..., "duration": seconds}}, found {json.dumps(fields)[:60]}')
         return Line(number, resolve_path(manifest, fields["path"]), fields, manifest)
+    except (ValueError, RecursionError) as error:
+        problem = f'not JSON ({error}); needs {{"path": ..., "duration": seconds}}'
     except UserError as error:
-        raise UserError(f"{manifest}, line {number}: {error}") from None
+        problem = str(error)
+    raise UserError(f"{manifest}, line {number}: {problem}")
 
 
-def raw_lines(manifest: Path) -> Iterator[tuple[int, bytes]]:
-    """(number, line with its end) of each line. Raises UserError if the manifest is missing, or broken as a file."""
-    number = 0
+def raw_lines(manifest: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (number, offset in bytes, content) of the lines but blank ones. Raises UserError if the file is damaged."""
+    if not manifest.is_file():
+        raise UserError(f"{manifest}: no such manifest")
+    number = offset = 0
     try:
-        with open_manifest(manifest) as text:
-            for number, raw in enumerate(text.buffer, start=1):
-                yield number, raw
+        with (gzip.open if manifest.suffix == ".gz" else open)(manifest, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if raw.strip():
+                    yield number, offset, raw
+                offset += len(raw)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{manifest}: cannot be read to its end, beyond line {number} ({error}); copy it again"
-        ) from None
+        problem = f"cannot be read to its end, beyond line {number} ({error}); copy it again"
+        raise UserError(f"{manifest}: {problem}") from None
 
 
-def read_manifest(manifest: Path, problems: list[str]) -> Iterator[Line]:
-    """The good lines of a manifest, in order; each bad one adds a sentence to `problems`. Blank lines are skipped.
+def read_manifest(manifest: Path, problems: list[str], timed: bool = False) -> Iterator[Line]:
+    """Yield the lines of a manifest in order; each bad line adds a sentence to `problems`.
 
-    Raises UserError as `raw_lines` does.
+    `timed` requires durations. Without it a line may lack one, and if it has a bad one it is reported and yielded.
+    Raises UserError if the file is missing or damaged.
     """
-    for number, raw in raw_lines(manifest):
-        if raw.strip():
-            try:
-                yield parse_line(manifest, number, raw)
-            except UserError as error:
-                problems.append(str(error))
+    for number, _, raw in raw_lines(manifest):
+        line = None
+        try:
+            line = parse_line(manifest, number, raw)
+            if timed or line.fields.get("duration") is not None:
+                check_duration(line)
+        except UserError as error:
+            problems.append(str(error))
+        if line is not None and not (timed and line.duration is None):
+            yield line
 
 
 def parse_sources(value: str) -> list[tuple[Path, float]]:
-    """`a.jsonl:0.7,folder:0.3` as [(manifest, weight)], folders opened, weights summing to 1.
+    """Return `a.jsonl:0.7,folder:0.3` as [(manifest, weight)], with weights that sum to 1.
 
-    A weight is what follows the last colon if it is a number, so that `C:/data.jsonl` stays a path. Sources without
-    one count 1, as in moshi-finetune; the manifests of a folder share its weight by their sizes.
-    Raises UserError naming what is not there.
+    A weight is a number after the last colon, so that `C:/data.jsonl` stays a path; sources without one count 1, as in
+    moshi-finetune. The manifests of a folder share its weight by their sizes. Raises UserError naming what is missing.
     """
     sources: list[tuple[Path, float]] = []
     for item in filter(None, (part.strip() for part in value.split(","))):
-        path, colon, weight_text = item.rpartition(":")
-        weight = 1.0
-        if colon and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", weight_text):
-            weight = float(weight_text)
-        else:
-            path = item
+        weighted = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", item)
+        path, weight = (weighted[1], float(weighted[2])) if weighted else (item, 1.0)
         if weight <= 0 or not math.isfinite(weight):
             raise UserError(f"{item}: the weight must be a positive number")
         if path.startswith("hf://"):
-            raise UserError(f"{path}: data sets are read from disk; download it first (`hf download`)")
+            raise UserError(f"{path}: datasets are read from disk; download it first (`hf download`)")
         source = Path(path).expanduser()
         if source.is_dir():
             manifests = sorted(p for p in source.rglob("*.jsonl*") if p.suffix in (".jsonl", ".gz"))
@@ -118,9 +127,9 @@ def parse_sources(value: str) -> list[tuple[Path, float]]:
         elif source.is_file():
             sources.append((source, weight))
         else:
-            tool = "python -m finetune.tools.make_manifest"
-            made = "precompute_codes.py" if source.stem.endswith("_precomputed") else tool
-            raise UserError(f"{source}: no such manifest; `{made}` makes it")
+            precomputed = source.stem.endswith("_precomputed")
+            tool = "precompute_codes.py" if precomputed else "python -m finetune.tools.make_manifest"
+            raise UserError(f"{source}: no such manifest; `{tool}` makes it")
     if not sources:
         raise UserError("names no manifest")
     total = sum(weight for _, weight in sources)

@@ -1,4 +1,4 @@
-"""Which prompt a window gets: its own, the default of the settings, or none."""
+"""Choose the prompt of each window, and check the prompts of all files before a run."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
-import torch
 
-from finetune.args import PromptArgs
-from finetune.audio.files import FRAME_RATE, FRAME_SIZE, probe_audio
+from finetune.args import PromptArgs, TrainArgs
+from finetune.audio.files import FRAME_RATE, FRAME_SIZE, probe_audio, to_frames
 from finetune.audio.words import Word
 from finetune.cli import UserError
 from finetune.data.manifest import Line
@@ -18,114 +17,126 @@ from finetune.prompts.same_speaker import SAME_SPEAKER, segment_audio, voice_seg
 from finetune.prompts.text import wrap_system_prompt
 from finetune.prompts.voices import VoiceBook
 
+MIN_VOICE_FRAMES = 12  # 1 s; a shorter voice prompt hardly conveys a voice
+_MAX_TEXTS = 10_000  # texts whose token ids are kept
+
 
 class PromptParts(NamedTuple):
-    """A prompt before it is built: the voice, or the sound of it where it is still to be encoded, and the text."""
+    """A prompt whose voice may still have to be encoded."""
 
     voice: VoicePrompt | None
-    pcm: np.ndarray | None  # [samples] float32 at 24 kHz, normalised
+    pcm: np.ndarray | None  # the voice as audio, [samples] float32 at 24 kHz
     text_ids: list[int]
-    voiceless: bool = False  # a voice was wanted, and there is none
+    voiceless: bool = False  # a voice was requested, and the recording has none
 
 
-MIN_VOICE_FRAMES = 12  # 1 s: of less nobody knows a voice
-_TEXTS_KEPT = 10_000  # token ids of texts
+def bullet_list(sentences: list[str], shown: int = 20) -> str:
+    """Return the first sentences as a list, one per line, for the end of an error message."""
+    more = [f"and {len(sentences) - shown} more"] if len(sentences) > shown else []
+    return "".join(f"\n  - {sentence}" for sentence in sentences[:shown] + more)
+
+
+def longest_prompt(args: PromptArgs) -> int:
+    """Return the number of frames that prompt.max_sec allows."""
+    return int(args.max_sec * FRAME_RATE)
+
+
+def check_context(args: TrainArgs, context: int | None) -> None:
+    """Raise UserError if a window and its prompt exceed the context of the model (in frames; None: unlimited)."""
+    if context and to_frames(args.duration_sec) + longest_prompt(args.prompt) > context:
+        found = f"duration_sec {args.duration_sec:g} and prompt.max_sec {args.prompt.max_sec:g}"
+        limit = f"{context / FRAME_RATE:g} s that the model attends to, so that it would forget its prompt"
+        raise UserError(f"{found} together exceed the {limit}; shorten one of them")
 
 
 class Prompter:
-    """Chooses and checks prompts.
+    """Chooses prompts: those of the manifest line, else of the `.json` next to the audio, else of the settings.
 
-    A window's text and voice are those of its manifest line, else of the `.json` beside the audio, else the settings'.
-
-    Before it is used, and handed to workers, the files that `check` returns have to be loaded into `voices`.
+    Load the files that `check` returns into `voices` before the first call.
     """
 
-    def __init__(
-        self,
-        args: PromptArgs,
-        tokenizer: sentencepiece.SentencePieceProcessor,
-        book: VoiceBook,
-    ):
-        self.args = args
-        self.tokenizer = tokenizer
-        self.book = book
-        self.max_frames = int(args.max_sec * FRAME_RATE)
+    def __init__(self, args: PromptArgs, tokenizer: sentencepiece.SentencePieceProcessor, book: VoiceBook):
+        self.args, self.tokenizer, self.book = args, tokenizer, book
+        self.max_frames = longest_prompt(args)
         self.voices: dict[Path, VoicePrompt] = {}
         self._texts: dict[str, list[int]] = {}
 
     def names(self, line: Line, extra: dict) -> tuple[str | None, str | None]:
-        """(text, voice) of a file, as they are written; None: without."""
+        """Return (text, voice) of a file, unchanged, or None; `extra`: the prompt fields of its .json."""
         text = line.fields.get("text_prompt") or extra.get("text_prompt") or self.args.text
         voice = line.fields.get("voice_prompt") or extra.get("voice_prompt") or self.args.voice
         return text, voice
 
-    def scan(self, files: Iterable[tuple[Line, dict]]) -> tuple[list[Path], dict[str, str]]:
-        """The files of the voices that recordings name, each once, and a sentence for each prompt that cannot be used.
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text prompt, wrapped once."""
+        if text not in self._texts:
+            if len(self._texts) == _MAX_TEXTS:
+                self._texts.clear()
+            self._texts[text] = self.tokenizer.encode(wrap_system_prompt(text), add_bos=False, add_eos=False)
+        return self._texts[text]
 
-        Args:
-            files: (manifest line, prompt fields of the .json) of each.
+    def room(self, text_ids: list[int]) -> int:
+        """Return the number of frames that a text leaves for the voice; negative if the text alone is too long."""
+        return self.max_frames - prompt_length(0, len(text_ids))
+
+    def check_text(self, text: object, voice: object) -> None:
+        """Raise UserError if a text prompt cannot be used, or leaves no room for `voice` (None: no voice)."""
+        if text is None:
+            return
+        if not isinstance(text, str):
+            raise UserError(f"text_prompt is {text!r}, not a string")
+        ids, least = self.encode(text), 0 if voice is None else MIN_VOICE_FRAMES
+        if self.room(ids) < least:
+            room, and_voice = max(0, self.room([]) - least), f" next to {least} frames of voice" if least else ""
+            limit = f"prompt.max_sec {self.args.max_sec:g} has room for {room}{and_voice}"
+            raise UserError(f"its text prompt has {len(ids)} tokens, and {limit}: {text[:60]!r}")
+
+    def find_voice(self, voice: object, folder: Path) -> Path | None:
+        """Return the file of a voice for audio in `folder`, None for no voice or `same_speaker`. Raises UserError."""
+        if voice is None or voice == SAME_SPEAKER:
+            return None
+        if not isinstance(voice, str):
+            raise UserError(f"voice_prompt is {voice!r}, not a string")
+        return self.book.find(voice, folder)
+
+    def scan(self, files: Iterable[tuple[Line, dict]]) -> tuple[list[Path], dict[str, str]]:
+        """Check the prompts of files, given as (manifest line, prompt fields of the .json).
+
+        Returns (voice files, a sentence for each prompt that cannot be used), without repetitions.
         """
+        voices: dict[Path, None] = {}
         problems: dict[str, str] = {}
-        wanted: dict[Path, None] = {}
-        checked: set[tuple[int, bool]] = set()
         for line, extra in files:
             text, voice = self.names(line, extra)
-            for key, value in (("text_prompt", text), ("voice_prompt", voice)):
-                if value is not None and not isinstance(value, str):
-                    problems.setdefault(f"{key}{value!r}", f"{line.path}: {key} is {value!r}, not a string")
-            if isinstance(text, str) and (hash(text), voice is None) not in checked:
-                checked.add((hash(text), voice is None))
-                count = len(self.encode(text))
-                least = 0 if voice is None else MIN_VOICE_FRAMES
-                if prompt_length(least, count) > self.max_frames:
-                    beside = f" beside {MIN_VOICE_FRAMES} frames of voice" if least else ""
-                    problems[text] = (
-                        f"{line.path}: its text prompt has {count} tokens, and prompt.max_sec {self.args.max_sec:g} "
-                        f"has room for {max(0, self.max_frames - prompt_length(least, 0))}{beside}: {text[:60]!r}"
-                    )
-            if isinstance(voice, str) and voice != SAME_SPEAKER:
+            for check, *prompt in ((self.check_text, text, voice), (self.find_voice, voice, line.path.parent)):
                 try:
-                    wanted[self.book.find(voice, line.path.parent)] = None
+                    path = check(*prompt)
                 except UserError as error:
-                    problems.setdefault(voice, f"{line.path}: {error}")
-        return list(wanted), problems
+                    problems.setdefault(f"{check.__name__} {prompt[0]!r}", f"{line.path}: {error}")
+                else:
+                    voices |= {} if path is None else {path: None}
+        return list(voices), problems
 
     @staticmethod
     def check(scans: Iterable[tuple[list[Path], dict[str, str]]]) -> list[Path]:
-        """The voices of several `scan`s together. Raises UserError listing the prompts that cannot be used."""
+        """Return the voice files of several `scan`s. Raises UserError listing the prompts that cannot be used."""
         scans = list(scans)
-        problems = {key: sentence for _, found in scans for key, sentence in found.items()}
+        problems = {prompt: sentence for _, found in scans for prompt, sentence in found.items()}
         if problems:
-            listed = "".join(f"\n  - {p}" for p in list(problems.values())[:20])
-            more = f"\n  - and {len(problems) - 20} more" if len(problems) > 20 else ""
-            raise UserError(f"prompts cannot be used:{listed}{more}")
-        return list(dict.fromkeys(path for wanted, _ in scans for path in wanted))
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text prompt, wrapped once; an empty text gives none."""
-        if text not in self._texts:
-            if len(self._texts) == _TEXTS_KEPT:
-                self._texts.clear()
-            ids = self.tokenizer.encode(wrap_system_prompt(text), add_bos=False, add_eos=False)
-            self._texts[text] = ids
-        return self._texts[text]
+            raise UserError(f"prompts cannot be used:{bullet_list(list(problems.values()))}")
+        return list(dict.fromkeys(path for voices, _ in scans for path in voices))
 
     def __call__(
-        self,
-        line: Line,
-        extra: dict,
-        words: list[Word],
-        window: tuple[float, float],
-        generator: np.random.Generator | None,
-        stretches: Callable[[], list[dict]] | None,
-    ) -> PromptParts:
-        """The prompt of a window.
+        self, line: Line, extra: dict, words: list[Word], window: tuple[float, float],
+        generator: np.random.Generator | None, stored: Callable[[], list[dict]] | None,
+    ) -> PromptParts:  # fmt: skip
+        """Return the prompt of a window. Raises UserError if it does not fit or has an unknown voice.
 
         Args:
-            window: (start, end) of it in seconds of the file.
-            generator: draws the drop-out; None: nothing is dropped.
-            stretches: gives the file's encoded `same_speaker` stretches, where codes are pre-computed; None: the
-                sound is taken from the recording.
+            extra, words: prompt fields and words of the .json.
+            window: (start, end) in seconds of the file.
+            generator: draws the prompt dropout; None: nothing is dropped.
+            stored: loads the encoded `same_speaker` segments (`load_same_speaker`); None: read them from the audio.
         """
         text, name = self.names(line, extra)
         if generator is not None:
@@ -133,50 +144,37 @@ class Prompter:
             text = None if drops[0] < self.args.drop_text else text
             name = None if drops[1] < self.args.drop_voice else name
         ids = self.encode(text) if text else []
-        room = self.max_frames - prompt_length(0, len(ids))
+        room = self.room(ids)
         if room < 0:
             raise UserError(f"{line.path}: its text prompt of {len(ids)} tokens does not fit prompt.max_sec")
         if name == SAME_SPEAKER:
-            voice, pcm = self._same_speaker(line, words, window, stretches)
-            voice, pcm = _cut_voice(voice, room), None if pcm is None or room == 0 else pcm[: room * FRAME_SIZE]
+            voice, pcm = self._same_speaker(line, words, window, stored)
+            voice, pcm = _fit_voice(voice, room), None if pcm is None or room == 0 else pcm[: room * FRAME_SIZE]
             return PromptParts(voice, pcm, ids, voiceless=voice is None and pcm is None)
-        voice = None
-        if name:
-            path = self.book.find(name, line.path.parent)
-            if path not in self.voices:
-                raise UserError(f"{line.path}: its voice {name!r} was not there when the run began; start it again")
-            voice = self.voices[path]
-        return PromptParts(_cut_voice(voice, room), None, ids)
+        path = self.find_voice(name, line.path.parent)
+        if path is not None and path not in self.voices:
+            raise UserError(f"{line.path}: its voice {name!r} was not there when the run began; start it again")
+        return PromptParts(_fit_voice(self.voices.get(path), room), None, ids)
 
     def _same_speaker(
-        self, line: Line, words: list[Word], window: tuple[float, float], stretches: Callable[[], list[dict]] | None
+        self, line: Line, words: list[Word], window: tuple[float, float], stored: Callable[[], list[dict]] | None
     ) -> tuple[VoicePrompt | None, np.ndarray | None]:
-        """The first stretch of the agent's speech outside the window; without one, no voice prompt."""
-        if stretches is not None:
-            for stretch in stretches():
-                if stretch["end"] <= window[0] or stretch["start"] >= window[1]:
-                    return VoicePrompt(SAME_SPEAKER, codes=stretch["codes"].long()), None
-            return None, None
+        """Return the first segment of the agent outside the window, as codes or audio; (None, None) without one."""
+        outside = lambda start, end: end <= window[0] or start >= window[1]
+        if stored is not None:
+            found = [segment for segment in stored() if outside(segment["start"], segment["end"])]
+            return VoicePrompt(SAME_SPEAKER, found[0]["codes"].long()) if found else None, None
         for start, end in voice_segments(words, probe_audio(line.path).duration_sec):
-            if end <= window[0] or start >= window[1]:
-                pcm = segment_audio(line.path, start, end)
-                if pcm is not None:
-                    return None, pcm
+            if outside(start, end) and (pcm := segment_audio(line.path, start, end)) is not None:
+                return None, pcm
         return None, None
 
 
-def _cut_voice(voice: VoicePrompt | None, room: int) -> VoicePrompt | None:
-    """A voice of at most `room` frames: a recording loses its end; embeddings cannot be cut."""
+def _fit_voice(voice: VoicePrompt | None, room: int) -> VoicePrompt | None:
+    """Shorten a voice to `room` frames by its end. Raises UserError for embeddings, which have only one length."""
     if voice is None or voice.frames <= room:
         return voice
     if voice.embeddings is not None:
-        raise UserError(
-            f"{voice.name}: {voice.frames} frames do not fit beside the text; raise prompt.max_sec "
-            f"(a .pt voice cannot be cut)"
-        )
+        remedy = "raise prompt.max_sec (a .pt voice cannot be shortened)"
+        raise UserError(f"{voice.name}: {voice.frames} frames do not fit next to the text; {remedy}")
     return voice._replace(codes=voice.codes[:, :room]) if room > 0 else None
-
-
-def parts_to_voice(parts: PromptParts, codes: torch.Tensor | None) -> VoicePrompt | None:
-    """The voice of a prompt, with `codes` of its sound if that was encoded just now."""
-    return parts.voice if codes is None else VoicePrompt(SAME_SPEAKER, codes=codes)

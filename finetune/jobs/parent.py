@@ -5,6 +5,6 @@ import os
 
 
 def die_with_parent() -> None:
-    """Ends this process when its parent has ended, however that came; for a thread."""
+    """Wait for the parent of this process to end, however that happens, then end this one; run it in a thread."""
     multiprocessing.parent_process().join()
     os._exit(1)

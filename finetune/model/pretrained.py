@@ -1,4 +1,4 @@
-"""The files of a pretrained model: where they are and what they say."""
+"""The files of a pretrained model: finding them in a hub repository or a local folder, and reading the small ones."""
 
 import json
 from dataclasses import dataclass
@@ -7,14 +7,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import errors, hf_hub_download
 from moshi.models import MimiModel, loaders
 
 from finetune.cli import UserError
@@ -24,17 +17,17 @@ from finetune.streams import CODEBOOKS, DEP_Q
 _NOT_LM = {
     "moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "model_type", "version",
     "lm_gen_config", "tts_config", "stt_config", "model_id", "lora", "lora_rank", "lora_scaling",
-    "depformer_causal",  # in NVIDIA's kwargs; LMModel has no such argument
+    "depformer_causal",  # in NVIDIA's config; LMModel does not accept it
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model family: what the trainer has to know that the checkpoint's config does not say."""
+    """A model family: what training must know that the config of a checkpoint does not say."""
 
     name: str
     default_repo: str
-    dep_q: int | None  # depformer steps; None: as the config says
+    dep_q: int | None  # depformer steps; None: as in the config
     prompts: bool  # windows begin with a hybrid system prompt
 
 
@@ -43,37 +36,35 @@ PERSONAPLEX = ModelSpec("personaplex", "nvidia/personaplex-7b-v1", dep_q=DEP_Q, 
 
 
 class Unreachable(UserError):
-    """A file of the hub that may well be there: without a network, or without leave, nobody can tell."""
+    """A file that the hub may have: without a network or permission, its absence cannot be told."""
 
 
 class Pretrained:
-    """The files of a pretrained model: a hub repository (from the local cache without a network) or a folder.
+    """The files of a pretrained model in a local folder or a hub repository (its local cache without a network).
 
-    Nothing is fetched before it is asked for, so that Mimi alone does not cost 16 GB.
+    A file is fetched when it is first asked for, so that Mimi alone does not cost 16 GB.
 
     Attributes:
         source: repository id or folder.
-        raw_config: config.json as stored; empty for repositories without one.
-        lm_config: arguments of LMModel; `dep_q` as the config says, not yet as a spec wants it.
+        raw_config: config.json as stored; empty for a repository without one.
+        lm_config: arguments of LMModel, before `lm_kwargs` adapts them to a ModelSpec.
     """
 
-    def __init__(self, source: str, files: dict[str, str | None], config_path: str | None):
+    def __init__(self, source: str, given: dict[str, str | None], config_path: str | None):
         self.source = source
-        self._files = files
+        self._given = given  # {key of config.json: path or hf:// address of a file in place of the one named there}
         self._folder = Path(source) if Path(source).is_dir() else None
         self._config_path = config_path
 
     @cached_property
     def raw_config(self) -> dict:
         config = Path(self._config_path) if self._config_path else self._find("config.json", required=False)
-        if config is None:
-            return {}
-        return _read_json(config)
+        return {} if config is None else _read_json(config)
 
     @cached_property
     def lm_config(self) -> dict:
         lm_config = {k: v for k, v in self.raw_config.items() if k not in _NOT_LM}
-        # The hub's PersonaPlex config names the type only; Moshiko's first release had no config at all.
+        # PersonaPlex's config on the hub names only the model type; Moshiko's first release had no config at all.
         if "dim" not in lm_config:
             lm_config = dict(loaders._lm_kwargs) | lm_config
             if self.raw_config.get("model_type") == "personaplex":
@@ -81,103 +72,97 @@ class Pretrained:
         return lm_config
 
     def _find(self, name: str, required: bool = True) -> Path | None:
-        if self._folder is not None:
-            path = self._folder / name
-            if path.is_file():
-                return path
-            if not required:
-                return None
-            have = ", ".join(sorted(p.name for p in self._folder.iterdir())[:12]) or "nothing"
-            # It says what the other files are called.
-            nor = "" if (self._folder / "config.json").is_file() else ", nor a config.json"
-            raise UserError(
-                f"{self._folder}: holds no {name} (it holds {have}){nor}; give the folder of a whole model, as "
-                "`huggingface-cli download REPOSITORY --local-dir FOLDER` makes it"
-            )
-        return _from_hub(self.source, name, required)
+        if self._folder is None:
+            return _from_hub(self.source, name, required)
+        path = self._folder / name
+        if path.is_file():
+            return path
+        if not required:
+            return None
+        present = ", ".join(sorted(p.name for p in self._folder.iterdir())[:12]) or "nothing"
+        raise UserError(
+            f"{self._folder}: holds no {name} (it holds {present}); give the folder of a whole model, such as "
+            "`huggingface-cli download REPOSITORY --local-dir FOLDER` creates"
+        )
 
-    def file(self, what: str, config_key: str, default: str) -> Path:
-        given = self._files.get(what)
-        name = given or self.raw_config.get(config_key) or default
+    def file(self, key: str, default: str = "") -> Path:
+        """The file that config.json names under `key` (else `default`), or the one given in its place."""
+        name = self._given.get(key) or self.raw_config.get(key) or default
         if name.startswith("hf://"):
-            owner, _, rest = name.removeprefix("hf://").partition("/")
-            repo, _, rest = rest.partition("/")
-            if not rest:
+            *repo, file = name.removeprefix("hf://").split("/", 2)
+            if len(repo) < 2:
                 raise UserError(f"{name}: names no file; write hf://owner/repository/file")
-            return _from_hub(f"{owner}/{repo}", rest)
+            return _from_hub("/".join(repo), file)
         name = name.removeprefix("file://")
-        if given or Path(name).is_absolute():
-            if not Path(name).is_file():
-                raise UserError(f"{name}: no such file (given as the {what.replace('_', ' ')})")
-            return Path(name)
-        return self._find(name)
+        if not (self._given.get(key) or Path(name).is_absolute()):
+            return self._find(name)
+        if not Path(name).is_file():
+            raise UserError(f"{name}: no such file (given as the {key.replace('_name', ' path')})")
+        return Path(name)
 
-    def locate(self, key: str, path: Path) -> str:
-        """A file of this checkpoint (named in its config under `key`) as moshi's `hf_get` finds it from anywhere:
-        hf://... or file://..."""
-        named = str(self.raw_config.get(key, ""))
-        replaced = any(path == Path(given) for given in self._files.values() if given)
-        if named.startswith("hf://") and not replaced:
-            return named
-        if self._folder is None and not replaced:
-            return f"hf://{self.source}/{path.name}"
-        return f"file://{path.resolve()}"
+    def hub_address(self, key: str, path: Path) -> str | None:
+        """`hf://...` of `path`, which `file(key)` returned; None if it is only on this machine."""
+        name = self._given.get(key) or str(self.raw_config.get(key) or path.name)
+        if name.startswith("hf://"):
+            return name
+        local = self._folder or self._given.get(key) or Path(name.removeprefix("file://")).is_absolute()
+        return None if local else f"hf://{self.source}/{name}"
 
     def moshi_weights(self) -> Path:
-        return self.file("moshi_path", "moshi_name", loaders.MOSHI_NAME)
+        return self.file("moshi_name", loaders.MOSHI_NAME)
 
     def mimi_weights(self) -> Path:
-        return self.file("mimi_path", "mimi_name", loaders.MIMI_NAME)
+        return self.file("mimi_name", loaders.MIMI_NAME)
 
     def tokenizer_path(self) -> Path:
-        return self.file("tokenizer_path", "tokenizer_name", loaders.TEXT_TOKENIZER_NAME)
+        return self.file("tokenizer_name", loaders.TEXT_TOKENIZER_NAME)
+
+    def companions(self) -> dict[str, Path]:
+        """{key of config.json: file} of Mimi and the text tokenizer."""
+        files = {"mimi_name": self.mimi_weights(), "tokenizer_name": self.tokenizer_path()}
+        if "mimi_config_name" in self.raw_config:
+            files["mimi_config_name"] = self.file("mimi_config_name")
+        return files
 
     def voices_archive(self) -> Path | None:
-        """`voices.tgz`, the shipped voice prompts; None if the source has none, or it cannot be reached."""
+        """`voices.tgz`, the published voice prompts; None if there is none or it cannot be reached."""
         try:
             return self._find("voices.tgz", required=False)
         except UserError:
             return None
 
     def mimi_config(self) -> dict | None:
-        """Arguments of a Mimi that is not the standard one; None for that, also where Mimi's file is given and the hub
-        cannot be reached: with --mimi-path nothing else is needed."""
+        """Arguments of a Mimi that is not the standard one; None for the standard one."""
         try:
             name = self.raw_config.get("mimi_config_name")
         except Unreachable:
-            if not self._files.get("mimi_path"):
-                raise
-            name = None
-        if name is None:
-            return None
-        return _read_json(self.file("mimi_config", "mimi_config_name", name))
+            if self._given.get("mimi_name"):  # with --mimi-path nothing else is needed
+                return None
+            raise
+        return None if name is None else _read_json(self.file("mimi_config_name"))
 
     def mimi(self, device: torch.device | str = "cpu") -> MimiModel:
         """Mimi with the 8 codebooks of one channel (`CheckpointInfo.get_mimi` would set 16 for PersonaPlex)."""
         path, config = self.mimi_weights(), self.mimi_config()
         try:
             return loaders.get_mimi(path, config, device=device, num_codebooks=CODEBOOKS)
-        except Exception as error:  # torch raises nearly anything on what is no file of its own
+        except Exception as error:  # torch raises nearly anything on a file that is not its own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: does not load as a Mimi of this configuration ({reason})") from None
 
     def tokenizer(self) -> sentencepiece.SentencePieceProcessor:
-        """The text tokenizer. Raises UserError if it has tokens that the model's text table does not hold."""
-        tokenizer, rows = load_tokenizer(self.tokenizer_path()), self.lm_config["text_card"]
+        """The text tokenizer. Raises UserError if it has more tokens than the model's text table has rows."""
+        path, rows = self.tokenizer_path(), self.lm_config["text_card"]
+        try:
+            tokenizer = sentencepiece.SentencePieceProcessor(str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path}: not a SentencePiece model ({error}); download or copy it again") from None
         if tokenizer.vocab_size() > rows:
             raise UserError(
-                f"{self.tokenizer_path()}: has {tokenizer.vocab_size()} pieces, and the model's text table {rows} "
-                "rows: it is another model's; check moshi_paths.tokenizer_path"
+                f"{path}: has {tokenizer.vocab_size()} pieces, but the model's text table has {rows} rows; check "
+                "moshi_paths.tokenizer_path"
             )
         return tokenizer
-
-
-def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """A SentencePiece model. Raises UserError if the file is none."""
-    try:
-        return sentencepiece.SentencePieceProcessor(str(path))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{path}: not a SentencePiece model ({error}); download or copy it again") from None
 
 
 def _read_json(path: Path) -> dict:
@@ -191,41 +176,36 @@ def _read_json(path: Path) -> dict:
 
 
 def _from_hub(repo: str, name: str, required: bool = True) -> Path | None:
-    """A file of a hub repository, from the local cache if it is there; None if the repository has none by that name
-    and it is not `required`."""
+    """Fetch a file of a hub repository, unless it is in the local cache; None if it is missing and not `required`."""
     try:
         return Path(hf_hub_download(repo, name))
-    except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError):
-            raise Unreachable(
-                f"{repo}: {name} is not in the local hub cache and the hub cannot be reached; "
-                "connect once, or give a local folder in its place (moshi_paths.hf_repo_id, --hf-repo)"
-            ) from None
-        if not required:
-            return None
-        raise UserError(f"{repo}: the repository has no file {name}") from None
-    except GatedRepoError:
+    except errors.LocalEntryNotFoundError:
         raise Unreachable(
-            f"{repo}: access is gated; accept its licence on huggingface.co and run "
-            "`huggingface-cli login` (or set HF_TOKEN)"
+            f"{repo}: {name} is not in the local hub cache and the hub cannot be reached; connect once, or give a "
+            "local folder instead (moshi_paths.hf_repo_id, --hf-repo)"
         ) from None
-    except (RepositoryNotFoundError, HFValidationError):
+    except errors.EntryNotFoundError:
+        if required:
+            raise UserError(f"{repo}: the repository has no file {name}") from None
+        return None
+    except errors.GatedRepoError:
+        raise Unreachable(
+            f"{repo}: access is gated; accept its licence on huggingface.co, and run `huggingface-cli login`"
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise UserError(f"{repo}: neither a local folder nor a repository of the hub") from None
     except OSError as error:
         raise Unreachable(f"{repo}: {name} could not be fetched ({error})") from None
 
 
 def open_pretrained(
-    hf_repo_id: str,
-    moshi_path: str | None = None,
-    mimi_path: str | None = None,
-    tokenizer_path: str | None = None,
+    hf_repo_id: str, moshi_path: str | None = None, mimi_path: str | None = None, tokenizer_path: str | None = None,
     config_path: str | None = None,
-) -> Pretrained:
-    """Finds a checkpoint by moshi-finetune's `moshi_paths`: a hub repository or a local folder, single files replaced
-    by the given ones (a path, or `hf://owner/repo/file`). Raises UserError if there is no such thing."""
-    files = {"moshi_path": moshi_path, "mimi_path": mimi_path, "tokenizer_path": tokenizer_path}
-    return Pretrained(hf_repo_id, files, config_path)
+) -> Pretrained:  # fmt: skip
+    """Open a checkpoint by moshi-finetune's `moshi_paths`: a hub repository or local folder, and files in place of its
+    own (a path or `hf://owner/repository/file`). What does not exist raises UserError when it is first needed."""
+    given = {"moshi_name": moshi_path, "mimi_name": mimi_path, "tokenizer_name": tokenizer_path}
+    return Pretrained(hf_repo_id, given, config_path)
 
 
 def lm_kwargs(checkpoint: Pretrained, spec: ModelSpec) -> dict:
@@ -243,17 +223,3 @@ def lm_kwargs(checkpoint: Pretrained, spec: ModelSpec) -> dict:
             f"n_q {2 * CODEBOOKS} (agent and user) and dep_q {CODEBOOKS} (Moshi) or {DEP_Q} (PersonaPlex)"
         )
     return kwargs
-
-
-def inference_config(checkpoint: Pretrained, kwargs: dict) -> dict:
-    """The config.json that goes with weights trained from a checkpoint: moshi's loaders need nothing else to find the
-    same Mimi and tokenizer."""
-    config = dict(kwargs) | {"model_type": checkpoint.raw_config.get("model_type", "moshi")}
-    names = {"mimi_name": checkpoint.mimi_weights, "tokenizer_name": checkpoint.tokenizer_path}
-    for key, path in names.items():
-        config[key] = checkpoint.locate(key, path())
-    if "mimi_config_name" in checkpoint.raw_config:
-        name = checkpoint.raw_config["mimi_config_name"]
-        path = checkpoint.file("mimi_config", "mimi_config_name", name)
-        config["mimi_config_name"] = checkpoint.locate("mimi_config_name", path)
-    return config

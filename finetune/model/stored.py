@@ -1,4 +1,4 @@
-"""A trained or published model as it is stored: weights, adapters merged in on reading, and where it came from."""
+"""A trained or published model on disk: its weights, with adapters merged as they are read, and where it came from."""
 
 import json
 from collections.abc import Iterator
@@ -25,9 +25,9 @@ WEIGHTS_NAME, ADAPTERS_NAME = loaders.MOSHI_NAME, "lora.safetensors"
 
 
 class TrainingRecord(NamedTuple):
-    """What a run's folder tells of a checkpoint."""
+    """What the folder of a run records about one of its checkpoints."""
 
-    settings: dict[str, object]  # args.yaml, as "section.key"
+    settings: dict[str, object]  # of args.yaml, keys as "section.key"
     step: int
     windows: int  # consumed
     held_out: list[dict]  # rows of metrics.eval.jsonl up to this step
@@ -35,29 +35,19 @@ class TrainingRecord(NamedTuple):
 
 @dataclass
 class StoredModel:
-    """Stored weights, with their adapters if they have any, read as one set of merged tensors under split names.
+    """A model on disk, with its adapters if it has any, read as one set of merged tensors under split names."""
 
-    Attributes:
-        name: what the user called it.
-        checkpoint: its config.json, Mimi and tokenizer.
-        kwargs: of LMModel.
-        shapes: {split name: shape} of the model.
-        weights: all weights; those of the base where there are adapters.
-        adapters, base: None, or the file of adapters and where their base is (`hf://...` or `file://...`).
-        lineage: where all this began, as far as it is known: "base" (a published model), and of what an export wrote
-            "method", "step" and "trained_tables". It becomes `model_id` of config.json, which stock moshi passes over.
-        training: None without the run's folder.
-    """
-
-    name: str
-    checkpoint: Pretrained
-    kwargs: dict
-    shapes: dict[str, torch.Size]
-    weights: StoredWeights
+    name: str  # as the user gave it
+    checkpoint: Pretrained  # config.json, Mimi and tokenizer
+    kwargs: dict  # arguments of LMModel
+    shapes: dict[str, torch.Size]  # by split name
+    weights: StoredWeights  # all weights; with adapters, those of their base
     adapters: WeightFile | None
-    base: str | None
+    base: str | None  # address of the adapters' base, `hf://...` or `file://...`
+    # What is known of its origin: "base" (a published model), and "method", "step" and "trained_tables" as an export
+    # writes them (`model_id` in config.json, which stock moshi ignores).
     lineage: dict
-    training: TrainingRecord | None
+    training: TrainingRecord | None  # None without the folder of its run
 
     @property
     def rank(self) -> int:
@@ -73,16 +63,14 @@ class StoredModel:
 
     @property
     def trained_tables(self) -> bool | None:
-        """Whether the embedding tables differ from those of `lineage["base"]`; None if nothing tells."""
-        if self.adapters is not None:
-            trained = any(is_embedding(name) for name in self.adapters.slots)
-        else:
-            trained = self.settings.get("full_finetuning") or self.settings.get("lora.ft_embed")
-        return True if trained else self.lineage.get("trained_tables")
+        """Whether the embedding tables differ from those of `lineage["base"]`; None if unknown."""
+        trained = self.settings.get("full_finetuning") or self.settings.get("lora.ft_embed")
+        saved = self.adapters is not None and any(is_embedding(name) for name in self.adapters.slots)
+        return True if trained or saved else self.lineage.get("trained_tables")
 
     @property
     def method(self) -> str | None:
-        """How it was trained, in words; None for a model that was not, or if nothing tells."""
+        """How the model was trained, in words; None if it was not, or if that is unknown."""
         if self.adapters is None and not self.settings.get("lora.enable"):
             return "full fine-tuning" if self.settings else self.lineage.get("method")
         rank, scaling = self.rank, self.scaling
@@ -92,16 +80,13 @@ class StoredModel:
         return f"LoRA (rank {rank}, scaling {scaling:g}){tables}"
 
     def voices_archive(self) -> Path | None:
-        """`voices.tgz` of the model that all this began with; None if it has none, or cannot be reached."""
-        began = (self.settings.get("moshi_paths.hf_repo_id"), self.lineage.get("base"))
-        for name in (self.checkpoint.source, *filter(None, began)):
-            archive = open_pretrained(str(name)).voices_archive()
-            if archive is not None:
-                return archive
-        return None
+        """`voices.tgz` of the model or of its origin; None if neither has one or it cannot be reached."""
+        sources = (self.checkpoint.source, self.settings.get("moshi_paths.hf_repo_id"), self.lineage.get("base"))
+        archives = (open_pretrained(source).voices_archive() for source in sources if source)
+        return next(filter(None, archives), None)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a parameter, by its split name; float32 where an adapter was added, else as stored."""
+        """Rows [start, stop) of a parameter by its split name; float32 if an adapter was merged, else as stored."""
         shape = self.shapes[name]
         stop = shape[0] if stop is None else stop
         if self.adapters is not None and name in self.adapters.slots:
@@ -114,7 +99,7 @@ class StoredModel:
         return merge_adapter(values, a, b, self.scaling)
 
     def fused(self, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> Iterator[tuple[str, Tensor]]:
-        """(key, values) of a fused layout, in its order; a tensor of several steps is filled a step at a time."""
+        """(key, values) of a fused layout, in its order; a tensor of several steps is filled one step at a time."""
         for key, (dtype, shape) in layout.items():
             steps = split_names(key, attention_steps(key, self.kwargs["dep_q"])) or [key]
             if len(steps) == 1:
@@ -127,21 +112,19 @@ class StoredModel:
 
 
 def open_stored(name: str, base: str | None = None, expand: bool = False) -> StoredModel:
-    """What a run folder, a checkpoint, an exported or published folder, or a repository of the hub holds.
+    """Open a run folder, a checkpoint, an exported or published folder, or a hub repository.
 
     Args:
-        base: repository or folder of the weights that adapters belong to, in place of what is written of them.
+        base: repository or folder of the weights that adapters belong to, in place of the recorded one.
         expand: from 8 codebooks to 16.
     Raises:
-        UserError: no such thing, or its files do not fit each other.
+        UserError: the model does not exist, or its files do not fit together.
     """
-    folder = Path(name).expanduser()
-    folder = _inference_folder(folder) if folder.is_dir() else None
-    checkpoint = open_pretrained(name if folder is None else str(folder))
+    checkpoint = open_pretrained(_inference_folder(name))
     kwargs = lm_kwargs(checkpoint, MOSHI)
     adapted = checkpoint.raw_config.get("lora", False)
     if expand and adapted:
-        raise UserError(f"{name}: holds adapters; only weights can be expanded: export it with --merge first")
+        raise UserError(f"{name}: holds adapters, and only weights can be expanded; export it with --merge first")
     if expand and kwargs["dep_q"] != CODEBOOKS:
         raise UserError(f"{name}: has {kwargs['dep_q']} codebooks already")
     if base is not None and not adapted:
@@ -149,62 +132,63 @@ def open_stored(name: str, base: str | None = None, expand: bool = False) -> Sto
     if expand:
         kwargs["dep_q"] = DEP_Q
 
-    training = _training(folder) if folder else None
-    lineage = checkpoint.raw_config.get("model_id")
-    adapters = where = None
+    training = _training_record(Path(checkpoint.source))
+    run_paths = _run_paths(training, kwargs["dep_q"]) if training else None
+    adapters = address = None
     if adapted:
-        where, path, below = _find_base(name, checkpoint, kwargs["dep_q"], training, base)
-        lineage = lineage or below
-        adapters = WeightFile(checkpoint.file("lora_path", "lora_name", ADAPTERS_NAME))
+        address, path, lineage = _find_base(name, checkpoint, run_paths, base)
+        adapters = WeightFile(checkpoint.file("lora_name", ADAPTERS_NAME))
     else:
         path = checkpoint.moshi_weights()
-        lineage = lineage or (_run_lineage(_paths(training, kwargs["dep_q"])) if training else _lineage(name))
+        lineage = _run_lineage(run_paths) if run_paths else _lineage(checkpoint.source)
+    lineage = checkpoint.raw_config.get("model_id") or lineage
     weights = StoredWeights(path, kwargs["dep_q"])
-    lm = build_lm(kwargs, torch.bfloat16)
-    shapes = {key: parameter.shape for key, parameter in lm.named_parameters()}
+    shapes = {key: parameter.shape for key, parameter in build_lm(kwargs, torch.bfloat16).named_parameters()}
     weights.check(shapes)
-    source = StoredModel(name, checkpoint, kwargs, shapes, weights, adapters, where, lineage, training)
+    model = StoredModel(name, checkpoint, kwargs, shapes, weights, adapters, address, lineage, training)
     if adapters is not None:
-        _check_adapters(source)
-    return source
+        _check_adapters(model)
+    return model
 
 
-def _check_adapters(source: StoredModel) -> None:
-    """Raises UserError unless the file holds both matrices for each linear layer, and embedding tables at most."""
+def _check_adapters(model: StoredModel) -> None:
+    """Raise UserError unless the file holds both matrices of every linear layer, and beyond them only embeddings."""
     expected = {}
-    for name, shape in source.shapes.items():
+    for name, shape in model.shapes.items():
         if len(shape) == 2 and not is_embedding(name):
             prefix = name.removesuffix("weight")
-            expected[f"{prefix}lora_A.weight"] = (source.rank, shape[1])
-            expected[f"{prefix}lora_B.weight"] = (shape[0], source.rank)
-    found = {name: slot.shape for name, slot in source.adapters.slots.items()}
-    tables = {name for name in found.keys() & source.shapes.keys() if is_embedding(name)}
-    expected |= {name: tuple(source.shapes[name]) for name in tables}
+            expected[f"{prefix}lora_A.weight"] = (model.rank, shape[1])
+            expected[f"{prefix}lora_B.weight"] = (shape[0], model.rank)
+        elif name in model.adapters.slots and is_embedding(name):
+            expected[name] = tuple(shape)
+    found = {name: slot.shape for name, slot in model.adapters.slots.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
-        what = f"holds {wrong[0]} of {list(found[wrong[0]])}" if wrong[0] in found else f"lacks {wrong[0]}"
+        what = f"holds {wrong[0]} of shape {list(found[wrong[0]])}" if wrong[0] in found else f"lacks {wrong[0]}"
         raise UserError(
-            f"{source.adapters.path}: {what}, so these are not adapters of rank {source.rank} over "
-            f"{source.kwargs['dep_q']} codebooks, as config.json says"
+            f"{model.adapters.path}: {what}, so these are not adapters of rank {model.rank} over "
+            f"{model.kwargs['dep_q']} codebooks, as config.json says"
         )
 
 
-def _inference_folder(folder: Path) -> Path:
-    """The folder with config.json that a run folder, a checkpoint or such a folder itself leads to."""
+def _inference_folder(name: str) -> str:
+    """The folder with config.json in a checkpoint, or in the newest checkpoint of a run; other names unchanged."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
     if (folder / "config.json").is_file():
-        return folder
+        return str(folder)
     if (folder / "consolidated/config.json").is_file():
-        return folder / "consolidated"
-    steps = list_checkpoints(folder)
-    if steps:
-        return steps[-1][1] / "consolidated"
+        return str(folder / "consolidated")
+    if steps := list_checkpoints(folder):
+        return str(steps[-1][1] / "consolidated")
     if (folder / "args.yaml").is_file():
         raise UserError(f"{folder}: a run that has no checkpoint yet")
-    return folder
+    return str(folder)
 
 
-def _training(folder: Path) -> TrainingRecord | None:
-    """What the run that wrote `folder` tells of it; None where there is none around it."""
+def _training_record(folder: Path) -> TrainingRecord | None:
+    """The record of the run that wrote `folder`; None if `folder` is not within a run."""
     checkpoint = folder.resolve().parent
     state, run_dir = checkpoint / "train_state.json", checkpoint.parent.parent
     if not state.is_file() or not (run_dir / "args.yaml").is_file():
@@ -219,8 +203,8 @@ def _training(folder: Path) -> TrainingRecord | None:
     return TrainingRecord(settings, progress["step"], progress["position"], rows)
 
 
-def _paths(training: TrainingRecord, dep_q: int) -> dict[str, str | None]:
-    """A run's moshi_paths, with the script's own repository where none was given."""
+def _run_paths(training: TrainingRecord, dep_q: int) -> dict[str, str | None]:
+    """The moshi_paths of a run, with the default repository of its script if it names none."""
     default = (PERSONAPLEX if dep_q == DEP_Q else MOSHI).default_repo
     keys = ("hf_repo_id", "moshi_path", "mimi_path", "tokenizer_path", "config_path")
     paths = {key: training.settings.get(f"moshi_paths.{key}") for key in keys}
@@ -228,61 +212,43 @@ def _paths(training: TrainingRecord, dep_q: int) -> dict[str, str | None]:
 
 
 def _run_lineage(paths: dict[str, str | None]) -> dict:
-    """Where a run's moshi_paths lead to."""
+    """The lineage of the weights that a run started from."""
     weights = paths["moshi_path"]
-    if weights:
-        return _lineage("/".join(weights.split("/")[2:4])) if weights.startswith("hf://") else {}
-    return _lineage(paths["hf_repo_id"])
+    if weights and not weights.startswith("hf://"):
+        return {}
+    return _lineage("/".join(weights.split("/")[2:4]) if weights else paths["hf_repo_id"])
 
 
 def _lineage(name: str) -> dict:
-    """A repository is a beginning; a folder says itself where it comes from, or nothing."""
+    """The lineage of a repository, which is an origin itself, or of a folder, as its config.json records it."""
     if not Path(name).is_dir():
         return {"base": name, "trained_tables": False}
-    config = Path(name) / "config.json"
-    return json.loads(config.read_text()).get("model_id", {}) if config.is_file() else {}
+    return open_pretrained(name).raw_config.get("model_id", {})
 
 
-def _find_base(
-    name: str, checkpoint: Pretrained, dep_q: int, training: TrainingRecord | None, given: str | None
-) -> tuple[str, Path, dict]:
-    """(address, file, lineage) of the weights that adapters belong to: as given, or as config.json says, or as
-    the run's settings say."""
+def _find_base(name: str, checkpoint: Pretrained, run_paths: dict | None, given: str | None) -> tuple[str, Path, dict]:
+    """(address, file, lineage) of the base of adapters: as given, else by config.json, else by the run's settings."""
     if given is not None:
-        folder = Path(given).expanduser()
-        under = open_pretrained(str(_inference_folder(folder)) if folder.is_dir() else given)
-        if under.raw_config.get("lora"):
+        base = open_pretrained(_inference_folder(given))
+        lineage = _lineage(base.source)
+        if base.raw_config.get("lora"):
             raise UserError(f"{given}: holds adapters, and --base must hold all weights")
-        path, lineage = under.moshi_weights(), _lineage(under.source)
-        address = hub_address(under, "moshi_name", path)
     elif "moshi_name" in checkpoint.raw_config:
-        path, lineage = checkpoint.moshi_weights(), {}
-        address = hub_address(checkpoint, "moshi_name", path)
-    elif training is not None:
-        paths = _paths(training, dep_q)
-        try:
-            under = open_pretrained(**paths)
-            path, lineage = under.moshi_weights(), _run_lineage(paths)
-        except UserError as error:
-            raise UserError(f"the base of {name} is not where its run found it ({error}); give it as --base") from None
-        address = hub_address(under, "moshi_name", path)
-        if paths["moshi_path"]:
-            address = paths["moshi_path"] if paths["moshi_path"].startswith("hf://") else None
+        base, lineage = checkpoint, {}
+    elif run_paths is not None:
+        base, lineage = open_pretrained(**run_paths), _run_lineage(run_paths)
     else:
-        raise UserError(f"{name}: holds adapters, and nothing says of which weights; give them as --base")
-    return address or f"file://{path.absolute()}", path, lineage
-
-
-def hub_address(checkpoint: Pretrained, key: str, path: Path) -> str | None:
-    """`hf://...` of a file that a checkpoint's config names under `key`; None for one that is only on this machine."""
-    address = checkpoint.locate(key, path)
-    return address if address.startswith("hf://") else None
+        raise UserError(f"{name}: holds adapters without naming their base; give it as --base")
+    try:
+        path = base.moshi_weights()
+    except UserError as error:
+        raise UserError(f"the base of {name} is missing ({error}); give it as --base") from None
+    return base.hub_address("moshi_name", path) or f"file://{path.absolute()}", path, lineage
 
 
 def load_merged(source: StoredModel, device: torch.device, dtype: torch.dtype, dep_q: int = CODEBOOKS) -> LMModel:
-    """A model for inference with `dep_q` depformer steps, adapters merged into its weights, read tensor by tensor."""
-    lm = build_lm(source.kwargs | {"dep_q": dep_q}, dtype)
-    lm.to_empty(device=device)
+    """Load a model for inference with `dep_q` depformer steps, with adapters merged, one tensor at a time."""
+    lm = build_lm(source.kwargs | {"dep_q": dep_q}, dtype).to_empty(device=device)
     with torch.no_grad():
         for name, parameter in lm.named_parameters():
             parameter.copy_(source.read(name))

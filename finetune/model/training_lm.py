@@ -1,21 +1,21 @@
-"""The training forward: moshi's `LMModel`, its parameters and their names, computed in few large operations.
+"""The training forward: what moshi's `LMModel` computes, with its parameters and their names, in few large operations.
 
-`LMModel.forward` is written for inference. Trained through it, the depformer becomes some 15,000 small
-operations (one linear per step, projection and layer, on strided slices), every frame passes the text head and
-the depformer whether it carries loss or not, and all logits of a window live at once. Here
+`LMModel.forward` is written for inference. In training, its depformer becomes some 15,000 small operations (one linear
+per step, projection and layer, on strided slices), every frame passes the text head and the depformer whether it
+carries loss or not, and all logits of a window exist at once. Here
 
-- the temporal layers attend with `is_causal` instead of a boolean mask, which lets flash attention run;
+- the temporal layers attend with `is_causal` instead of a boolean mask, which allows flash attention;
 - only frames that carry loss reach the text head and the depformer;
-- the depformer works on [step, frame, channel], where each projection is one batched product over the steps;
-- logits exist for a chunk of frames at a time: the heads turn each chunk into losses and gradients at once;
-- layers are computed again in the backward pass, also in chunks, up to their last product.
+- the depformer works on [step, frame, channel], where each projection is one batched product over all steps;
+- the heads turn one chunk of logits at a time into losses and gradients;
+- gradient checkpointing recomputes a layer in chunks too, and skips its last product.
 
-Losses and gradients equal those of `LMModel.forward` (tests/test_fast.py). Modules called in moshi's own way, as
-`LMGen` and `LMModel.forward` do, still run moshi's code.
+Losses and gradients equal those of `LMModel.forward` (tests/model/test_training_lm.py). Layers called in moshi's own
+way, as by `LMGen` and `LMModel.forward`, still run moshi's code.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,10 +31,12 @@ from finetune.cli import UserError
 from finetune.model.products import GATED_PER_CHUNK, Gate, Linears, accumulate, chunk_rows, join_chunks, rms_norm
 from finetune.model.targets import Targets, delay_streams, make_targets
 
+Attention = Callable[[Tensor, int], Tensor]  # (qkv [Q, N, 3 * dim], heads) -> [Q, N, dim]
+
 
 class Losses(NamedTuple):
-    """Sums over the valid positions of each group, [2 + dep_q] float32: text words, text padding (EPAD and PAD),
-    then the audio codebooks (the first 8 the agent's, the others the user's)."""
+    """Sums over the targets of each group, [2 + dep_q] float32: text words, text padding (EPAD and PAD), then the audio
+    codebooks (the first 8 are the agent's, the others the user's)."""
 
     ce: Tensor  # cross-entropy in nats, differentiable
     correct: Tensor  # how often the target has the highest logit
@@ -42,10 +44,10 @@ class Losses(NamedTuple):
 
 @dataclass
 class TemporalAttention:
-    """Of B windows of T frames. Every layer uses the same."""
+    """Causal attention within windows of T frames; all layers share one instance."""
 
     rotation: Tensor  # [T, 1, 1, head_dim / 2] complex64
-    mask: Tensor | None  # [T, T] bool; None: fully causal
+    mask: Tensor | None  # [T, T] bool; None if every frame attends to all before it
 
     @classmethod
     def of(cls, lm: LMModel, frames: int, device: torch.device) -> "TemporalAttention":
@@ -64,7 +66,7 @@ class TemporalAttention:
     def __call__(self, qkv: Tensor, heads: int) -> Tensor:
         """qkv: [1, B * T, 3 * dim] -> [1, B * T, dim]."""
         x = qkv.view(-1, len(self.rotation), 3, heads, qkv.shape[-1] // (3 * heads))
-        # Rotated in fp32, as moshi does. On a CPU flash attention is faster in it as well.
+        # Rotated in float32, as in moshi. On a CPU, flash attention is faster in float32 as well.
         dtype = torch.float32 if x.device.type == "cpu" else x.dtype
         pairs = torch.view_as_complex(x[:, :, :2].float().unflatten(-1, (-1, 2))) * self.rotation
         q, k = torch.view_as_real(pairs).flatten(-2).to(dtype).transpose(1, 3).unbind(2)  # [B, H, T, head_dim]
@@ -73,59 +75,45 @@ class TemporalAttention:
         return y.transpose(1, 2).to(x.dtype).reshape(1, qkv.shape[1], -1)
 
 
-class DepformerAttention:
-    """Of N frames, over their Q steps."""
-
-    def __call__(self, qkv: Tensor, heads: int) -> Tensor:
-        """qkv: [Q, N, 3 * dim] -> [Q, N, dim]."""
-        steps = len(qkv)
-        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 1, 3, 0, 4).flatten(1, 2)  # [N * H, Q, head_dim] each
-        # By hand: on sequences of 16 steps the backward pass of CPU's flash attention takes 12 times as long.
-        future = torch.full((steps, steps), -math.inf, device=qkv.device).triu(1)
-        scores = torch.add(future, torch.bmm(q, k.mT), alpha=q.shape[-1] ** -0.5)  # float32
-        y = torch.bmm(scores.softmax(-1).to(qkv.dtype), v)
-        return y.unflatten(0, (-1, heads)).permute(2, 0, 1, 3).flatten(2)
+def depformer_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Causal attention of each frame over its steps, qkv: [Q, N, 3 * dim] -> [Q, N, dim]."""
+    steps = len(qkv)
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 1, 3, 0, 4).flatten(1, 2)  # [N * H, Q, head_dim] each
+    # By hand: for sequences of 16 steps the backward pass of flash attention on a CPU takes 12 times as long.
+    future = torch.full((steps, steps), -math.inf, device=qkv.device).triu(1)
+    scores = torch.add(future, torch.bmm(q, k.mT), alpha=q.shape[-1] ** -0.5)  # float32
+    y = torch.bmm(scores.softmax(-1).to(qkv.dtype), v)
+    return y.unflatten(0, (-1, heads)).permute(2, 0, 1, 3).flatten(2)
 
 
 class TrainingLayer(StreamingTransformerLayer):
-    """A layer of the temporal transformer or of the depformer, on x [Q, N, dim]: Q steps with weights of their own (one
-    in the temporal transformer) and N rows: B windows of T frames, or N frames. Without `attend` it is moshi's own."""
+    """A layer of either transformer on x [Q, N, dim]: Q steps, each with its own weights (one in the temporal
+    transformer), and N rows (B * T, or the frames with loss). Called without `attend`, it is moshi's own layer."""
 
     def forward(
-        self,
-        x: Tensor,
-        cross_attention_src: Tensor | None = None,
-        attend: TemporalAttention | DepformerAttention | None = None,
+        self, x: Tensor, cross_attention_src: Tensor | None = None, attend: Attention | None = None,
         checkpointing: bool = False,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         if attend is None:
             return super().forward(x, cross_attention_src)
-        if checkpointing or not torch.is_grad_enabled():
-            return _InChunks.apply(self, attend, x, *self.parameters())
+        if checkpointing or not torch.is_grad_enabled():  # chunks also bound the memory of evaluations
+            return _CheckpointedLayer.apply(self, attend, x, *self.parameters())
         return self.run(x, self.weights(x.dtype), attend)
 
-    @property
-    def gatings(self) -> Sequence[nn.Module]:
-        return self.gating if isinstance(self.gating, nn.ModuleList) else [self.gating]
-
     def weights(self, dtype: torch.dtype) -> list[Tensor]:
-        """The parameters as `run` takes them: both norms', then those of four `_Linears`."""
+        """The parameters as `run` takes them: both norms, then the tensors of four `Linears`."""
         tensors = [self.norm1.alpha.flatten(), self.norm2.alpha.flatten()]
-        for modules in (
-            self.self_attn.in_projs,
-            self.self_attn.out_projs,
-            [gate.linear_in for gate in self.gatings],
-            [gate.linear_out for gate in self.gatings],
-        ):
+        linear_in, linear_out = zip(*((gating.linear_in, gating.linear_out) for gating in _gatings(self)))
+        for modules in (self.self_attn.in_projs, self.self_attn.out_projs, linear_in, linear_out):
             tensors += [part for part in Linears.of(modules, dtype)[:3] if part is not None]
         return tensors
 
-    def run(self, x: Tensor, weights: list[Tensor], attend) -> Tensor:
-        x, gated, linear_out = self.until_last_product(x, weights, attend)
+    def run(self, x: Tensor, weights: list[Tensor], attend: Attention) -> Tensor:
+        x, gated, linear_out = self.run_to_last_linear(x, weights, attend)
         return x + linear_out(gated)
 
-    def until_last_product(self, x: Tensor, weights: list[Tensor], attend) -> tuple[Tensor, Tensor, Linears]:
-        """What the result is the sum of: a residual, and the product of the gated channels with the last weights."""
+    def run_to_last_linear(self, x: Tensor, weights: list[Tensor], attend: Attention) -> tuple[Tensor, Tensor, Linears]:
+        """(residual, gated channels, last linear); the layer's output is residual + last linear(gated channels)."""
         alpha1, alpha2, *rest = weights
         parts, scaling = len(rest) // 4, getattr(self.self_attn.in_projs[0], "scaling", 0.0)
         linears = [Linears(*rest[i : i + parts])._replace(scaling=scaling) for i in range(0, len(rest), parts)]
@@ -135,17 +123,21 @@ class TrainingLayer(StreamingTransformerLayer):
         return x, Gate.apply(linear_in(rms_norm(x, alpha2, self.norm2.eps))), linear_out
 
     def chunks(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The depformer's frames are independent. Temporal layers, with fewer activations, stay whole."""
-        width = len(x) * self.gatings[0].linear_in.out_features
+        """Split depformer rows, which are independent. Temporal layers, with fewer activations, stay whole."""
+        width = len(x) * _gatings(self)[0].linear_in.out_features
         return (x,) if len(x) == 1 else chunk_rows(x, width, GATED_PER_CHUNK)
 
 
-class _InChunks(torch.autograd.Function):
-    """A layer, one chunk of rows after the other. The backward pass computes each chunk again, so that between the
-    passes only x is kept, and the depformer's weights are stacked for one layer at a time."""
+def _gatings(layer: StreamingTransformerLayer) -> Sequence[nn.Module]:
+    return layer.gating if isinstance(layer.gating, nn.ModuleList) else [layer.gating]
+
+
+class _CheckpointedLayer(torch.autograd.Function):
+    """A layer, one chunk of rows at a time. The backward pass recomputes each chunk, so that only x is kept between the
+    passes, and the depformer's weights are stacked for one layer at a time."""
 
     @staticmethod
-    def forward(ctx, layer: TrainingLayer, attend, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx, layer: TrainingLayer, attend: Attention, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.layer, ctx.attend = layer, attend
         ctx.save_for_backward(x)
         weights = layer.weights(x.dtype)
@@ -162,28 +154,25 @@ class _InChunks(torch.autograd.Function):
             dx, totals = [], [None] * len(trained)
             for chunk, dchunk in zip(layer.chunks(x), layer.chunks(dy)):
                 chunk = chunk.detach().requires_grad_()
-                residual, gated, linear_out = layer.until_last_product(chunk, leaves, attend)
-                ends = [residual, linear_out.unread(gated)]
-                dchunk, *parts = torch.autograd.grad(ends, [chunk, *trained], [dchunk, dchunk])
+                residual, gated, linear_out = layer.run_to_last_linear(chunk, leaves, attend)
+                outputs = [residual, linear_out.backward_only(gated)]
+                dchunk, *parts = torch.autograd.grad(outputs, [chunk, *trained], [dchunk, dchunk])
                 dx.append(dchunk)
                 totals = accumulate(totals, parts)
         parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-        gradients = iter(())
-        if parameters:
-            stacked = [weight for weight in weights if weight.requires_grad]
-            dstacked = [total.to(weight.dtype) for total, weight in zip(totals, stacked)]
-            gradients = iter(torch.autograd.grad(stacked, parameters, dstacked))
+        stacked = [weight for weight in weights if weight.requires_grad]
+        dstacked = [total.to(weight.dtype) for total, weight in zip(totals, stacked)]
+        gradients = iter(torch.autograd.grad(stacked, parameters, dstacked) if parameters else ())
         return None, None, join_chunks(dx), *(next(gradients) if p.requires_grad else None for p in layer.parameters())
 
 
 class TrainingLM(nn.Module):
-    """The losses of `lm` on undelayed codes. `lm` keeps its parameters and names; its layers get a second way to run.
+    """The losses of `lm` on undelayed codes. `lm` keeps its parameters and names; its layers become `TrainingLayer`s.
 
     Args:
-        lm: Moshi or PersonaPlex, with plain linears or moshi's `LoRALinear`.
-        gradient_checkpointing: keep the input of each layer only, and compute the rest again in the backward pass.
-
-    The dtype of the embeddings, as they arrive in `forward`, is that of the activations; other weights are cast to it.
+        lm: Moshi or PersonaPlex, with plain linears or moshi's `LoRALinear`; UserError for another architecture. The
+            dtype of its embedding tables in `forward` is that of the activations; other weights are cast to it.
+        gradient_checkpointing: keep only the input of each layer, and recompute the rest in the backward pass.
     """
 
     def __init__(self, lm: LMModel, gradient_checkpointing: bool):
@@ -195,28 +184,21 @@ class TrainingLM(nn.Module):
             layer.__class__ = TrainingLayer
 
     def forward(
-        self,
-        codes: Tensor,
-        loss_mask: Tensor,
-        prompt_embeddings: Tensor | None = None,
-        prompt_lengths: Tensor | None = None,
-        *,
-        plan: Targets | None = None,
-    ) -> Losses:
+        self, codes: Tensor, loss_mask: Tensor, prompt_embeddings: Tensor | None = None,
+        prompt_lengths: Tensor | None = None, *, targets: Targets | None = None,
+    ) -> Losses:  # fmt: skip
         """
         Args:
             codes: [B, K, T] int64, not delayed; -1 embeds to zero and never carries loss.
-            loss_mask: [B, T] bool, frames whose tokens carry loss.
-            prompt_embeddings: [B, P, dim] with P <= T, instead of the embedded tokens at the first prompt_lengths [B]
+            loss_mask: [B, T] bool, true for frames whose tokens carry loss.
+            prompt_embeddings: [B, P, dim] with P <= T, in place of the embedded tokens at the first prompt_lengths [B]
                 positions of each window. Position 0 is the initial column.
-            plan: `make_plan` of codes and loss_mask. Without it codes and loss_mask may be on the CPU, where making
-                the plan makes no CUDA device wait.
+            targets: `make_targets` of codes and loss_mask; made here if None, without a wait if both are on the CPU.
         """
-        lm = self.lm
-        device = lm.text_emb.weight.device
-        if plan is None:
-            plan = make_targets(codes, loss_mask, lm.delays, lm.dep_q)
-        plan = plan.to(device)
+        lm, device = self.lm, self.lm.text_emb.weight.device
+        if targets is None:
+            targets = make_targets(codes, loss_mask, lm.delays, lm.dep_q)
+        targets = Targets(*(tensor.to(device, non_blocking=True) for tensor in targets))
         codes = codes.to(device, non_blocking=True)
         initial = torch.full_like(codes[:1, :, :1], lm.initial_token_id)
         initial[:, 0] = lm.text_initial_token_id
@@ -235,11 +217,11 @@ class TrainingLM(nn.Module):
         x = rms_norm(x[0], lm.out_norm.alpha, lm.out_norm.eps)  # [B * T, dim]
 
         text_head = Linears.of([lm.text_linear], x.dtype)
-        words = text_head.loss(x.index_select(0, plan.word_rows)[None], plan.word_targets)
-        padding = text_head.loss(x.index_select(0, plan.padding_rows)[None], plan.padding_targets)
-        tokens = delayed[:, : lm.dep_q].transpose(0, 1).flatten(1).index_select(1, plan.audio_rows)
-        y = self._depformer(x.index_select(0, plan.audio_rows), tokens)
-        audio = Linears.of(lm.linears, y.dtype).loss(y, plan.audio_targets)
+        words = text_head.loss(x.index_select(0, targets.word_rows)[None], targets.word_targets)
+        padding = text_head.loss(x.index_select(0, targets.padding_rows)[None], targets.padding_targets)
+        tokens = delayed[:, : lm.dep_q].transpose(0, 1).flatten(1).index_select(1, targets.audio_rows)
+        y = self._depformer(x.index_select(0, targets.audio_rows), tokens)
+        audio = Linears.of(lm.linears, y.dtype).loss(y, targets.audio_targets)
         ce, correct = (torch.cat(group) for group in zip(words, padding, audio))
         return Losses(ce, correct)
 
@@ -252,42 +234,37 @@ class TrainingLM(nn.Module):
         return x + self.lm.text_emb(columns[:, 0])
 
     def _depformer(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """x: [N, dim], tokens: [dep_q, N], token q being the input of step q -> [dep_q, N, depformer dim]."""
+        """x: [N, dim], tokens: [dep_q, N], where token q is the input of step q -> [dep_q, N, depformer dim]."""
         lm = self.lm
         embeddings = [lm.depformer_text_emb, *lm.depformer_emb]
         embedded = torch.stack([embedding(token) for embedding, token in zip(embeddings, tokens)])
         y = embedded + Linears.of(lm.depformer_in, x.dtype).fan_out(x)
         for layer in lm.depformer.layers:
-            y = layer(y, attend=DepformerAttention(), checkpointing=self.gradient_checkpointing)
+            y = layer(y, attend=depformer_attention, checkpointing=self.gradient_checkpointing)
         return y
 
 
 def _check_architecture(lm: LMModel) -> None:
     temporal, depformer = list(lm.transformer.layers), list(lm.depformer.layers) if lm.depformer else []
-    gatings = [gating for layer in depformer for gating in (layer.gating or [])]
     layers = temporal + depformer
+    gatings = [gating for layer in layers for gating in _gatings(layer)]
     norms = [lm.out_norm, *(norm for layer in layers for norm in (layer.norm1, layer.norm2))]
-    wrong = {
+    checks = {
         "no depformer": lm.depformer is None,
         "conditioners": lm.fuser is not None,
-        "another norm than rms_norm_f32": not all(isinstance(n, RMSNorm) and n.dtype == torch.float for n in norms),
-        "another gating than silu": not all(
-            isinstance(gating, ActivationGating) and gating.activation is F.silu
-            for gating in gatings + [layer.gating for layer in temporal]
-        ),
+        "norms other than rms_norm_f32": not all(isinstance(n, RMSNorm) and n.dtype == torch.float for n in norms),
+        "gating other than silu": not all(isinstance(g, ActivationGating) and g.activation is F.silu for g in gatings),
         "cross attention": any(layer.cross_attention is not None for layer in layers),
         "shared keys (kv_repeat)": any(layer.self_attn.kv_repeat != 1 for layer in layers),
         "layer scale": any(not isinstance(layer.layer_scale_1, nn.Identity) for layer in layers),
-        "another positional embedding than rope": lm.transformer.positional_embedding != "rope",
+        "a positional embedding other than rope": lm.transformer.positional_embedding != "rope",
         "positions in the depformer": bool(depformer) and lm.depformer.positional_embedding != "none",
         "depformer weights that are not one set per step": not lm.depformer_multi_linear
         or lm.depformer_weights_per_step_schedule is not None
         or any(layer.weights_per_step != lm.dep_q for layer in depformer),
         "depformer norms": any(not isinstance(norm, nn.Identity) for norm in getattr(lm, "depformer_norms", [])),
-        "biases": lm.text_linear.bias not in (None, False),
+        "biases": isinstance(lm.text_linear.bias, Tensor),
     }
-    found = [name for name, is_wrong in wrong.items() if is_wrong]
+    found = [name for name, present in checks.items() if present]
     if found:
-        raise UserError(
-            f"Only models built like Moshi and PersonaPlex can be trained; this one has {', '.join(found)}."
-        )
+        raise UserError(f"only models built like Moshi and PersonaPlex can be trained; this one has {', '.join(found)}")

@@ -1,11 +1,12 @@
-"""Weight files read and written tensor by tensor, so that no step ever holds a second copy of a model.
+"""Weight files, read and written one tensor at a time so that no second copy of a model ever exists.
 
-Two layouts are in use. *Fused*, as Kyutai and NVIDIA ship them: one `self_attn.in_proj_weight` and one
-`self_attn.out_proj.weight` a layer, the depformer's steps stacked along the rows. *Split*, as moshi >= 0.2.13
-names its parameters: `self_attn.in_projs.I.weight`, `self_attn.out_projs.I.weight`.
+There are two layouts. *Fused*, as Kyutai and NVIDIA publish them: one `self_attn.in_proj_weight` and one
+`self_attn.out_proj.weight` per layer, with the depformer's steps stacked along the rows. *Split*, as moshi >= 0.2.13
+names its parameters: `self_attn.in_projs.I.weight` and `self_attn.out_projs.I.weight` for step I.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.cli import UserError
+from finetune.files import replacing
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # fused name -> split name; moshi/modules/transformer.py, StreamingMultiheadAttention._load_hook
@@ -32,10 +33,10 @@ _SPLIT_KEY = re.compile(r"^(.*self_attn\.)(in|out)_projs\.(\d+)\.weight$")
 
 
 class Slot(NamedTuple):
-    """Where a tensor lives in a file: its key there (it may be some of its rows), its first byte, shape and dtype."""
+    """Where a tensor is stored in a file."""
 
-    key: str
-    offset: int
+    key: str  # in the file; a slot may be some rows of it
+    offset: int  # of the first byte
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -43,32 +44,26 @@ class Slot(NamedTuple):
 def split_names(key: str, steps: int) -> list[str] | None:
     """The split names of a fused attention key with `steps` weight sets, in row order; None for any other key."""
     match = _FUSED_KEY.match(key)
-    if match is None:
-        return None
-    return [match[1] + _FUSED[match[2]].format(i) for i in range(steps)]
+    return match and [match[1] + _FUSED[match[2]].format(i) for i in range(steps)]
 
 
 def fused_name(key: str) -> tuple[str, int] | None:
-    """(fused name, step) of a split attention key, as NVIDIA's loader spells it; None for any other key."""
+    """(fused name in NVIDIA's spelling, step) of a split attention key; None for any other key."""
     match = _SPLIT_KEY.match(key)
-    if match is None:
-        return None
-    return match[1] + ("in_proj_weight" if match[2] == "in" else "out_proj.weight"), int(match[3])
+    return match and (match[1] + ("in_proj_weight" if match[2] == "in" else "out_proj.weight"), int(match[3]))
 
 
 def attention_steps(key: str, dep_q: int) -> int:
-    """How many weight sets the attention that holds `key` has: one a codebook in the depformer, else 1."""
+    """Number of weight sets in the attention that `key` belongs to: one per step in the depformer, otherwise 1."""
     return dep_q if key.startswith("depformer.") else 1
 
 
 class WeightFile:
-    """A safetensors file seen through split names, without reading its values.
+    """A safetensors file under split names; UserError if it is missing or incomplete. Opening it reads no values.
 
     Attributes:
         slots: split name -> Slot.
         dep_q: depformer steps, counted from the `linears.N.weight` keys.
-    Raises:
-        UserError: the file is missing, truncated or not safetensors.
     """
 
     def __init__(self, path: str | Path):
@@ -77,19 +72,18 @@ class WeightFile:
         self.dep_q = sum(1 for key in header if re.fullmatch(r"linears\.\d+\.weight", key))
         self.slots: dict[str, Slot] = {}
         for key, (dtype, shape, offset) in header.items():
-            steps = attention_steps(key, self.dep_q)
-            names = split_names(key, steps) or [key]
-            if len(names) > 1 and shape[0] % len(names):
-                raise UserError(
-                    f"{self.path}: {key} has {shape[0]} rows, which do not divide by {steps} depformer steps, as many "
-                    "as it has linears.*; download or copy it again"
-                )
+            names = split_names(key, attention_steps(key, self.dep_q)) or [key]
             if len(names) > 1:
+                if shape[0] % len(names):
+                    raise UserError(
+                        f"{self.path}: {key} has {shape[0]} rows, which do not divide by {len(names)} depformer steps, "
+                        "the number of its linears.*; download or copy it again"
+                    )
                 shape = (shape[0] // len(names), *shape[1:])
-            for i, name in enumerate(names):
-                self.slots[name] = Slot(key, offset + i * torch.Size(shape).numel() * dtype.itemsize, shape, dtype)
+            size = math.prod(shape) * dtype.itemsize
+            self.slots |= {name: Slot(key, offset + i * size, shape, dtype) for i, name in enumerate(names)}
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a tensor, as a new tensor on the CPU in the file's dtype."""
         slot = self.slots[name]
         shape = slot.shape
@@ -100,32 +94,29 @@ class WeightFile:
         self.read_into(name, start, values)
         return values
 
-    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fills `out` with the rows of a tensor from `start` on: straight from the file where `out` is contiguous, on
-        the CPU and of the file's dtype, so that nothing of it is held twice, not even by a mapping of the file."""
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out` with the rows of a tensor from `start` on: straight from the file if `out` is contiguous, on the
+        CPU and of the file's dtype, so that nothing exists twice (a memory map would keep the file's pages too)."""
         slot = self.slots[name]
-        values = out
-        if out.device.type != "cpu" or out.dtype != slot.dtype or not out.is_contiguous():
-            values = torch.empty(out.shape, dtype=slot.dtype)
+        direct = out.device.type == "cpu" and out.dtype == slot.dtype and out.is_contiguous()
+        values = out if direct else torch.empty(out.shape, dtype=slot.dtype)
         if values.numel():
-            row = torch.Size(slot.shape[1:]).numel() * slot.dtype.itemsize
             with self.path.open("rb", buffering=0) as file:
-                file.seek(slot.offset + start * row)
-                left = memoryview(values.reshape(-1).view(torch.uint8).numpy())
-                while left:
-                    count = file.readinto(left)
+                file.seek(slot.offset + start * math.prod(slot.shape[1:]) * slot.dtype.itemsize)
+                remaining = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+                while remaining:
+                    count = file.readinto(remaining)
                     if not count:
-                        raise UserError(f"{self.path}: has become shorter while it was read; copy it again")
-                    left = left[count:]
+                        raise UserError(f"{self.path}: became shorter while it was read; copy it again")
+                    remaining = remaining[count:]
         if values is not out:
             out.copy_(values)
 
 
 def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
-    """{key: (dtype, shape, first byte)} of a safetensors file. Raises UserError if it is missing, truncated or
-    foreign."""
+    """{key: (dtype, shape, first byte)} of a safetensors file. Raises UserError unless the file is complete."""
     if not path.is_file():
-        raise UserError(f"{path}: no such weight file")
+        raise UserError(f"{path}: weight file not found")
     try:
         with safe_open(path, framework="pt"):  # checks the header, and that its tensors fill the file
             pass
@@ -142,51 +133,42 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int
 
 
 def write_safetensors(
-    path: Path,
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    metadata: dict[str, str] | None = None,
+    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Writes a safetensors file one tensor at a time, under a temporary name until it is complete.
+    """Write a safetensors file one tensor at a time; `path` appears when all of it is on disk.
 
     Args:
-        layout: {key: (dtype, shape)} of everything the file will hold, in file order.
+        layout: {key: (dtype, shape)} of every tensor, in file order.
         tensors: (key, values) in the same order; values are cast to the layout's dtype.
     Raises:
         ValueError: `tensors` does not match `layout`.
     """
-    header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key, (dtype, shape) in layout.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         header[key] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     blob = json.dumps(header, separators=(",", ":")).encode()
     blob += b" " * (-len(blob) % 8)  # the format wants the data 8-byte aligned
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     expected = iter(layout.items())
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(blob).to_bytes(8, "little"))
-            file.write(blob)
-            for key, tensor in tensors:
-                want, (dtype, shape) = next(expected, (None, (None, None)))
-                if key != want or tuple(tensor.shape) != tuple(shape):
-                    raise ValueError(f"got {key} {tuple(tensor.shape)} where the layout has {want} {shape}")
-                values = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-                if values.numel():
-                    file.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
-            if next(expected, None) is not None:
-                raise ValueError("the tensors ended before the layout did")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(blob).to_bytes(8, "little") + blob)
+        for key, tensor in tensors:
+            want, (dtype, shape) = next(expected, (None, (None, None)))
+            if key != want or tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"got {key} {tuple(tensor.shape)} where the layout has {want} {shape}")
+            values = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+            if values.numel():
+                file.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+        if next(expected, None) is not None:
+            raise ValueError("the tensors ended before the layout did")
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def to_split(state: Mapping[str, torch.Tensor], dep_q: int) -> Iterator[tuple[str, torch.Tensor]]:
+def to_split(state: Mapping[str, Tensor], dep_q: int) -> Iterator[tuple[str, Tensor]]:
     """(split name, tensor) pairs of a state dict in either layout; fused tensors give views of their rows."""
     for key, tensor in state.items():
         names = split_names(key, attention_steps(key, dep_q))
@@ -197,13 +179,12 @@ def to_split(state: Mapping[str, torch.Tensor], dep_q: int) -> Iterator[tuple[st
 
 
 def fuse(state: Mapping[str, Tensor], dep_q: int) -> dict[str, Tensor]:
-    """A state dict in NVIDIA's and Kyutai's stored layout, from split names."""
+    """A state dict in the fused layout, as NVIDIA spells it, from split names."""
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         target = fused_name(name)
         if target is None:
             out[name] = tensor
         elif target[1] == 0:
-            steps = attention_steps(name, dep_q)
-            out[target[0]] = torch.cat([state[n] for n in split_names(target[0], steps)], dim=0)
+            out[target[0]] = torch.cat([state[n] for n in split_names(target[0], attention_steps(name, dep_q))])
     return out

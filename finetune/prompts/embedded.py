@@ -7,35 +7,34 @@ import torch
 from torch import Tensor
 
 from finetune.cli import UserError
-from finetune.model.stored import StoredModel
 from finetune.prompts.hybrid import VoicePrompt
 from finetune.streams import N_STREAMS, SINE_TOKENS, TEXT_PAD, stack_streams
 
 RING = 4  # token columns that a .pt keeps
+ReadRows = Callable[[str, int, int], Tensor]  # (name, start, stop) -> rows [start, stop) of a parameter
 
 
 def load_embedded(path: Path, delays: list[int], embed: Callable[[Tensor], Tensor]) -> VoicePrompt:
-    """A `.pt` voice as NVIDIA ships it: {"embeddings": [N-1, 1, 1, dim], "cache": [1, 17, 4]}.
+    """Read a `.pt` voice as NVIDIA ships it: {"embeddings": [N-1, 1, 1, dim], "cache": [1, 17, 4]}.
 
-    The cache is a ring of the last four delayed token columns N-3..N (column c at index c % 4); undelayed, they give
-    the last three frames. The tokens of the last embedded column, N-2, are among them: embedded anew they must give
-    what the file holds, or it was made with other tables than this model's.
+    The cache is a ring of the last four delayed token columns N-3..N (column c at index c % 4). Without the delays,
+    these are the last three frames. They include the tokens of column N-2, the last one embedded: if embedding these
+    tokens again does not give what the file holds, the file was made with other tables than this model's.
 
     Args:
         delays: of the 17 streams, in frames.
         embed: [17] ids of a delayed column -> [dim] float32, with the model's own tables.
     Raises:
-        UserError: not such a file, or one of another model.
+        UserError: the file is not a voice, or is one for another model.
     """
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises nearly anything on nearly a zip file
         raise UserError(
-            f"{path}: not a voice file (it is damaged, or holds more than tensors); make it anew with "
+            f"{path}: not a voice file (it is damaged, or holds more than tensors); make it again with "
             "`python -m finetune.tools.make_voice`, or use a recording"
         ) from None
-    embeddings = raw.get("embeddings") if isinstance(raw, dict) else None
-    cache = raw.get("cache") if isinstance(raw, dict) else None
+    embeddings, cache = (raw.get(key) if isinstance(raw, dict) else None for key in ("embeddings", "cache"))
     if not isinstance(embeddings, Tensor) or not isinstance(cache, Tensor):
         raise UserError(f'{path}: not a voice file: it needs the tensors "embeddings" and "cache"')
     if embeddings.dim() != 4 or embeddings.shape[1:3] != (1, 1) or cache.shape != (1, N_STREAMS, RING):
@@ -48,91 +47,69 @@ def load_embedded(path: Path, delays: list[int], embed: Callable[[Tensor], Tenso
         raise UserError(f"{path}: {frames} frames are too few for a voice prompt")
     cache = cache[0].long()
     column = frames - 2
-    expected, got = embed(cache[:, column % RING]), embeddings[column, 0, 0].float()
-    if expected.shape != got.shape:
-        raise UserError(f"{path}: made for a model of dimension {len(got)}; this one has {len(expected)}")
-    # In bf16, a sum of 17 vectors differs by its rounding; that of other tables by its whole size.
-    difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    expected, found = embed(cache[:, column % RING]), embeddings[column, 0, 0].float()
+    if expected.shape != found.shape:
+        raise UserError(f"{path}: made for a model of dimension {len(found)}; this one has {len(expected)}")
+    # In bf16, a sum of 17 vectors is off by its rounding; with other tables, it is off by its own magnitude.
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
     if not difference <= 0.05:
         raise UserError(
             f"{path}: made with other embedding tables than this model's (column {column} is off by {difference:.0%}), "
-            "so the runtime would feed other inputs; use the recording itself, or make the voice anew for this model"
+            "so the runtime would feed other inputs; use the recording itself, or make the voice again for this model"
         )
-    return VoicePrompt(path.name, embeddings=embeddings[:, 0, 0], tail=undelay_tail(cache, frames, delays))
+    last = torch.arange(frames - (RING - 1), frames)
+    tail = torch.stack([cache[stream, (last + delay) % RING] for stream, delay in enumerate(delays)])
+    return VoicePrompt(path.name, embeddings=embeddings[:, 0, 0], tail=tail)
 
 
-def undelay_tail(cache: Tensor, frames: int, delays: list[int]) -> Tensor:
-    """[17, 3] int64, frames N-3..N-1, out of the ring [17, 4] of delayed columns N-3..N."""
-    tail = torch.empty(N_STREAMS, RING - 1, dtype=torch.int64)
-    for stream, delay in enumerate(delays):
-        for i, frame in enumerate(range(frames - (RING - 1), frames)):
-            tail[stream, i] = cache[stream, (frame + delay) % RING]
-    return tail
-
-
-def embed_column(read: Callable[[str, int, int], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """The temporal transformer's input for one delayed column, [17] -> [dim] float32, of a model that is not loaded.
+def make_embedded(read: ReadRows, lm_kwargs: dict, codes: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what the runtime saves after it has stepped through a voice prompt.
 
     Args:
-        read: rows [start, stop) of a parameter.
+        read: reads rows of the model's embedding tables.
+        lm_kwargs: of the model: its delays and token counts.
+        codes: [8, N] int64, the agent's.
+        dtype: in which the runtime holds the tables.
+    Returns:
+        "embeddings" [N - 1, 1, 1, dim], the transformer's inputs at columns 0..N-2, and "cache" [1, 17, 4] int64, the
+        last four columns written to each stream, column c at c modulo 4.
+    Raises:
+        UserError: fewer frames than the runtime keeps.
     """
-    names = ["text_emb.weight", *(f"emb.{i}.weight" for i in range(len(tokens) - 1))]
-    rows = [read(name, token, token + 1)[0].float() for name, token in zip(names, tokens.tolist()) if token >= 0]
+    length, delays = codes.shape[1], lm_kwargs["delays"]
+    if length < RING:
+        raise UserError(f"a voice prompt needs at least {RING} frames of 80 ms, and this one has {length}")
+    frames = stack_streams([TEXT_PAD] * length, codes, torch.tensor(SINE_TOKENS).view(-1, 1))
+    columns = torch.full((N_STREAMS, length + max(delays)), lm_kwargs["card"])
+    columns[0] = lm_kwargs["text_card"]
+    cache = torch.empty(1, N_STREAMS, RING, dtype=torch.int64)
+    for stream, delay in enumerate(delays):
+        # Frame t goes to column t + delay. Earlier columns hold the initial token, which also overwrites frame 0.
+        columns[stream, delay + 1 : delay + length] = frames[stream, 1:]
+        last = torch.arange(length + delay - RING, length + delay)
+        cache[0, stream, last % RING] = columns[stream, last]
+    return {"embeddings": _embed_columns(read, columns[:, : length - 1], dtype)[:, None, None], "cache": cache}
+
+
+def embed_column(read: ReadRows, tokens: Tensor) -> Tensor:
+    """Return the temporal transformer's input [dim] float32 for one delayed column [17]; token -1 adds nothing."""
+    rows = [read(_table(k), token, token + 1)[0].float() for k, token in enumerate(tokens.tolist()) if token >= 0]
     return torch.stack(rows).sum(0)
 
 
-def delayed_columns(codes: Tensor, initial: Tensor, delays: list[int]) -> Tensor:
-    """Token columns [17, N + longest delay] of a voice prompt: stream k of frame t stands in column t + delays[k].
+def _embed_columns(read: ReadRows, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the temporal transformer's inputs [T, dim] for columns [17, T], reading only the rows of their tokens.
 
-    The first delays[k] + 1 columns of a stream hold its initial token: the runtime overwrites frame 0 with it. Beyond
-    column N - 1 the streams without delay have nothing yet, and hold -2.
-
-    Args:
-        codes: [8, N] int64, the agent's.
-        initial: [17] int64, initial token of each stream.
-    """
-    frames = stack_streams([TEXT_PAD] * codes.shape[1], codes, torch.tensor(SINE_TOKENS).view(-1, 1))
-    columns = torch.full((N_STREAMS, codes.shape[1] + max(delays)), -2)
-    for stream, delay in enumerate(delays):
-        columns[stream, delay : delay + codes.shape[1]] = frames[stream]
-        columns[stream, : delay + 1] = initial[stream]
-    return columns
-
-
-def embed_columns(source: StoredModel, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """The temporal transformer's inputs [T, dim] for columns [17, T], reading the rows of these tokens alone.
-
-    Streams are added up one by one, audio before text, as LMModel does it: in bf16 the order shows.
+    Streams are added one by one, audio before text, as LMModel does: in bf16 the order changes the sum.
     """
     total = None
     for stream in (*range(1, N_STREAMS), 0):
-        name = f"emb.{stream - 1}.weight" if stream else "text_emb.weight"
-        tokens, places = columns[stream].unique(return_inverse=True)
-        rows = torch.cat([source.read(name, token, token + 1) for token in tokens.tolist()]).to(dtype)[places]
+        tokens, index = columns[stream].unique(return_inverse=True)
+        rows = torch.cat([read(_table(stream), token, token + 1) for token in tokens.tolist()]).to(dtype)[index]
         total = rows if total is None else total + rows
     return total
 
 
-def make_embedded(source: StoredModel, codes: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the runtime saves after it has stepped through a voice prompt.
-
-    Args:
-        codes: [8, N] int64.
-    Returns:
-        "embeddings" [N - 1, 1, 1, dim], the transformer's inputs at columns 0..N-2, and "cache" [1, 17, 4] int64, the
-        last four columns of each stream that were written, column c at c modulo 4.
-    Raises:
-        UserError: fewer frames than the runtime keeps.
-    """
-    length, delays = codes.shape[1], source.kwargs["delays"]
-    if length < RING:
-        raise UserError(f"a voice prompt needs at least {RING} frames of 80 ms, this has {length}")
-    initial = torch.full((N_STREAMS,), source.kwargs["card"])
-    initial[0] = source.kwargs["text_card"]
-    columns = delayed_columns(codes, initial, delays)
-    cache = torch.empty(1, N_STREAMS, RING, dtype=torch.int64)
-    for stream, delay in enumerate(delays):
-        for column in range(length + delay - RING, length + delay):
-            cache[0, stream, column % RING] = columns[stream, column]
-    embeddings = embed_columns(source, columns[:, : length - 1], dtype)
-    return {"embeddings": embeddings[:, None, None], "cache": cache}
+def _table(stream: int) -> str:
+    """Name of a stream's embedding table in LMModel."""
+    return f"emb.{stream - 1}.weight" if stream else "text_emb.weight"

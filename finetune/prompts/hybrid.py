@@ -1,4 +1,4 @@
-"""The hybrid system prompt in front of each dialogue: voice, silence, role, silence (PersonaPlex, arXiv 2602.06053)."""
+"""The hybrid system prompt before each dialogue: voice, silence, role, silence (PersonaPlex, arXiv 2602.06053)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,24 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finetune.streams import (
-    CODEBOOKS,
-    N_STREAMS,
-    SILENCE_FRAMES,
-    SILENCE_TOKENS,
-    SINE_TOKENS,
-    TEXT_PAD,
-    ZERO,
-    stack_streams,
-)
+from finetune.streams import N_STREAMS, SILENCE_FRAMES, SILENCE_TOKENS, SINE_TOKENS, TEXT_PAD, ZERO, stack_streams
 
 
 class VoicePrompt(NamedTuple):
     """A voice prompt of N frames, in one of two forms.
 
-    codes: [8, N] int64, of a recording; `embeddings` is None.
-    Or, as NVIDIA ships voices, `embeddings`: [N - 1, dim], the temporal transformer's inputs at positions 0..N-2, and
-    `tail`: [17, 3] int64, frames N-3..N-1 of all streams.
+    A recording has `codes`: [8, N] int64.
+    A `.pt` voice, as NVIDIA ships them, has `embeddings`: [N - 1, dim], the temporal transformer's inputs at positions
+    0..N-2, and `tail`: [17, 3] int64, frames N-3..N-1 of all streams.
     """
 
     name: str
@@ -37,10 +28,10 @@ class VoicePrompt(NamedTuple):
 
 
 class SystemPrompt(NamedTuple):
-    """What precedes a dialogue.
+    """The frames before a dialogue.
 
-    frames: [17, P] int64, undelayed, with the first frame of all already dropped as the runtime does.
-    embeddings: [E, dim] or None, which replace the temporal transformer's inputs at positions 0..E-1.
+    frames: [17, P] int64, undelayed, without the very first frame, as the runtime drops it.
+    embeddings: [E, dim] or None; they replace the temporal transformer's inputs at positions 0..E-1.
     """
 
     frames: Tensor
@@ -48,17 +39,19 @@ class SystemPrompt(NamedTuple):
 
 
 def build_prompt(voice: VoicePrompt | None, text_ids: Sequence[int]) -> SystemPrompt:
-    """[voice | silence | text | silence], as the runtime steps through it; without a voice or a text the two silences
-    stay. The inference engine never shows the transformer the first frame: its column is the initial one."""
-    silence = torch.tensor(SILENCE_TOKENS).view(CODEBOOKS, 1)
-    sine = torch.tensor(SINE_TOKENS).view(CODEBOOKS, 1)
+    """Return [voice | silence | text | silence], as the runtime steps through it.
+
+    Without a voice or a text, the two silences remain. The first frame is dropped, because the runtime never shows it
+    to the transformer: its column holds the initial tokens instead.
+    """
+    silence, sine = (torch.tensor(tokens).view(-1, 1) for tokens in (SILENCE_TOKENS, SINE_TOKENS))
     quiet = stack_streams([TEXT_PAD] * SILENCE_FRAMES, silence, sine)
     parts = [quiet, stack_streams(text_ids, silence, sine), quiet]
     embeddings = None
     if voice is not None and voice.embeddings is None:
         parts.insert(0, stack_streams([TEXT_PAD] * voice.frames, voice.codes, sine))
     elif voice is not None:
-        # The frames before the tail are unknown, and unseen: their columns are replaced by the embeddings.
+        # The frames before the tail are unknown. The model does not see them: the embeddings replace their columns.
         head = torch.full((N_STREAMS, voice.frames - voice.tail.shape[1]), ZERO, dtype=torch.int64)
         parts.insert(0, torch.cat([head, voice.tail], dim=1))
         embeddings = voice.embeddings
@@ -66,5 +59,5 @@ def build_prompt(voice: VoicePrompt | None, text_ids: Sequence[int]) -> SystemPr
 
 
 def prompt_length(voice_frames: int, text_tokens: int) -> int:
-    """Frames that a prompt adds to a window."""
+    """Return how many frames a prompt adds to a window."""
     return voice_frames + text_tokens + 2 * SILENCE_FRAMES - 1

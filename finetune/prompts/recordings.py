@@ -1,9 +1,10 @@
-"""Voice prompts from recordings, as NVIDIA's runtime hears them."""
+"""Voice prompts from recordings, loaded and encoded as NVIDIA's runtime does it."""
 
 import hashlib
+import itertools
 import os
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,80 +17,63 @@ from finetune.audio.codes import audio_fingerprint, save_tensors
 from finetune.audio.files import SAMPLE_RATE, read_audio
 from finetune.cli import UserError
 
-LOUDNESS = -24.0  # LUFS, integrated: what NVIDIA's runtime normalises voice recordings to
+LOUDNESS = -24.0  # LUFS, integrated: NVIDIA's runtime normalises voice recordings to this
 
 
 def cache_folder() -> Path:
-    """Where encoded voices and unpacked archives are kept between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "moshi-personaplex-finetune"
-
-
-def codes_folder() -> Path:
-    """Where encoded recordings are kept, made if needed. Raises UserError if it cannot be."""
-    folder = cache_folder() / "codes"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be made ({error.strerror}); set XDG_CACHE_HOME to a folder that may be written"
-        ) from None
-    return folder
+    """Return the folder that keeps encoded recordings and unpacked archives between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moshi-personaplex-finetune"
 
 
 def load_recording(path: Path) -> np.ndarray:
-    """A recording as the runtime hears it: first channel, 24 kHz, -24 LUFS; float32 [samples].
+    """Return the first channel of a recording at 24 kHz and -24 LUFS, float32 [samples].
 
-    Raises UserError if it is silent, or under the 0.4 s that loudness is defined on.
+    Raises UserError if it is silent, or shorter than the 0.4 s that loudness is defined on.
     """
     return normalise(read_audio(path, channel=0)[0], str(path))
 
 
 def normalise(pcm: np.ndarray, name: str) -> np.ndarray:
-    """Brings float32 [samples] at 24 kHz to -24 LUFS. Raises UserError where that is undefined."""
+    """Bring float32 [samples] at 24 kHz to -24 LUFS; samples may exceed 1. Raises UserError where that is undefined."""
     if pcm.shape[0] < 0.4 * SAMPLE_RATE:
-        seconds = pcm.shape[0] / SAMPLE_RATE
-        raise UserError(f"{name}: a voice prompt needs at least 0.4 s, this has {seconds:.2f} s")
-    import pyloudnorm  # half a second, for recordings only
+        raise UserError(f"{name}: a voice prompt needs at least 0.4 s, this has {pcm.shape[0] / SAMPLE_RATE:.2f} s")
+    import pyloudnorm  # takes half a second, and only recordings need it
 
     loudness = pyloudnorm.Meter(SAMPLE_RATE).integrated_loudness(pcm.astype(np.float64))
     if not np.isfinite(loudness):
         raise UserError(f"{name}: is silent, so it cannot be a voice prompt")
-    with warnings.catch_warnings():  # pyloudnorm warns of samples over 1, which Mimi takes as they are
-        warnings.simplefilter("ignore")
-        return pyloudnorm.normalize.loudness(pcm, loudness, LOUDNESS).astype(np.float32)
+    return (pcm * np.power(10.0, (LOUDNESS - loudness) / 20.0)).astype(np.float32)
 
 
 def encode_recordings(
     paths: list[Path], mimi: Callable[[], MimiModel], fingerprint: str
 ) -> tuple[dict[Path, Tensor], list[str]]:
-    """Codes [8, N] int64 of recordings, through a cache on disk that knows the codec (`fingerprint`) and the recording;
-    and a sentence for each that cannot be had."""
-    out: dict[Path, Tensor] = {}
-    problems: list[str] = []
-    fresh: list[tuple[Path, Path, Tensor]] = []
-    cache = codes_folder() if paths else None
+    """Return the codes [8, N] int64 of recordings, and one sentence for each recording that cannot be used.
 
-    def flush() -> None:
-        for (path, cached, _), codes in zip(fresh, encode_audio(mimi(), [pcm for _, _, pcm in fresh])):
-            out[path] = codes
-            save_tensors(cached, codes.to(torch.int16))
-        fresh.clear()
+    Codes are cached on disk under the codec's `fingerprint` and the recording's. `mimi` is called if some are missing.
+    """
+    folder = cache_folder() / "codes"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{folder}: cannot be created ({error.strerror})"
+        raise UserError(f"{reason}; set XDG_CACHE_HOME to a folder that may be written to") from None
+    codes, problems = {}, []
 
-    for path in paths:
-        key = hashlib.sha256(f"{fingerprint}/{audio_fingerprint(path)}".encode()).hexdigest()[:32]
-        cached = cache / f"{key}.pt"
-        try:  # what was torn by a crash is made anew
-            out[path] = torch.load(cached, weights_only=True).long()
-            continue
-        except Exception:  # torch raises nearly anything on nearly a zip file
-            pass
-        try:
-            fresh.append((path, cached, torch.from_numpy(load_recording(path))))
-        except UserError as error:
-            problems.append(str(error))
-        if len(fresh) == 64:
-            flush()
-    if fresh:
-        flush()
-    return out, problems
+    def missing() -> Iterator[tuple[Path, Path, np.ndarray]]:  # recording, its file in the cache, its sound
+        for path in paths:
+            try:
+                key = hashlib.sha256(f"{fingerprint}/{audio_fingerprint(path)}".encode()).hexdigest()[:32]
+                with suppress(Exception):  # torch raises nearly anything on a file that a crash has truncated
+                    codes[path] = torch.load(folder / f"{key}.pt", weights_only=True).long()
+                if path not in codes:
+                    yield path, folder / f"{key}.pt", load_recording(path)
+            except UserError as error:
+                problems.append(str(error))
+
+    recordings = missing()
+    while batch := list(itertools.islice(recordings, 64)):
+        for (path, cached, _), new in zip(batch, encode_audio(mimi(), [pcm for _, _, pcm in batch])):
+            codes[path] = new
+            save_tensors(cached, new.to(torch.int16))
+    return codes, problems

@@ -12,21 +12,20 @@ from moshi.models import MimiModel
 from finetune.audio.codec import encode_audio
 from finetune.audio.codes import save_tensors
 from finetune.audio.files import probe_audio, read_audio
-from finetune.audio.words import MAIN_SPEAKER, Word, read_alignments, sidecar
-from finetune.cli import UserError, no_room
+from finetune.audio.words import MAIN_SPEAKER, Word, read_words
+from finetune.cli import UserError
 from finetune.prompts.recordings import normalise
 
-SAME_SPEAKER = "same_speaker"  # in place of a file: the agent's own words from elsewhere in the recording
-VOICE_SEC = 10.0  # longest `same_speaker` stretch
+SAME_SPEAKER = "same_speaker"  # given in place of a file name
+VOICE_SEC = 10.0  # longest segment
 VOICE_MIN_SEC = 1.0
-VOICE_SPEECH_SHARE = 0.5  # share of a stretch that its words must fill
+VOICE_SPEECH_SHARE = 0.5  # least share of a segment that words fill
 
 
-def voice_segments(words: list[tuple[str, float, float]], duration_sec: float) -> list[tuple[float, float]]:
-    """Up to two stretches (start, end in seconds) of the agent's own speech, for `same_speaker`; the best first.
+def voice_segments(words: list[Word], duration_sec: float) -> list[tuple[float, float]]:
+    """Return up to two segments (start, end in seconds) of the agent's own speech, the one with most speech first.
 
-    Two that do not touch, each at most a third of the recording, so that most windows have one outside of them. They
-    begin with a word and hold at least STRETCH_SPEECH of speech.
+    They do not overlap and are at most a third of the recording each, so that most windows have one outside of them.
     """
     candidates = []
     for i, (_, start, _) in enumerate(words):
@@ -37,16 +36,16 @@ def voice_segments(words: list[tuple[str, float, float]], duration_sec: float) -
     candidates.sort(key=lambda c: (-c[0], c[1]))
     chosen: list[tuple[float, float]] = []
     for _, start, end in candidates:
-        if all(end <= s or start >= e for s, e in chosen):
+        if len(chosen) < 2 and all(end <= s or start >= e for s, e in chosen):
             chosen.append((start, end))
-            if len(chosen) == 2:
-                break
     return chosen
 
 
 def segment_audio(path: Path, start: float, end: float) -> np.ndarray | None:
-    """The agent's sound from `start` to `end` (seconds), normalised, float32 [samples] at 24 kHz; None where there is
-    none to speak of: words do not always stand where the sound is. Raises UserError if it cannot be read."""
+    """Return the agent's channel between two times (seconds), float32 [samples] at 24 kHz and -24 LUFS.
+
+    Returns None where it is silent: word times may be wrong. Raises UserError if the file cannot be read.
+    """
     pcm = read_audio(path, start, end - start, channel=0)[0]
     try:
         return normalise(pcm, str(path))
@@ -55,95 +54,76 @@ def segment_audio(path: Path, start: float, end: float) -> np.ndarray | None:
 
 
 def same_speaker_file(codes: Path) -> Path:
-    """Where the `same_speaker` stretches of a file of codes are kept."""
+    """Return the path of the `same_speaker` segments that belong to a file of codes."""
     return codes.with_name(codes.name + ".voices")
 
 
 def save_same_speaker(
-    files: Sequence[tuple[Path, Path]],
-    mimi: MimiModel,
-    fingerprint: str,
-    speakers: Sequence[str] = (MAIN_SPEAKER,),
-    exact: bool = False,
-) -> dict[Path, str]:
-    """Encodes the `same_speaker` stretches of recordings beside their codes.
+    files: Sequence[tuple[Path, Path]], mimi: MimiModel, fingerprint: str,
+    speakers: Sequence[str] = (MAIN_SPEAKER,), exact: bool = False,
+) -> dict[Path, str]:  # fmt: skip
+    """Encode the `same_speaker` segments of recordings, and save them next to their codes.
+
+    A recording without enough speech, or whose words are where it is silent, gets an empty list of segments.
 
     Args:
-        files: (recording, its file of codes) of each.
-        fingerprint: of the codec.
+        files: (recording, its file of codes) pairs.
+        fingerprint: of the codec; `exact`: see finetune.audio.codec.
         speakers: whose words show where the agent speaks.
-        exact: see finetune.data.codec.
     Returns:
-        {recording: why it has none} of those that could not be read. One without enough speech, or whose words stand
-        where it is silent, has an empty list.
+        {recording: reason} for recordings that could not be read.
     """
     problems: dict[Path, str] = {}
     for i in range(0, len(files), 16):
-        found: list[tuple[Path, str, list[tuple[float, float, np.ndarray]]]] = []
+        found = []  # (file to write, digest of the words, [(start, end, sound)]) for each recording
         for recording, codes in files[i : i + 16]:
-            target = same_speaker_file(codes)
             try:
-                words = _words(recording, speakers)
+                words, _ = read_words(recording, speakers)
                 spans = voice_segments(words, probe_audio(recording).duration_sec)
-                heard = [(*span, segment_audio(recording, *span)) for span in spans]
-                found.append((target, _digest(words), [stretch for stretch in heard if stretch[2] is not None]))
-            except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-                if no_room(error):
-                    raise
+                audio = [(*span, segment_audio(recording, *span)) for span in spans]
+                found.append((same_speaker_file(codes), _digest(words), [a for a in audio if a[2] is not None]))
+            except UserError as error:
                 problems[recording] = str(error)
-        encoded = iter(encode_audio(mimi, [sound for *_, heard in found for *_, sound in heard], exact))
-        for target, words, heard in found:
-            stretches = [
-                {"start": start, "end": end, "codes": next(encoded).to(torch.int16)} for start, end, _ in heard
-            ]
-            kept = {"mimi": fingerprint, "speakers": list(speakers), "words": words, "stretches": stretches,
-                    "exact": exact}  # fmt: skip
-            save_tensors(target, kept)
+        encoded = iter(encode_audio(mimi, [pcm for *_, audio in found for *_, pcm in audio], exact))
+        for target, words, audio in found:
+            segments = [{"start": a, "end": b, "codes": next(encoded).to(torch.int16)} for a, b, _ in audio]
+            entry = {"mimi": fingerprint, "speakers": list(speakers), "words": words, "exact": exact}
+            save_tensors(target, entry | {"stretches": segments})
     return problems
 
 
-def _words(recording: Path, speakers: Sequence[str]) -> list[Word]:
-    rows = json.loads(sidecar(recording).read_text(encoding="utf-8"))["alignments"]
-    return read_alignments(rows, speakers)
+def load_same_speaker(path: Path, fingerprint: str | None, speakers: Sequence[str]) -> list[dict]:
+    """Return the segments that `save_same_speaker` wrote: [{"start", "end" (sec), "codes": [8, N] int16}].
+
+    Raises UserError if the file is missing or damaged, or belongs to another codec (unless `fingerprint` is None) or to
+    other speakers.
+    """
+    remedy = "run precompute_codes.py with --same-speaker"
+    try:
+        entry = torch.load(path, weights_only=True)
+        segments, mimi, found = entry["stretches"], entry["mimi"], entry["speakers"]
+    except Exception as error:  # torch raises nearly anything on nearly a zip file
+        state = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise UserError(f"{path}: {state}; {remedy}") from None
+    if fingerprint not in (None, mimi):
+        raise UserError(f"{path}: made by another Mimi; {remedy} again")
+    if set(found) != set(speakers):
+        difference = f"holds the speech of {', '.join(found)}, and data.speakers is {', '.join(speakers)}"
+        raise UserError(f"{path}: {difference}; {remedy} --speakers {' '.join(speakers)}")
+    return segments
+
+
+def has_same_speaker(recording: Path, codes: Path, fingerprint: str, speakers: Sequence[str], exact: bool) -> bool:
+    """Return whether valid segments of the recording's present words exist; if `exact`, exactly encoded ones."""
+    path = same_speaker_file(codes)
+    try:
+        load_same_speaker(path, fingerprint, speakers)
+        entry = torch.load(path, weights_only=True)
+        current = entry.get("words") == _digest(read_words(recording, speakers)[0])
+        return current and (bool(entry.get("exact")) or not exact)
+    except UserError:
+        return False
 
 
 def _digest(words: list[Word]) -> str:
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
-
-
-def load_same_speaker(path: Path, fingerprint: str | None, speakers: Sequence[str]) -> list[dict]:
-    """What `save_same_speaker` wrote: [{"start", "end" (sec), "codes": [8, N] int16}].
-
-    Raises UserError if the file is missing or damaged, if another codec made it (unless `fingerprint` is None), or if
-    it holds the speech of others than `speakers`.
-    """
-    again = "run precompute_codes.py with --same-speaker"
-    try:
-        raw = torch.load(path, weights_only=True)
-        stretches, mimi, whose = raw["stretches"], raw["mimi"], raw["speakers"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; {again}") from None
-    except Exception:  # torch raises nearly anything on nearly a zip file
-        raise UserError(f"{path}: damaged; {again}") from None
-    if fingerprint not in (None, mimi):
-        raise UserError(f"{path}: made by another Mimi; {again} again")
-    if set(whose) != set(speakers):
-        raise UserError(
-            f"{path}: holds the speech of {', '.join(whose)}, and data.speakers is {', '.join(speakers)}; "
-            f"{again} --speakers {' '.join(speakers)}"
-        )
-    return stretches
-
-
-def has_same_speaker(
-    recording: Path, codes: Path, fingerprint: str, speakers: Sequence[str], exact: bool = False
-) -> bool:
-    """Whether the stretches of a file of codes are there (and exact, if so wanted), and of the words that stand beside
-    the recording now."""
-    path = same_speaker_file(codes)
-    try:
-        load_same_speaker(path, fingerprint, speakers)
-        raw = torch.load(path, weights_only=True)
-        return raw.get("words") == _digest(_words(recording, speakers)) and (bool(raw.get("exact")) or not exact)
-    except (UserError, OSError, ValueError, KeyError, TypeError):
-        return False

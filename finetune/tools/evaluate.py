@@ -1,9 +1,9 @@
-"""Judges a checkpoint on held-out data: losses, and free-running replies to its users.
+"""Evaluates a run's newest checkpoint on held-out data: losses, and free-running replies to held-out users.
 
     python -m finetune.tools.evaluate runs/personaplex
 
-The same windows each time, on any number of processes, and the base model's values beside them. Teacher-forced loss is
-no verdict: models have scored 98.8 % of the text and said nothing when left alone.
+It evaluates the same windows each time, on any number of processes, and shows the base model's values for comparison.
+Teacher-forced losses alone can mislead: models have predicted 98.8 % of the text and stayed silent when left alone.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from finetune.model.training_lm import TrainingLM
 from finetune.streams import DEP_Q
 
 
-def main() -> int:
+def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("run", type=Path, help="run folder; its newest checkpoint is judged")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the run's")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the run's")
     given = parser.parse_args()
     if not (given.run / "args.yaml").is_file():
         raise UserError(f"{given.run}: not a run folder (it has no args.yaml)")
@@ -35,43 +35,40 @@ def main() -> int:
         raise UserError(f"{given.run}: the run has no held-out data; name some: data.eval_data=held_out.jsonl")
     args = load_args(given.run / "args.yaml", ["do_eval=true", *given.overrides])
     source = open_stored(str(given.run))
+    kwargs, step = source.kwargs, source.training.step if source.training else 0
     with session(args.device) as world:
-        prompts = source.kwargs["dep_q"] == DEP_Q
-        data = RunData(
-            args, prompts, source.checkpoint, source.kwargs, source.read, world, source.voices_archive
-        )  # fmt: skip
-        whole = load_merged(source, world.device, getattr(torch, args.param_dtype), source.kwargs["dep_q"])
-        lm = TrainingLM(whole, gradient_checkpointing=False)
-        weights = group_weights(args, whole.dep_q)
-        row, unread = evaluate(lm, data.eval_batches(), weights, world)
-        refuse_unreadable(row, unread)
-        step = source.training.step if source.training else 0
-        trouble = None
+        prompts = kwargs["dep_q"] == DEP_Q
+        data = RunData(args, prompts, source.checkpoint, kwargs, source.read, world, source.voices_archive)
+        merged = load_merged(source, world.device, getattr(torch, args.param_dtype), kwargs["dep_q"])
+        lm = TrainingLM(merged, gradient_checkpointing=False)
+        weights = group_weights(args, merged.dep_q)
+        row, problems = evaluate(lm, data.eval_batches(), weights, world)
+        refuse_unreadable(row, problems)
+        verdict = None
         if args.eval_free_samples and world.is_main:
             samples = data.eval_samples(args.eval_free_samples)
-            said = free_run(lm, samples, args.eval_free_sec, args.seed)
-            kept = given.run / "samples" / f"step_{step:06d}"
-            free, trouble = judge_replies(said, samples, data.decoder(), data.text_tokenizer, kept)
-            row |= free
+            replies = free_run(lm, samples, args.eval_free_sec, args.seed)
+            folder = given.run / "samples" / f"step_{step:06d}"
+            measures, verdict = judge_replies(replies, samples, data.decoder(), data.text_tokenizer, folder)
+            row |= measures
         earlier = source.training.held_out if source.training and not given.overrides else []
         base = next((row for row in earlier if row["step"] == 0), None)
         if base is None and source.adapters is not None:
             bare = dataclasses.replace(source, adapters=None)
             with torch.no_grad():
-                for name, parameter in whole.named_parameters():
+                for name, parameter in merged.named_parameters():
                     parameter.copy_(bare.read(name))
             base, _ = evaluate(lm, data.eval_batches(), weights, world)
         if not world.is_main:
-            return 0
+            return
     with replacing(given.run / f"evaluation_{step:06d}.json") as temporary:
         temporary.write_text(json.dumps({"step": step} | row | {"base": base}, indent=1))
     form = lambda value: f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
-    print(f"{'':<28}{f'step {step}':>12}" + f"{'base':>12}" * (base is not None))
+    print(f"{'':<28}{f'step {step}':>12}" + f"{'base':>12}" * bool(base))
     for key, value in row.items():
         print(f"{key:<28}{form(value):>12}" + (f"{form(base.get(key)):>12}" if base else ""))
-    if trouble:
-        print(f"the replies: {trouble}")
-    return 0
+    if verdict:
+        print(f"the replies: {verdict}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""Free-running replies: the model hears a user and speaks, as it does in a server.
+"""Generates free-running replies: the model listens to a user and speaks, as it does in a server.
 
     python -m finetune.tools.generate CHECKPOINT --user-wav in.wav --voice NATF2.pt \
         --text-prompt "You are ..." --out out.wav
 
-CHECKPOINT is a run's folder, one of its checkpoints, or base weights (a hub repository or a folder). The output has the
-agent left and the user right. moshi's own `LMGen` does the stepping; prompts are forced through its hooks.
-
-PersonaPlex is run with the first 8 of its 16 depformer steps: the user's codes are given, not guessed, and the
-depformer is causal over codebooks, so the other 8 would change nothing.
+CHECKPOINT is a run folder, one of its checkpoints, or full weights (a hub repository or a folder). In the output, the
+agent is the left channel and the user the right one.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -34,29 +32,62 @@ from finetune.prompts.voices import VoiceBook, load_voices
 from finetune.streams import DEP_Q
 
 
-def main() -> int:
+def main() -> None:
+    args = _parse()
+    source = open_stored(args.checkpoint, args.base)
+    wavs = [_output_path(args.out, path, args, ".wav") for path in args.user_wav]
+    if len(set(wavs)) < len(wavs):
+        raise UserError(f"--user-wav: files of the same name would both become {max(wavs, key=wavs.count)}; rename one")
+    if wavs[0].suffix != ".wav":
+        raise UserError(f"--out {args.out}: a reply is a wav, so its name must end in .wav")
+    for path, wav in zip(args.user_wav, wavs):  # before the weights are read
+        if probe_audio(path).duration_sec == 0:
+            raise UserError(f"--user-wav {path}: holds no sound; record it again")
+        wav.parent.mkdir(parents=True, exist_ok=True)
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # moshi captures CUDA graphs on the current device, wherever its tensors are
+    mimi = source.checkpoint.mimi(device)
+    tokenizer = source.checkpoint.tokenizer()
+    prompt = _build_prompt(args, source, mimi, tokenizer)
+    dtype = INFERENCE_DTYPES[args.dtype or ("bf16" if multiplies_bfloat16(device) else "fp32")]
+    lm = load_merged(source, device, dtype)
+    sampling = Sampling(args.greedy, args.temp, args.temp_text, args.top_k, args.top_k_text)
+    for start in range(0, len(wavs), args.batch_size):
+        paths = args.user_wav[start : start + args.batch_size]
+        users = [np.pad(read_audio(path)[-1], (0, int(args.tail_sec * SAMPLE_RATE))) for path in paths]
+        replies = generate(lm, [prompt] * len(users), encode_audio(mimi, users), sampling, args.seed + start)
+        agents = decode_codes(mimi, [reply.codes for reply in replies])
+        for path, wav, user, agent, reply in zip(paths, wavs[start:], users, agents, replies):
+            write_conversation(wav, agent, user)
+            words = spoken_words(reply.text, tokenizer)
+            print(f"{wav}: {' '.join(word for word, _, _ in words) or '(no words)'}", flush=True)
+            if args.text:
+                target = _output_path(args.text, path, args, ".json")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(target) as temporary:
+                    temporary.write_text(json.dumps({"user": path, "words": words}, ensure_ascii=False))
+
+
+def _parse() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="run folder, checkpoint, exported folder or hub repository")
-    parser.add_argument("--user-wav", nargs="+", required=True, help="users; of stereo files the right channel")
+    parser.add_argument("--user-wav", nargs="+", required=True, help="users; of a stereo file, the right channel")
     parser.add_argument("--out", required=True, help="wav to write; a folder for several users")
     parser.add_argument("--text", help="JSON to write the agent's words to; a folder for several users")
     parser.add_argument("--voice", help="voice prompt: a recording, a .pt or a shipped name")
-    parser.add_argument("--voices-dir", help="folder of voices; the repository's voices.tgz if absent")
+    parser.add_argument("--voices-dir", type=Path, help="folder of voices; without it, the repository's voices.tgz")
     parser.add_argument("--text-prompt", default="", help="the role; wrapped in <system> tags")
     parser.add_argument("--tail-sec", type=float, default=4.0, help="silence after the user, for the answer")
     parser.add_argument("--base", help="repository or folder of the weights that adapters belong to")
-    parser.add_argument("--greedy", action="store_true", help="the most likely token instead of a drawn one")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--greedy", action="store_true", help="take the most likely token instead of sampling")
+    parser.add_argument("--seed", type=int, default=0, help="for sampling")
     parser.add_argument("--temp", type=float, default=Sampling.temp, help="temperature of audio tokens")
     parser.add_argument("--temp-text", type=float, default=Sampling.temp_text, help="temperature of text tokens")
-    parser.add_argument("--top-k", type=int, default=Sampling.top_k, help="audio tokens to draw from")
-    parser.add_argument("--top-k-text", type=int, default=Sampling.top_k_text, help="text tokens to draw from")
+    parser.add_argument("--top-k", type=int, default=Sampling.top_k, help="sample audio from the k most likely tokens")
+    parser.add_argument("--top-k-text", type=int, default=Sampling.top_k_text, help="the same for text")
     parser.add_argument("--batch-size", type=int, default=8, help="users at once; at 7B each takes 1.6 GB")
-    parser.add_argument(
-        "--dtype",
-        choices=INFERENCE_DTYPES,
-        help="of weights and computation; default: bf16, on a CPU without bf16 products fp32",
-    )
+    parser.add_argument("--dtype", choices=INFERENCE_DTYPES, help="default: bf16; fp32 on a CPU without bf16 products")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = parser.parse_args()
     if args.batch_size < 1:
@@ -65,70 +96,29 @@ def main() -> int:
         value = getattr(args, name)
         if not 0 <= value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} {value:g}: must be at least 0, and finite")
-
-    source = open_stored(args.checkpoint, args.base)
-    several = len(args.user_wav) > 1
-    wavs = [_output(args.out, path, several, ".wav") for path in args.user_wav]
-    if len(set(wavs)) < len(wavs):
-        raise UserError(f"--user-wav: files of the same name would both become {max(wavs, key=wavs.count)}; rename one")
-    if wavs[0].suffix != ".wav":
-        raise UserError(f"--out {args.out}: a reply is a wav, so its name must end in .wav")
-    for path, wav in zip(args.user_wav, wavs):  # before weights are read
-        if probe_audio(path).duration_sec == 0:
-            raise UserError(f"--user-wav {path}: holds no sound; record it again")
-        wav.parent.mkdir(parents=True, exist_ok=True)
-    device = pick_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # moshi captures CUDA graphs on the current one, whatever its tensors are on
-    mimi = source.checkpoint.mimi(device)
-    tokenizer = source.checkpoint.tokenizer()
-    prompt = _prompt(args, source, mimi, tokenizer)
-    lm = load_merged(
-        source, device, INFERENCE_DTYPES[args.dtype or ("bf16" if multiplies_bfloat16(device) else "fp32")]
-    )
-    sampling = Sampling(args.greedy, args.temp, args.temp_text, args.top_k, args.top_k_text)
-    tail = np.zeros(int(args.tail_sec * SAMPLE_RATE), np.float32)
-    for start in range(0, len(wavs), args.batch_size):
-        paths = args.user_wav[start : start + args.batch_size]
-        heard = [np.concatenate([read_audio(path)[-1], tail]) for path in paths]
-        users = encode_audio(mimi, heard)
-        replies = generate(lm, [prompt] * len(users), users, sampling, args.seed + start)
-        sounds = decode_codes(mimi, [reply.codes for reply in replies])
-        for path, wav, pcm, reply, sound in zip(paths, wavs[start:], heard, replies, sounds):
-            write_conversation(wav, sound, pcm)
-            words = spoken_words(reply.text, tokenizer)
-            print(f"{wav}: {' '.join(word for word, _, _ in words) or '(no words)'}", flush=True)
-            if args.text:
-                target = _output(args.text, path, several, ".json")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(target) as temporary:
-                    temporary.write_text(json.dumps({"user": path, "words": words}, ensure_ascii=False))
-    return 0
+    return args
 
 
-def _output(given: str, source: str, several: bool, suffix: str) -> Path:
-    return Path(given) / (Path(source).stem + suffix) if several or Path(given).is_dir() else Path(given)
+def _output_path(given: str, user: str, args: argparse.Namespace, suffix: str) -> Path:
+    several = len(args.user_wav) > 1 or Path(given).is_dir()
+    return Path(given) / (Path(user).stem + suffix) if several else Path(given)
 
 
-def _prompt(
-    args, source: StoredModel, mimi: MimiModel, tokenizer: sentencepiece.SentencePieceProcessor
+def _build_prompt(
+    args: argparse.Namespace, source: StoredModel, mimi: MimiModel, tokenizer: sentencepiece.SentencePieceProcessor
 ) -> SystemPrompt | None:
     text = wrap_system_prompt(args.text_prompt)
     if source.kwargs["dep_q"] != DEP_Q:
         if text or args.voice:
             raise UserError(f"{args.checkpoint}: a Moshi of 8 codebooks has no prompts; drop --voice and --text-prompt")
         return None
-    voice = None
-    if args.voice:
-        folder = Path(args.voices_dir) if args.voices_dir else None
-        book = VoiceBook(folder, source.voices_archive, setting="--voices-dir")
-        path = book.find(args.voice, beside=Path.cwd())
-        embed = lambda column: embed_column(source.read, column)
-        voice = load_voices(
-            [path], lambda: mimi, lambda: fingerprint_mimi(mimi), embed, source.kwargs["delays"],
-            trains_embeddings=False,
-        )[path]  # fmt: skip
-    return build_prompt(voice, tokenizer.encode(text, add_bos=False, add_eos=False))
+    book = VoiceBook(args.voices_dir, source.voices_archive, setting="--voices-dir")
+    files = [book.find(args.voice, beside=Path.cwd())] if args.voice else []
+    embed = lambda column: embed_column(source.read, column)
+    fingerprint = lambda: fingerprint_mimi(mimi)
+    voices = load_voices(files, lambda: mimi, fingerprint, embed, source.kwargs["delays"], trains_embeddings=False)
+    ids = tokenizer.encode(text, add_bos=False, add_eos=False)
+    return build_prompt(voices[files[0]] if files else None, ids)
 
 
 if __name__ == "__main__":

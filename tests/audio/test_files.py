@@ -1,35 +1,86 @@
+import errno
+import os
+import struct
+import tempfile
+import tracemalloc
+import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.signal
 import sphn
+from moshi.models import loaders
 
-from finetune.audio.files import probe_audio, read_audio, resample, stream_audio
+from finetune.audio import files
+from finetune.audio.files import (
+    decodable_sec,
+    probe_audio,
+    read_audio,
+    stream_audio,
+    to_frames,
+    to_int16,
+    wav_writer,
+    write_conversation,
+    write_wav,
+)
 from finetune.cli import UserError
-from tests.support import write_adpcm, write_panic, write_wav
+from tests import support
+from tests.support import write_adpcm, write_panic
+
+SOUNDS = Path(__file__).parent / "sounds"
 
 
 @pytest.fixture
 def noise(tmp_path):
     def make(sample_rate, seconds, extra=0, channels=2):
         rng = np.random.default_rng(sample_rate)
-        write_wav(
-            tmp_path / "noise.wav",
-            rng.uniform(-0.9, 0.9, (channels, int(sample_rate * seconds) + extra)),
-            sample_rate,
-        )
+        pcm = rng.uniform(-0.9, 0.9, (channels, int(sample_rate * seconds) + extra))
+        support.write_wav(tmp_path / "noise.wav", pcm, sample_rate)
         return tmp_path / "noise.wav"
 
     return make
 
 
-def assert_one_sound(path, source, starts):
-    """Whatever is read of a file, in stretches or pieces, is that part of the whole, decoded from its start."""
+def test_constants_are_those_of_mimi():
+    assert (files.SAMPLE_RATE, files.FRAME_RATE) == (loaders.SAMPLE_RATE, loaders.FRAME_RATE) == (24_000, 12.5)
+    assert files.FRAME_SIZE == 1920
+
+
+def test_frames_of_a_duration():
+    """0.56 * 12.5 is 7.000000000000001 in floating point."""
+    for frames in range(3000):
+        assert to_frames(frames * 0.08) == frames
+        assert to_frames((1920 * frames + 1) / 24_000) == frames + 1
+
+
+# --- Reading ---
+
+
+def resampled(pcm, source, target, positions):
+    """Some samples of `pcm` at another rate, by a Kaiser-windowed sinc over 48 zero crossings, in float64."""
+    up, down = target // np.gcd(source, target), source // np.gcd(source, target)
+    half = 48 * max(up, down)
+    taps = up * scipy.signal.firwin(2 * half + 1, 0.945 / max(up, down), window=("kaiser", 8.6))
+    taps = np.pad(taps, 1)  # 0 outside
+    near = np.arange(pcm.shape[1])[None] * up - np.asarray(positions)[:, None] * down + half + 1
+    return np.float64(pcm) @ taps[near.clip(0, 2 * half + 2)].T
+
+
+def assert_parts_equal_whole(path, source, segments, monkeypatch):
+    """Check that segments and pieces of a file are that part of the whole, decoded from its start."""
+    decoded = np.atleast_2d(sphn.FileReader(str(path)).decode_all())
     whole = read_audio(path)
-    assert np.array_equal(whole, resample(sphn.FileReader(str(path)).decode_all(), source, 24_000))
+    if source == 24_000:
+        assert np.array_equal(whole, decoded)
+    else:
+        positions = range(0, 5000, 37)
+        wanted = resampled(decoded[:, :source], source, 24_000, positions)
+        assert np.abs(whole[:, positions] - wanted).max() < 1e-5
     for seconds in (1, 2, 9, 20):
-        assert np.array_equal(np.concatenate(list(stream_audio(path, piece_sec=seconds)), axis=1), whole)
-    for start, duration in starts:
+        monkeypatch.setattr(files, "PIECE_SEC", seconds)
+        assert np.array_equal(np.concatenate(list(stream_audio(path)), axis=1), whole)
+    for start, duration in segments:
         first = round(start * 24_000)
         stop = None if duration is None else first + round(duration * 24_000)
         assert np.array_equal(read_audio(path, start, duration), whole[:, first:stop])
@@ -39,90 +90,224 @@ def assert_one_sound(path, source, starts):
 
 @pytest.mark.parametrize("sample_rate", [8_000, 11_025, 24_000, 44_056, 44_100, 48_000])
 @pytest.mark.parametrize("extra", [0, 17])
-def test_pieces_and_stretches_are_bit_for_bit_those_of_the_whole_file(noise, sample_rate, extra):
+def test_segments_and_pieces_are_bit_for_bit_those_of_the_whole_file(noise, sample_rate, extra, monkeypatch):
     path = noise(sample_rate, 9, extra)
-    starts = (0, 2.5), (1.28, 3.333), (7.04, 30), (8.9999, 1), (9.5, 1), (40, 1), (2.00004, None)
-    whole = assert_one_sound(path, sample_rate, starts)
+    segments = (0, 2.5), (1.28, 3.333), (7.04, 30), (8.9999, 1), (9.5, 1), (40, 1), (2.00004, None)
+    whole = assert_parts_equal_whole(path, sample_rate, segments, monkeypatch)
     samples = 9 * sample_rate + extra
     assert whole.shape == (2, -(-samples * 24_000 // sample_rate)) and whole.dtype == np.float32
+    assert probe_audio(path) == (2, sample_rate, pytest.approx(samples / sample_rate))
 
 
 @pytest.mark.parametrize("name, sample_rate", [("noise.flac", 8_000), ("noise.mp3", 24_000), ("noise.ogg", 16_000),
                                                ("adpcm.wav", 16_000)])  # fmt: skip
-def test_so_they_are_in_every_format(tmp_path, name, sample_rate):
+def test_segments_of_other_formats(tmp_path, name, sample_rate, monkeypatch):
     """4 or 5 s of noise, made with soundfile 0.14 (libsndfile 1.2.2)."""
-    path = Path(__file__).parent / "sounds" / name
+    path = SOUNDS / name
     if name == "adpcm.wav":
         path = tmp_path / name
         write_adpcm(path, sample_rate, blocks=140)
-    starts = (0, 2.5), (1.28, 1.333), (3, 30), (3.9999, 1), (40, 1), (2.00004, None)
-    whole = assert_one_sound(path, sample_rate, starts)
+    segments = (0, 2.5), (1.28, 1.333), (3, 30), (3.9999, 1), (40, 1), (2.00004, None)
+    whole = assert_parts_equal_whole(path, sample_rate, segments, monkeypatch)
     assert whole.shape[1] >= 4 * 24_000 and whole.std() > 1e-4
 
 
-def test_a_file_written_anew_is_read_anew(tmp_path):
+def write_aiff(path, pcm):
+    """int16 [channels, samples] at 24 kHz."""
+    rate = struct.pack(">HQ", 16383 + 14, 24_000 << (63 - 14))  # 80-bit float
+    common = struct.pack(">hIh", len(pcm), pcm.shape[1], 16) + rate
+    sound = struct.pack(">II", 0, 0) + pcm.T.astype(">i2").tobytes()
+    chunks = b"AIFFCOMM" + struct.pack(">I", len(common)) + common + b"SSND" + struct.pack(">I", len(sound)) + sound
+    path.write_bytes(b"FORM" + struct.pack(">I", len(chunks)) + chunks)
+
+
+def write_extensible(path, pcm):
+    """int16 [channels, samples] at 24 kHz, as WAVE_FORMAT_EXTENSIBLE."""
+    block = 2 * len(pcm)
+    form = struct.pack("<HHIIHHHHIH", 0xFFFE, len(pcm), 24_000, 24_000 * block, block, 16, 22, 16, 3, 1)
+    form += bytes.fromhex("000000001000800000aa00389b71")
+    data = pcm.T.astype("<i2").tobytes()
+    chunks = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data)) + data
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(chunks)) + chunks)
+
+
+def test_formats_with_exact_seeking_are_not_decoded_whole(tmp_path, monkeypatch):
+    pcm = np.random.default_rng(0).integers(-30_000, 30_000, (2, 120_000), dtype=np.int16)
+    write_wav(tmp_path / "plain.wav", pcm)
+    support.write_wav(tmp_path / "float.wav", pcm / 32768, 24_000, float32=True)
+    write_extensible(tmp_path / "extensible.wav", pcm)
+    write_aiff(tmp_path / "sound.aiff", pcm)
+    monkeypatch.setattr(files, "_decode_to_disk", lambda *_: pytest.fail("decoded whole"))
+    for path in sorted(tmp_path.iterdir()):
+        assert np.array_equal(read_audio(path, 1.5, 2), pcm[:, 36_000:84_000] / np.float32(32768)), path.name
+    read_audio(SOUNDS / "noise.flac", 1, 2)
+
+
+def test_other_formats_are_decoded_once_even_if_many_are_read_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE_SEC", 1)
+    for name in "abc":
+        write_adpcm(tmp_path / f"{name}.wav", 16_000, 140)
+    before = files._decode_to_disk.cache_info().misses
+    pieces = list(zip(*(stream_audio(tmp_path / f"{name}.wav") for name in "abc")))
+    assert len(pieces) == 5 and files._decode_to_disk.cache_info().misses == before + 3
+    read_audio(tmp_path / "c.wav", 1, 1)
+    assert files._decode_to_disk.cache_info().misses == before + 3
+
+
+def test_a_file_that_has_changed_is_decoded_again(tmp_path):
+    path = tmp_path / "a.wav"
     for blocks in (100, 120):
-        write_adpcm(tmp_path / "a.wav", 16_000, blocks)
-        assert read_audio(tmp_path / "a.wav", 0, 1).shape == (2, 24_000)
-        assert read_audio(tmp_path / "a.wav").shape[1] >= 1.5 * 505 * blocks
+        write_adpcm(path, 16_000, blocks)
+        assert read_audio(path, 0, 1).shape == (2, 24_000)
+        assert read_audio(path).shape[1] >= 1.5 * 505 * blocks
+    before, content = read_audio(path), bytearray(path.read_bytes())
+    content[5000] ^= 0x55  # the same size
+    path.write_bytes(content)
+    os.utime(path, (1e9, 1e9))
+    assert not np.array_equal(read_audio(path), before)
+
+
+def test_a_full_temporary_folder_is_named(tmp_path, monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_adpcm(tmp_path / "a.wav", 16_000, 140)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(UserError, match=r"a\.wav: .*TMPDIR"):
+        read_audio(tmp_path / "a.wav")
+
+
+def test_memory_does_not_grow_with_a_streamed_file(noise, monkeypatch):
+    monkeypatch.setattr(files, "PIECE_SEC", 1)
+    path = noise(8_000, 60)
+    next(stream_audio(path))  # imports scipy
+    tracemalloc.start()
+    samples = sum(piece.shape[1] for piece in stream_audio(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert samples == 60 * 24_000 and peak < 60 * 8_000 * 8 / 3  # a third of the decoded file
 
 
 @pytest.mark.parametrize("source", [8_000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000])
 @pytest.mark.parametrize("target", [16_000, 24_000])
-def test_a_tone_stays_where_it_is_and_what_cannot_be_kept_is_gone(source, target):
-    tone = lambda hertz, rate, n: np.sin(2 * np.pi * hertz * np.arange(n) / rate).astype(np.float32)
-    for hertz in (300, 3_000):
-        out = resample(tone(hertz, source, source)[None], source, target)[0]
-        assert np.abs(out - tone(hertz, target, target))[500:-500].max() < 2e-5
+def test_resampling_keeps_tones_in_place_and_removes_what_the_target_cannot_hold(tmp_path, source, target):
+    tone = lambda hertz, rate: np.sin(2 * np.pi * hertz * np.arange(rate) / rate).astype(np.float32)
+    hertz = (300, 3_000, target * 0.505)
+    support.write_wav(tmp_path / "tones.wav", np.stack([tone(h, source) for h in hertz]), source, float32=True)
+    out = read_audio(tmp_path / "tones.wav", sample_rate=target)
+    assert out.shape == (3, target)
+    for channel in range(2):
+        assert np.abs(out[channel] - tone(hertz[channel], target))[500:-500].max() < 2e-5
     if source > target:
-        out = resample(tone(target * 0.505, source, source)[None], source, target)[0]
-        assert np.abs(out[500:-500]).max() < 1e-3  # -60 dB
+        assert np.abs(out[2, 500:-500]).max() < 1e-3  # -60 dB
 
 
-def test_the_end_is_kept_and_one_sample_is_something(tmp_path):
-    pcm = np.zeros((1, 48_000), dtype=np.float32)
+def test_resampling_keeps_the_end_of_a_file(tmp_path):
+    pcm = np.zeros((1, 48_000))
     pcm[0, -96:] = 0.5
-    out = resample(pcm, 48_000, 24_000)
+    support.write_wav(tmp_path / "end.wav", pcm, 48_000)
+    out = read_audio(tmp_path / "end.wav")
     assert np.abs(out[0, -40:]).mean() > 0.4 and np.abs(out[0, :-100]).max() < 0.05
-    write_wav(tmp_path / "one.wav", np.full((2, 1), 0.5), 48_000)
-    assert read_audio(tmp_path / "one.wav").shape == (2, 1)
-    write_wav(tmp_path / "none.wav", np.zeros((2, 0)), 48_000)
-    assert read_audio(tmp_path / "none.wav").shape == (2, 0)
+    for samples in (1, 0):
+        support.write_wav(tmp_path / "short.wav", np.full((2, samples), 0.5), 48_000)
+        assert read_audio(tmp_path / "short.wav").shape == (2, samples)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -3e4])
-def test_samples_that_are_no_sound_are_refused(tmp_path, bad):
-    pcm = np.zeros((2, 30_000), dtype=np.float32)
-    pcm[1, 29_000] = bad
-    write_wav(tmp_path / "bad.wav", pcm, 24_000, float32=True)
-    for use in (read_audio, lambda path: list(stream_audio(path, piece_sec=1))):
-        with pytest.raises(UserError, match=r"bad\.wav: holds samples that are not finite"):
-            use(tmp_path / "bad.wav")
+def test_the_decodable_duration_is_the_header_s_only_if_the_file_ends_there(noise):
+    path = noise(8_000, 5)
+    info, content = probe_audio(path), path.read_bytes()
+    for missing_sec, found in ((0, 5.0), (0.09, 5.0), (0.11, 4.89), (3.5, 1.5)):
+        path.write_bytes(content[: len(content) - round(missing_sec * 8_000) * 4])
+        assert decodable_sec(path, info) == pytest.approx(found), missing_sec
 
 
-def test_a_truncated_file_gives_what_is_left(noise):
+def test_a_truncated_file_gives_what_is_left(noise, monkeypatch):
     path = noise(44_100, 5)
     whole = read_audio(path)
     path.write_bytes(path.read_bytes()[: 44 + 44_100 * 4 * 2])
     assert probe_audio(path).duration_sec > 4.9
-    left = np.concatenate(list(stream_audio(path, piece_sec=1)), axis=1)
+    monkeypatch.setattr(files, "PIECE_SEC", 1)
+    left = np.concatenate(list(stream_audio(path)), axis=1)
     assert left.shape == (2, 48_000) and np.array_equal(left[:, :-100], whole[:, :47_900])
 
 
-def test_a_panic_of_the_decoder_is_a_sentence_too(tmp_path):
+# --- What cannot be read ---
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -3e4, 100.0, 99.9])
+def test_samples_that_are_not_sound_are_refused(tmp_path, bad):
+    pcm = np.zeros((2, 30_000), dtype=np.float32)
+    pcm[1, 29_000] = bad
+    support.write_wav(tmp_path / "bad.wav", pcm, 24_000, float32=True)
+    if bad == 99.9:
+        assert read_audio(tmp_path / "bad.wav").max() == np.float32(99.9)
+        return
+    for use in (read_audio, lambda path: list(stream_audio(path))):
+        with pytest.raises(UserError, match=r"bad\.wav: .*not finite"):
+            use(tmp_path / "bad.wav")
+
+
+def test_a_panic_of_the_decoder_is_a_user_error(tmp_path):
     write_panic(tmp_path / "panic.wav")
     with pytest.raises(BaseException) as raw:
         sphn.FileReader(str(tmp_path / "panic.wav")).decode_all()
     assert not isinstance(raw.value, Exception)
-    with pytest.raises(UserError, match=r"panic\.wav: (cannot be decoded|not readable as audio)"):
+    with pytest.raises(UserError, match=r"panic\.wav: "):
         read_audio(tmp_path / "panic.wav")
 
 
-def test_what_cannot_be_read_is_said_in_a_sentence(tmp_path, noise):
+def test_unreadable_files_are_user_errors(tmp_path, noise):
     (tmp_path / "text.wav").write_text("not a wav")
-    for path, words in ((tmp_path / "no.wav", "no such file"), (tmp_path / "text.wav", "not readable as audio")):
+    support.write_wav(tmp_path / "slow.wav", np.zeros((1, 999)), 999)
+    for name, words in (("none", "no such file"), ("text", "not readable as audio"), ("slow", "at 999 Hz")):
         for use in (probe_audio, read_audio, lambda path: list(stream_audio(path))):
-            with pytest.raises(UserError, match=words):
-                use(path)
-    with pytest.raises(UserError, match="no channel 2"):
-        read_audio(noise(24_000, 1), channel=2)
+            with pytest.raises(UserError, match=rf"{name}\.wav: .*{words}"):
+                use(tmp_path / f"{name}.wav")
+    path = noise(24_000, 1)
+    assert np.array_equal(read_audio(path, channel=0), read_audio(path)[:1])
+    with pytest.raises(UserError, match=r"noise\.wav: .*channel 2"):
+        read_audio(path, channel=2)
+
+
+# --- Writing ---
+
+
+def test_floats_are_rounded_to_16_bits_and_clipped():
+    pcm = np.float32([0, 1, -1, 1.5, -1.5, 0.4 / 32767, 0.6 / 32767, -0.6 / 32767, 0.5])
+    samples = to_int16(pcm)
+    assert samples.dtype == np.int16 and samples.tolist() == [0, 32767, -32767, 32767, -32767, 0, 1, -1, 16384]
+
+
+@pytest.mark.parametrize("channels, sample_rate", [(1, 24_000), (2, 8_000), (3, 44_100)])
+def test_a_wav_in_pieces_is_the_wav_in_one(tmp_path, channels, sample_rate):
+    pcm = np.random.default_rng(0).integers(-32767, 32767, (channels, 1000), dtype=np.int16)
+    support.write_wav(tmp_path / "wanted.wav", pcm / 32767, sample_rate)
+    write_wav(tmp_path / "whole.wav", pcm, sample_rate)
+    with wav_writer(tmp_path / "pieces.wav", channels, sample_rate) as append:
+        for piece in np.split(pcm, [1, 1, 700], axis=1):
+            append(piece)
+        assert not (tmp_path / "pieces.wav").exists()
+    for name in ("whole", "pieces"):
+        assert (tmp_path / f"{name}.wav").read_bytes() == (tmp_path / "wanted.wav").read_bytes()
+
+
+def test_a_wav_that_fails_leaves_the_old_file(tmp_path):
+    write_wav(tmp_path / "a.wav", np.ones((1, 5), dtype=np.int16))
+    before = (tmp_path / "a.wav").read_bytes()
+    with pytest.raises(ZeroDivisionError), wav_writer(tmp_path / "a.wav", 2, 8_000) as append:
+        append(np.zeros((2, 9), dtype=np.int16))
+        raise ZeroDivisionError
+    assert (tmp_path / "a.wav").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("longer", ["agent", "user"])
+def test_a_conversation_has_the_agent_on_the_left_and_is_as_long_as_the_longer_side(tmp_path, longer):
+    sides = {"agent": np.float32([0.5, -0.5, 2.0]), "user": np.float32([0.25, -3.0, 0.99999])}
+    sides[longer] = np.append(sides[longer], np.float32([0.125, 0.0625]))
+    write_conversation(tmp_path / "new/folder/talk.wav", **sides)
+    with wave.open(str(tmp_path / "new/folder/talk.wav")) as file:
+        assert file.getparams()[:4] == (2, 2, 24_000, 5)
+        left, right = np.frombuffer(file.readframes(5), "<i2").reshape(-1, 2).T.tolist()
+    rest = {longer: [4095, 2047]}  # truncated: 0.125 * 32767 is 4095.875
+    assert left == [16383, -16383, 32767, *rest.get("agent", [0, 0])]
+    assert right == [8191, -32767, 32766, *rest.get("user", [0, 0])]

@@ -1,4 +1,4 @@
-"""The training forward against moshi's own: the same losses, the same gradients."""
+"""The training forward against moshi's own: the same losses, the same gradients, fewer operations, less memory."""
 
 import collections
 import copy
@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from moshi.models.lm import LMGen, LMModel
 from moshi.models.lm_utils import _delay_sequence, _undelay_sequence
-from moshi.modules.lora import replace_all_linear_with_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,91 +16,36 @@ from finetune.cli import UserError
 from finetune.distributed import make_mesh, session, shard
 from finetune.model.products import GATED_PER_CHUNK, LOGITS_PER_CHUNK
 from finetune.model.targets import count_targets, make_targets
-from finetune.model.training_lm import TrainingLM
+from finetune.model.training_lm import TemporalAttention, TrainingLM, depformer_attention
 from finetune.tools.plan.meter import Meter
-
-torch._dynamo.config.disable = True  # moshi compiles its norms on first use
-DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
-B, T = 2, 21
-
-
-def tiny_lm(dep_q: int, lora: bool = False, context: int = 100, **kwargs) -> LMModel:
-    """Moshi's architecture at a size for tests; with `lora` only adapters are trained, else everything."""
-    torch.manual_seed(0)
-    config = {
-        "delays": DELAYS, "n_q": 16, "dep_q": dep_q, "card": 24, "text_card": 40, "existing_text_padding_id": 3,
-        "dim": 32, "num_heads": 4, "num_layers": 2, "hidden_scale": 4.125, "causal": True, "context": context,
-        "max_period": 10000, "gating": "silu", "norm": "rms_norm_f32", "positional_embedding": "rope",
-        "depformer_dim": 16, "depformer_dim_feedforward": 66, "depformer_num_heads": 2, "depformer_num_layers": 2,
-        "depformer_multi_linear": True, "depformer_pos_emb": "none", "depformer_weights_per_step": True,
-    }  # fmt: skip
-    lm = LMModel(**(config | kwargs))
-    for name, parameter in lm.named_parameters():
-        if name.endswith("alpha"):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    if lora:
-        replace_all_linear_with_lora(lm, rank=4, scaling=2.0)
-        for name, parameter in lm.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-    return lm
+from tests.engine import DELAYS
+from tests.model.stock import (
+    CONFIG,
+    B,
+    T,
+    assert_same,
+    gradients,
+    group_sums,
+    in_bfloat16,
+    random_batch,
+    stock_lm,
+    stock_losses,
+)
 
 
-def random_batch(seed: int = 0, batch: int = B, frames: int = T) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes with zero tokens in every stream, and a mask with holes, an empty start and an empty end."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 24, (batch, 17, frames), generator=generator)
-    codes[:, 0] = torch.randint(0, 40, (batch, frames), generator=generator)
-    codes[:, 0, ::3] = 3
-    codes[:, 0, 1::7] = 0
-    codes[torch.rand(codes.shape, generator=generator) < 0.1] = -1
-    mask = torch.rand(batch, frames, generator=generator) < 0.7
-    mask[0, :4] = False
-    mask[-1, -3:] = False
-    return codes, mask
-
-
-def sums(logits, text_logits, valid, text_valid, codes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropies and hits of each group from the logits of all positions, the plain way."""
-    ce, hits = [], []
-    is_padding = (codes[:, 0] == 0) | (codes[:, 0] == 3)
-    groups = [(text_logits, text_valid & ~is_padding, codes[:, 0]), (text_logits, text_valid & is_padding, codes[:, 0])]
-    groups += [(logits[:, k], valid[:, k], codes[:, 1 + k]) for k in range(logits.shape[1])]
-    for group, chosen, target in groups:
-        ce.append(F.cross_entropy(group[chosen].float(), target[chosen], reduction="sum"))
-        hits.append((group[chosen].argmax(-1) == target[chosen]).sum())
-    return torch.stack(ce), torch.stack(hits)
-
-
-def stock_losses(lm: LMModel, codes, mask) -> tuple[torch.Tensor, torch.Tensor]:
-    out = lm(codes)
-    return sums(out.logits, out.text_logits[:, 0], out.mask & mask[:, None], out.text_mask[:, 0] & mask, codes)
-
-
-class Results(TorchDispatchMode):
-    """Notes the largest result by operation and last dimension."""
+class LargestResults(TorchDispatchMode):
+    """Records the largest result by operation and last dimension."""
 
     def __enter__(self):
-        self.largest = collections.Counter()
+        self.sizes = collections.Counter()
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and out.dim():
             key = func._schema.name, out.shape[-1]
-            self.largest[key] = max(self.largest[key], out.numel())
+            self.sizes[key] = max(self.sizes[key], out.numel())
         return out
-
-
-def gradients(lm: LMModel, ce: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of a sum with a different weight for each group."""
-    lm.zero_grad(set_to_none=True)
-    (ce * torch.linspace(0.5, 1.5, len(ce))).sum().backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in lm.named_parameters() if p.requires_grad}
-
-
-def assert_same(ours: torch.Tensor, theirs: torch.Tensor, name: str = "", tolerance: float = 1e-5):
-    difference = (ours - theirs).abs().max().item()
-    assert difference <= tolerance * max(theirs.abs().max().item(), 1e-6), f"{name}: {difference}"
 
 
 def assert_equal_to_stock(lm: LMModel, codes, mask, checkpointing: bool) -> dict[str, torch.Tensor]:
@@ -126,32 +70,46 @@ def assert_equal_to_stock(lm: LMModel, codes, mask, checkpointing: bool) -> dict
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("dep_q", [8, 16])
 def test_losses_and_gradients_equal_the_stock_forward(dep_q, lora, checkpointing):
-    ours = assert_equal_to_stock(tiny_lm(dep_q, lora), *random_batch(), checkpointing)
+    ours = assert_equal_to_stock(stock_lm(dep_q, lora), *random_batch(), checkpointing)
     assert all(gradient.abs().max() > 0 for gradient in ours.values())
 
 
 @pytest.mark.parametrize("context", [1, 7, T - 1, T])
 def test_windows_longer_than_the_context(context):
-    assert_equal_to_stock(tiny_lm(8, context=context), *random_batch(), checkpointing=True)
+    assert_equal_to_stock(stock_lm(8, context=context), *random_batch(), checkpointing=True)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_period": 50}, {"num_heads": 2}, {"depformer_num_heads": 4}, {"depformer_num_layers": 1}], ids=str
+)
+def test_the_configuration_is_followed(changes):
+    assert_equal_to_stock(stock_lm(8, **changes), *random_batch(), checkpointing=False)
 
 
 @pytest.mark.parametrize(("batch", "frames"), [(1, 2), (3, 5)])
 def test_short_windows(batch, frames):
     codes, _ = random_batch(batch=batch, frames=frames)
-    assert_equal_to_stock(tiny_lm(16), codes, torch.ones(batch, frames, dtype=torch.bool), checkpointing=False)
+    assert_equal_to_stock(stock_lm(16), codes, torch.ones(batch, frames, dtype=torch.bool), checkpointing=False)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_few_frames_at_a_time_give_the_same(lora, checkpointing, monkeypatch):
+def test_chunks_of_a_few_rows_give_the_same(lora, checkpointing, monkeypatch):
     monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", 16 * 24 * 3)
     monkeypatch.setitem(GATED_PER_CHUNK, "cpu", 16 * 88 * 5)
-    assert_equal_to_stock(tiny_lm(16, lora), *random_batch(), checkpointing)
-    with Results() as results:
-        TrainingLM(tiny_lm(16, lora), checkpointing)(*random_batch()).ce.sum().backward()
-    assert results.largest["aten::_softmax", 24] <= 16 * 24 * 3
-    assert results.largest["aten::_softmax", 40] <= 16 * 24 * 3
-    assert results.largest["aten::silu", 44] <= 16 * 44 * (5 if checkpointing else B * T)
+    assert_equal_to_stock(stock_lm(16, lora), *random_batch(), checkpointing)
+    with LargestResults() as results:
+        TrainingLM(stock_lm(16, lora), checkpointing)(*random_batch()).ce.sum().backward()
+    assert results.sizes["aten::_softmax", 24] <= 16 * 24 * 3
+    assert results.sizes["aten::_softmax", 40] <= 16 * 24 * 3
+    assert results.sizes["aten::silu", 44] <= 16 * 44 * (5 if checkpointing else B * T)
+
+
+def test_an_evaluation_runs_the_depformer_in_chunks_without_checkpointing(monkeypatch):
+    monkeypatch.setitem(GATED_PER_CHUNK, "cpu", 16 * 88 * 5)
+    with torch.no_grad(), LargestResults() as results:
+        TrainingLM(stock_lm(16), gradient_checkpointing=False)(*random_batch())
+    assert 0 < results.sizes["aten::silu", 44] <= 16 * 44 * 5
 
 
 def test_peak_memory_above_the_weights():
@@ -160,7 +118,7 @@ def test_peak_memory_above_the_weights():
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_prompt_embeddings_replace_the_embedded_tokens(lora):
-    lm, (codes, mask) = tiny_lm(16, lora), random_batch()
+    lm, (codes, mask) = stock_lm(16, lora), random_batch()
     prompt, lengths = torch.randn(B, 6, 32), torch.tensor([0, 5])
     mask[1, :5] = False
 
@@ -174,7 +132,7 @@ def test_prompt_embeddings_replace_the_embedded_tokens(lora):
     x = stock.out_norm(stock.transformer(x))
     logits, valid = _undelay_sequence(DELAYS[1:], stock.forward_depformer_training(delayed[:, :, 1:], x))
     valid = valid & (codes[:, 1:] != -1) & mask[:, None]
-    expected, hits = sums(logits, stock.text_linear(x), valid, (codes[:, 0] != -1) & mask, codes)
+    expected, hits = group_sums(logits, stock.text_linear(x), valid, (codes[:, 0] != -1) & mask, codes)
 
     losses = TrainingLM(lm, gradient_checkpointing=True)(codes, mask, prompt, lengths)
     assert_same(losses.ce, expected, "losses")
@@ -184,38 +142,30 @@ def test_prompt_embeddings_replace_the_embedded_tokens(lora):
         assert_same(gradient, expected_gradients[name], name)
 
 
-@pytest.mark.parametrize("dep_q", [8, 16])
-def test_target_counts_are_those_of_the_stock_masks(dep_q):
-    codes, mask = random_batch()
-    out = tiny_lm(dep_q)(codes)
-    padding = (codes[:, 0] == 0) | (codes[:, 0] == 3)
-    text = out.text_mask[:, 0] & mask
-    expected = [(text & ~padding).sum(), (text & padding).sum(), *(out.mask & mask[:, None]).sum((0, 2))]
-    assert count_targets(codes, mask, DELAYS, dep_q).tolist() == [int(n) for n in expected]
-
-
-def test_padding_behind_a_shorter_window_changes_nothing():
+def test_padding_after_a_shorter_window_changes_nothing():
     codes, _ = random_batch()
     mask = torch.ones(B, T, dtype=torch.bool)
     codes[1, :, 15:], mask[1, 15:] = -1, False
-    training = TrainingLM(tiny_lm(16), gradient_checkpointing=False)
+    training = TrainingLM(stock_lm(16), gradient_checkpointing=False)
     apart = [(codes[:1], mask[:1]), (codes[1:, :, :15], mask[1:, :15])]
     assert_same(training(codes, mask).ce, sum(training(*window).ce for window in apart))
     counts = sum(count_targets(*window, DELAYS, 16) for window in apart)
     assert torch.equal(count_targets(codes, mask, DELAYS, 16), counts)
 
 
-def test_a_plan_made_beforehand_gives_the_same():
+def test_targets_made_in_advance_give_the_same():
     codes, mask = random_batch()
-    training = TrainingLM(tiny_lm(16), gradient_checkpointing=False)
-    plan = make_targets(codes, mask, DELAYS, 16)
+    training = TrainingLM(stock_lm(16), gradient_checkpointing=False)
+    targets = make_targets(codes, mask, DELAYS, 16)
     with torch.no_grad():
-        assert torch.equal(training(codes, mask, plan=plan).ce, training(codes, mask).ce)
+        assert torch.equal(training(codes, mask, targets=targets).ce, training(codes, mask).ce)
+        fewer = make_targets(codes, mask & (torch.arange(T) < 9), DELAYS, 16)
+        assert torch.equal(training(codes, mask, targets=fewer).ce, training(codes, mask & (torch.arange(T) < 9)).ce)
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_without_a_valid_position_every_parameter_still_gets_its_zero_gradient(lora):
-    lm = tiny_lm(16, lora)
+def test_without_a_target_every_parameter_still_gets_its_zero_gradient(lora):
+    lm = stock_lm(16, lora)
     codes, mask = random_batch()
     losses = TrainingLM(lm, gradient_checkpointing=True)(codes, torch.zeros_like(mask))
     assert losses.ce.tolist() == losses.correct.tolist() == [0.0] * 18
@@ -225,23 +175,73 @@ def test_without_a_valid_position_every_parameter_still_gets_its_zero_gradient(l
             assert parameter.grad is not None and not parameter.grad.any(), name
 
 
+# --- precision --------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_bfloat16_is_close_to_float32(lora):
-    exact, half = tiny_lm(16, lora), tiny_lm(16, lora)
-    for parameter in half.parameters():
-        if not (lora and parameter.requires_grad):  # adapters stay in float32 over a bfloat16 base
-            parameter.data = parameter.data.bfloat16()
+    exact = stock_lm(16, lora)
+    half = in_bfloat16(exact, keep_trained=lora)  # adapters stay in float32 over a bfloat16 base
     codes, mask = random_batch(frames=60)
     theirs = TrainingLM(exact, gradient_checkpointing=False)(codes, mask)
     ours = TrainingLM(half, gradient_checkpointing=True)(codes, mask)
+    assert ours.ce.dtype == ours.correct.dtype == torch.float32
     assert_same(ours.ce, theirs.ce, "losses", 0.02)
     expected = gradients(exact, theirs.ce)
     for name, gradient in gradients(half, ours.ce).items():
         assert F.cosine_similarity(gradient.float().flatten(), expected[name].flatten(), 0) > 0.98, name
 
 
+def test_float32_prompt_embeddings_enter_a_bfloat16_model():
+    training = TrainingLM(in_bfloat16(stock_lm(8)), gradient_checkpointing=False)
+    prompt = torch.randn(B, 6, 32)
+    with torch.no_grad():
+        found = [training(*random_batch(), p, torch.tensor([6, 2])).ce for p in (prompt, prompt.bfloat16())]
+    assert torch.equal(*found)
+
+
+def test_the_softmax_of_depformer_attention_is_float32():
+    """To the bit: only products are in bfloat16."""
+    torch.manual_seed(0)
+    steps, frames, heads, size = 16, 9, 2, 8
+    qkv = (2 * torch.randn(steps, frames, 3, heads, size)).bfloat16()
+    expected = torch.empty(steps, frames, heads, size, dtype=torch.bfloat16)
+    for n in range(frames):
+        for h in range(heads):
+            q, k, v = qkv[:, n, :, h].unbind(1)
+            scores = (q @ k.T).float() * size**-0.5
+            scores = scores.masked_fill(torch.ones(steps, steps, dtype=torch.bool).triu(1), float("-inf"))
+            expected[:, n, h] = torch.softmax(scores, -1).bfloat16() @ v
+    assert torch.equal(depformer_attention(qkv.flatten(2), heads), expected.flatten(2))
+
+
+@pytest.mark.parametrize("context", [T, 7])
+def test_temporal_attention_is_float32_on_a_cpu(context):
+    attend = TemporalAttention.of(stock_lm(8, context=context), T, torch.device("cpu"))
+    qkv = torch.randn(1, B * T, 3 * 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(attend(qkv, 4), attend(qkv.float(), 4).bfloat16())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_float32_weights_keep_float32_sums(checkpointing):
+    """Trained embeddings are in float32 and decide the dtype of activations; nothing of it may fall to bfloat16."""
+    lm, (codes, mask) = stock_lm(8, lora=True), random_batch()
+    for name, parameter in lm.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or "emb" in name)
+    exact = copy.deepcopy(lm)
+    losses = TrainingLM(lm, checkpointing)(codes, mask)
+    found, expected = gradients(lm, losses.ce), gradients(exact, stock_losses(exact, codes, mask)[0])
+    assert any("emb" in name for name in found)
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        assert_same(gradient, expected[name], name)
+
+
+# --- costs and compatibility ------------------------------------------------------------------------------------
+
+
 def test_stock_inference_and_the_stock_forward_still_run_on_a_wrapped_model():
-    lm = tiny_lm(8).eval()
+    lm = stock_lm(8).eval()
     names = list(lm.state_dict())
     codes, _ = random_batch()
 
@@ -264,7 +264,7 @@ def test_stock_inference_and_the_stock_forward_still_run_on_a_wrapped_model():
 def test_at_most_half_of_the_stock_operations(lora):
     codes, _ = random_batch()
     mask = torch.ones(B, T, dtype=torch.bool)
-    lm = tiny_lm(16, lora)
+    lm = stock_lm(16, lora)
     with Meter() as stock:
         stock_losses(lm, codes, mask)[0].sum().backward()
     lm.zero_grad()
@@ -273,27 +273,37 @@ def test_at_most_half_of_the_stock_operations(lora):
     assert ours.operations <= 0.5 * stock.operations
 
 
+def step_flops(training: TrainingLM, mask: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        training(random_batch()[0], mask).ce.sum().backward()
+    return counter.get_total_flops()
+
+
 def test_frames_without_loss_cost_no_depformer_and_no_head():
-    codes, mask = random_batch()
-    training = TrainingLM(tiny_lm(16), gradient_checkpointing=False)
-
-    def flops(mask: torch.Tensor) -> int:
-        with FlopCounterMode(display=False) as counter:
-            training(codes, mask).ce.sum().backward()
-        return counter.get_total_flops()
-
-    everything, nothing = torch.ones_like(mask), torch.zeros_like(mask)
+    training = TrainingLM(stock_lm(16), gradient_checkpointing=False)
+    everything, nothing = torch.ones(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.bool)
     half = everything.clone()
     half[:, : T // 2] = False
-    assert flops(nothing) < flops(half) < 0.7 * flops(everything)
+    assert step_flops(training, nothing) < step_flops(training, half) < 0.7 * step_flops(training, everything)
+
+
+def test_checkpointing_does_not_recompute_the_last_products():
+    lm, mask = stock_lm(16), torch.ones(B, T, dtype=torch.bool)
+    plain, checkpointed = (step_flops(TrainingLM(lm, checkpointing), mask) for checkpointing in (False, True))
+    last = sum(  # 2 per weight and row: temporal layers, and the depformer's 16 steps
+        2 * parameter.numel() * B * T for name, parameter in lm.named_parameters() if name.endswith("linear_out.weight")
+    )
+    layers = sum(
+        2 * parameter.numel() * B * T
+        for name, parameter in lm.named_parameters()
+        if "layers" in name and parameter.dim() == 2
+    )
+    assert layers - last <= checkpointed - plain < layers
 
 
 def test_sharded_parameters_give_the_same():
     codes, mask = random_batch()
-    lm = tiny_lm(16, lora=True)
-    for parameter in lm.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
+    lm = in_bfloat16(stock_lm(16, lora=True), keep_trained=True)
     sharded = copy.deepcopy(lm)
     expected = gradients(lm, TrainingLM(lm, gradient_checkpointing=True)(codes, mask).ce)
     with session("cpu") as world:
@@ -304,6 +314,27 @@ def test_sharded_parameters_give_the_same():
             assert_same(gradient.full_tensor(), expected[name], name, 0.02)
 
 
-def test_another_architecture_is_refused():
-    with pytest.raises(UserError, match="layer scale"):
-        TrainingLM(tiny_lm(8, layer_scale=0.1), gradient_checkpointing=False)
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"layer_scale": 0.1}, "layer scale"),
+        ({"norm": "layer_norm"}, "norm"),
+        ({"norm": "rms_norm"}, "norm"),
+        ({"gating": "gelu"}, "gating"),
+        ({"gating": "none", "depformer_weights_per_step": False}, "gating"),
+        ({"cross_attention": True}, "cross attention"),
+        ({"kv_repeat": 2}, "kv_repeat"),
+        ({"positional_embedding": "sin"}, "positional embedding"),
+        ({"depformer_pos_emb": "sin"}, "positions in the depformer"),
+        ({"depformer_weights_per_step": False}, "one set per step"),
+        ({"depformer_multi_linear": False}, "one set per step"),
+        ({"depformer_weights_per_step_schedule": [0] * 4 + [1] * 4}, "one set per step"),
+        ({"depformer_norm": "rms_norm_f32"}, "depformer norms"),
+        ({"bias_proj": True}, "biases"),
+        ({"dep_q": 0}, "no depformer"),
+        ({"fuser": torch.nn.Identity()}, "conditioners"),
+    ],
+)
+def test_another_architecture_is_refused(change, word):
+    with pytest.raises(UserError, match=word):
+        TrainingLM(LMModel(device="meta", **CONFIG | change), gradient_checkpointing=False)

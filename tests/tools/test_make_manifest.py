@@ -1,30 +1,31 @@
-"""From a folder of recordings to manifests: what is taken, joined or refused, and what a second run does."""
+"""Which recordings are taken, joined or refused; the split; and what a second run does."""
 
 import hashlib
 import json
 import os
-import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from finetune.audio.files import probe_audio, read_audio
+from finetune.audio.files import probe_audio, read_audio, to_int16
+from finetune.audio.files import write_wav as write_int16
 from finetune.cli import UserError
 from finetune.data.windows import ManifestIndex
 from finetune.tools.make_manifest import command
+from finetune.tools.make_manifest.pairs import SIDE_SUFFIXES, Pair, join_pair, side_of
+from finetune.tools.make_manifest.recordings import find_recordings, inspect_recording
+from tests import support
 
 
 def voice(seconds: float, seed: int, rate: int = 8_000) -> np.ndarray:
-    """float32 [samples]: noise of its own."""
+    """float32 [samples]: noise, different for each seed."""
     return np.random.default_rng(seed).standard_normal(round(seconds * rate)).astype(np.float32) * 0.1
 
 
 def write_wav(path: Path, *channels: np.ndarray, rate: int = 8_000) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with wave.open(str(path), "wb") as file:
-        file.setparams((len(channels), 2, rate, 0, "NONE", ""))
-        file.writeframes((np.stack(channels, axis=1).clip(-1, 1) * 32767).round().astype("<i2").tobytes())
+    write_int16(path, to_int16(np.stack(channels)), rate)
     return path
 
 
@@ -92,18 +93,18 @@ def test_two_mono_files_become_one_stereo_file(calls, tmp_path, left, right):
     assert not pcm[1, len(user) :].any()
 
 
-def test_own_suffixes_and_another_folder(calls, tmp_path):
+def test_suffixes_and_the_folder_of_pairs_can_be_chosen(calls, tmp_path):
     write_wav(calls / "1-clerk.wav", voice(2, 1))
     write_wav(calls / "1-caller.wav", voice(2, 2))
     arguments = (calls, tmp_path / "out.jsonl", "--left-suffix=-clerk", "--right-suffix=-caller", "--split", 0)
     assert main(*arguments, "--pairs-dir", calls / "joined") == 0
     (row,) = rows(tmp_path / "out.jsonl")
     assert row["path"] == "calls/joined/1-clerk+1-caller.wav"
-    assert main(*arguments, "--pairs-dir", calls / "joined") == 0  # what it made is no recording to begin with
+    assert main(*arguments, "--pairs-dir", calls / "joined") == 0  # the joined file is not taken for a recording
     assert rows(tmp_path / "out.jsonl") == [row]
 
 
-def test_sides_of_different_rates_meet_at_the_higher(calls, tmp_path):
+def test_sides_are_joined_at_the_higher_of_their_rates(calls, tmp_path):
     seconds = np.arange(24_000 * 25) / 24_000
     agent = (0.3 * np.sin(2 * np.pi * 440 * seconds)).astype(np.float32)
     user = (0.3 * np.sin(2 * np.pi * 440 * np.arange(8_000 * 25) / 8_000)).astype(np.float32)
@@ -163,18 +164,17 @@ def bad_format(calls):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (bad_mono, "pyannote.audio, NVIDIA NeMo"), (bad_doubled, "the same sound in both channels"),
-        (bad_three, "has 3"), (bad_lone_side, "there is no mono bad_user.*"),
-        (bad_two_left_sides, "several files are the same side"), (bad_bytes, "not readable as audio"),
-        (bad_empty, "holds no samples"), (bad_format, "cannot be read"),
+        (bad_mono, "one channel"), (bad_doubled, "same sound in both channels"), (bad_three, "has 3"),
+        (bad_lone_side, "bad_user.*"), (bad_two_left_sides, "same side"), (bad_bytes, "not readable as audio"),
+        (bad_empty, "no samples"), (bad_format, "cannot be read"),
     ],
 )  # fmt: skip
 def test_what_training_cannot_use_is_refused_with_the_reason(calls, tmp_path, capsys, make, reason):
     stereo(calls / "good.wav")
     make(calls)
     assert main(calls, tmp_path / "out.jsonl", "--split", 0) == 1
-    said = capsys.readouterr().out
-    assert reason in said and "bad" in said
+    shown = capsys.readouterr().out
+    assert reason in shown and "bad" in shown
     assert [row["path"] for row in rows(tmp_path / "out.jsonl")] == ["calls/good.wav"]
 
 
@@ -185,35 +185,106 @@ def test_nothing_usable_leaves_no_manifest(calls, tmp_path, capsys):
     assert "nothing to train on" in capsys.readouterr().out
 
 
-def test_a_side_that_breaks_midway_leaves_nothing_behind(calls, tmp_path, capsys):
+def test_a_side_that_is_damaged_in_the_middle_leaves_nothing_behind(calls, tmp_path, capsys):
     write_wav(calls / "1_a.wav", voice(30, 1))
-    pcm = np.pad(voice(30, 2), (0, 0)).astype("<f4")
-    pcm[15 * 8_000] = np.nan  # where listening, which hears three places, does not come by
-    pcm = np.concatenate([pcm, voice(60, 3)]).astype("<f4")
-    body = b"WAVEfmt \x10\0\0\0" + b"".join(
-        n.to_bytes(size, "little") for n, size in ((3, 2), (1, 2), (8_000, 4), (32_000, 4), (4, 2), (32, 2))
-    )
-    body += b"data" + (4 * len(pcm)).to_bytes(4, "little") + pcm.tobytes()
-    (calls / "1_b.wav").write_bytes(b"RIFF" + len(body).to_bytes(4, "little") + body)
+    pcm = voice(90, 2)
+    pcm[15 * 8_000] = np.nan  # outside of the excerpts that are inspected
+    support.write_wav(calls / "1_b.wav", pcm[None], 8_000, float32=True)
     assert main(calls, tmp_path / "out.jsonl") == 1
-    assert "cannot be made a pair" in capsys.readouterr().out
+    assert "cannot be joined" in capsys.readouterr().out
     assert not [path for path in (tmp_path / "out_pairs").rglob("*") if path.is_file()]
 
 
-def test_uneven_and_silent_sides_are_told(calls, tmp_path, capsys):
+@pytest.mark.parametrize(("seconds", "is_reported"), [(8.1, False), (7.9, True)])
+def test_sides_whose_lengths_differ_by_more_than_a_second_are_reported(calls, tmp_path, capsys, seconds, is_reported):
     write_wav(calls / "1_a.wav", voice(9, 1))
-    write_wav(calls / "1_b.wav", voice(4, 2))
-    write_wav(calls / "quiet.wav", voice(4, 3), np.zeros(32_000))
+    write_wav(calls / "1_b.wav", voice(seconds, 2))
     assert main(calls, tmp_path / "out.jsonl") == 0
-    said = capsys.readouterr().out
-    assert "5.0 s beside 1_b.wav" in said
-    assert "quiet.wav: right (user)" in said
+    assert (f"{9 - seconds:.1f} s" in capsys.readouterr().out) == is_reported
 
 
-# --- The split and the second run ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("rms", "is_silent"), [(0.00107, False), (0.00093, True)])
+def test_a_side_below_60_db_is_reported(calls, tmp_path, capsys, rms, is_silent):
+    quiet = np.sign(voice(4, 4)) * rms
+    write_wav(calls / "quiet.wav", voice(4, 3), quiet)
+    write_wav(calls / "loud.wav", voice(4, 5), voice(4, 6))
+    assert main(calls, tmp_path / "out.jsonl") == 0
+    shown = capsys.readouterr().out
+    assert ("quiet.wav: right (user)" in shown) == is_silent and "loud.wav" not in shown
+    assert inspect_recording(calls / "quiet.wav").silent == (False, is_silent)
 
 
-def sides(folder: Path) -> tuple[set[str], set[str]]:
+def test_digital_silence_is_inspected_without_dividing_by_zero(calls):
+    with np.errstate(all="raise"):
+        info = inspect_recording(write_wav(calls / "a.wav", voice(4, 3), np.zeros(32_000)))
+    assert info.silent == (False, True) and not info.alike
+
+
+@pytest.mark.parametrize(("correlation", "alike"), [(0.97, False), (0.99, True), (-0.99, False)])
+def test_channels_are_alike_above_a_correlation_of_98_percent(calls, correlation, alike):
+    left, other = np.linalg.qr(np.stack([voice(4, 1), voice(4, 2)], axis=1))[0].T * 10
+    right = correlation * left + np.sqrt(1 - correlation**2) * other
+    assert inspect_recording(write_wav(calls / "a.wav", left, right)).alike == alike
+
+
+@pytest.mark.parametrize("start", [0, 45, 80])
+def test_start_middle_and_end_of_a_long_file_are_inspected(calls, start):
+    """Ten seconds of 90, in which the channels are not the same, are enough."""
+    left = voice(90, 1)
+    right = left.copy()
+    right[start * 8_000 : (start + 10) * 8_000] = voice(10, 2)
+    assert not inspect_recording(write_wav(calls / "a.wav", left, right)).alike
+    right[:] = left
+    right[11 * 8_000 : 44 * 8_000] = voice(33, 3)
+    assert inspect_recording(write_wav(calls / "a.wav", left, right)).alike
+
+
+def test_recordings_are_found_behind_links_once_and_without_hidden_and_excluded_ones(tmp_path):
+    for name in ("a/1.wav", "a/b/2.OGG", "a/.x/3.wav", "a/.4.wav", "pairs/5.wav", "6.txt"):
+        path = tmp_path / "calls" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "calls/a/b/loop").symlink_to(tmp_path / "calls")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/7.flac").touch()
+    (tmp_path / "calls/link").symlink_to(tmp_path / "other")
+    found = find_recordings(tmp_path / "calls", tmp_path / "calls/pairs")
+    assert [str(path.relative_to(tmp_path / "calls")) for path in found] == ["a/1.wav", "a/b/2.OGG", "link/7.flac"]
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "right", "other"),
+    [("x_Agent", "x", False, "x_user"), ("x.R", "x", True, "x.L"), ("x_b", "x", True, "x_a"), ("x_LEFT", "x", False,
+     "x_right")],
+)  # fmt: skip
+def test_the_end_of_a_name_says_which_side_it_is(name, base, right, other):
+    side = side_of(Path(f"calls/{name}.wav"), SIDE_SUFFIXES)
+    assert (side.call[:2], side.right, side.other) == ((Path("calls"), base), right, other)
+
+
+def test_other_names_are_no_side():
+    for name in ("agent", "_agent", "xagent", "x_agent2"):
+        assert side_of(Path(f"{name}.wav"), SIDE_SUFFIXES) is None
+    left, right = (side_of(Path(f"{name}.wav"), SIDE_SUFFIXES) for name in ("x_agent", "x_b"))
+    assert left.call != right.call  # suffixes of different pairs do not belong together
+
+
+def test_a_call_that_a_wav_cannot_hold_is_refused(calls, monkeypatch):
+    """Its header has 32 bits for the number of bytes."""
+    pair = Pair(write_wav(calls / "1_a.wav", voice(10, 1)), write_wav(calls / "1_b.wav", voice(2, 2)), calls / "1.wav")
+    monkeypatch.setattr("finetune.tools.make_manifest.pairs.WAV_BYTES", 4 * 80_000 - 1)
+    with pytest.raises(UserError, match=r"1_a.wav: too long"):
+        join_pair(pair)
+    assert not pair.target.exists()
+    monkeypatch.setattr("finetune.tools.make_manifest.pairs.WAV_BYTES", 4 * 80_000)
+    assert join_pair(pair) == (10.0, 8.0)
+
+
+# --- The split and the second run -------------------------------------------------------------------------------------
+
+
+def both_sides(folder: Path) -> tuple[set[str], set[str]]:
+    """Names of the files in the training and in the held-out manifest."""
     out = []
     for name in ("out.jsonl", "out_eval.jsonl"):
         path = folder / name
@@ -223,11 +294,11 @@ def sides(folder: Path) -> tuple[set[str], set[str]]:
 
 def test_the_split_depends_on_names_and_seed_alone(tmp_path):
     found = []
-    for place, seed in (("one", 0), ("two", 0), ("three", 5)):
+    for name, seed in (("one", 0), ("two", 0), ("three", 5)):
         for i in range(20):
-            stereo(tmp_path / place / f"calls/{i:02d}.wav", 0.5, seed=i)
-        assert main(tmp_path / place / "calls", tmp_path / place / "out.jsonl", "--split", 0.2, "--seed", seed) == 0
-        found.append(sides(tmp_path / place))
+            stereo(tmp_path / name / f"calls/{i:02d}.wav", 0.5, seed=i)
+        assert main(tmp_path / name / "calls", tmp_path / name / "out.jsonl", "--split", 0.2, "--seed", seed) == 0
+        found.append(both_sides(tmp_path / name))
     train, held_out = found[0]
     assert len(train) == 16 and len(held_out) == 4 and not train & held_out
     assert found[1] == found[0]
@@ -239,19 +310,19 @@ def test_small_folders_keep_a_file_on_each_side(calls, tmp_path, files, split, e
     for i in range(files):
         stereo(calls / f"{i}.wav", 0.5, seed=i)
     assert main(calls, tmp_path / "out.jsonl", "--split", split) == 0
-    train, held_out = sides(tmp_path)
+    train, held_out = both_sides(tmp_path)
     assert (len(train), len(held_out)) == (files - expected, expected)
 
 
-def test_a_second_run_adds_what_is_new_and_leaves_the_rest(calls, tmp_path, capsys):
+def test_a_second_run_adds_what_is_new_and_keeps_the_rest(calls, tmp_path, capsys):
     for i in range(10):
         stereo(calls / f"{i}.wav", 0.5, seed=i)
     write_wav(calls / "x_agent.wav", voice(1, 50))
     write_wav(calls / "x_user.wav", voice(1, 51))
     out = tmp_path / "out.jsonl"
     assert main(calls, out, "--split", 0.2) == 0
-    before = sides(tmp_path)
-    changed = [row | {"text_prompt": "You are Ada."} for row in rows(out)]  # a user's own addition
+    before = both_sides(tmp_path)
+    changed = [row | {"text_prompt": "You are Ada."} for row in rows(out)]  # added by the user
     out.write_text("".join(json.dumps(row) + "\n" for row in changed))
     pair = tmp_path / "out_pairs/x_agent+x_user.wav"
     made = pair.stat().st_mtime_ns
@@ -263,39 +334,41 @@ def test_a_second_run_adds_what_is_new_and_leaves_the_rest(calls, tmp_path, caps
     for i in range(10, 20):
         stereo(calls / f"{i}.wav", 0.5, seed=i)
     assert main(calls, out, "--split", 0.2) == 0
-    after = sides(tmp_path)
+    after = both_sides(tmp_path)
     assert before[0] < after[0] and before[1] < after[1]
     assert len(after[0] | after[1]) == 21 and len(after[1]) == 4
     assert rows(out)[: len(changed)] == changed
     assert pair.stat().st_mtime_ns == made
     capsys.readouterr()
 
-    # A side that is replaced: the pair is made anew, its line keeps what it had, and the user is told.
+    # If a side is replaced, the pair is joined again and its line keeps its other fields.
     write_wav(calls / "x_user.wav", voice(2, 52))
     os.utime(calls / "x_user.wav", ns=(made + 10**9, made + 10**9))
     assert main(calls, out, "--split", 0.2) == 0
     line = next(row for name in ("out.jsonl", "out_eval.jsonl") for row in rows(tmp_path / name) if "x_" in row["path"])
     assert line["duration"] == 2.0 and pair.stat().st_mtime_ns != made
-    assert "made anew" in capsys.readouterr().out
-    assert len(sides(tmp_path)[0] | sides(tmp_path)[1]) == 21
+    assert line.get("text_prompt") == ("You are Ada." if pair.name in both_sides(tmp_path)[0] else None)
+    assert "joined again" in capsys.readouterr().out
+    assert len(both_sides(tmp_path)[0] | both_sides(tmp_path)[1]) == 21
 
 
-def test_a_pair_that_is_there_is_not_made_again_when_the_manifest_is_lost(calls, tmp_path):
+def test_an_up_to_date_pair_is_not_joined_again_if_the_manifest_is_lost(calls, tmp_path):
     write_wav(calls / "x_agent.wav", voice(1, 50))
     write_wav(calls / "x_user.wav", voice(1, 51))
     main(calls, tmp_path / "out.jsonl")
     pair = tmp_path / "out_pairs/x_agent+x_user.wav"
     made, lines = pair.stat().st_mtime_ns, rows(tmp_path / "out.jsonl")
+    os.utime(calls / "x_user.wav", ns=(made, made))  # the clock of a file system may be coarse
     (tmp_path / "out.jsonl").unlink()
     main(calls, tmp_path / "out.jsonl")
     assert pair.stat().st_mtime_ns == made and rows(tmp_path / "out.jsonl") == lines
 
 
-def test_suffixes_the_other_way_round_do_not_pass_unseen(calls, tmp_path):
+def test_swapped_suffixes_are_refused(calls, tmp_path):
     write_wav(calls / "x_a.wav", voice(1, 50))
     write_wav(calls / "x_b.wav", voice(1, 51))
     main(calls, tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match="the other way round"):
+    with pytest.raises(UserError, match=r"x_a\+x_b.wav"):
         main(calls, tmp_path / "out.jsonl", "--left-suffix", "_b", "--right-suffix", "_a")
 
 
@@ -304,18 +377,19 @@ def test_files_outside_the_manifests_folder_get_absolute_paths(calls, tmp_path, 
     out = tmp_path / "elsewhere/out.jsonl"
     assert main(calls, out) == 0
     assert rows(out)[0]["path"] == str(path)
-    assert f"1 files lie outside {tmp_path / 'elsewhere'}" in capsys.readouterr().out
+    assert f"outside {tmp_path / 'elsewhere'}" in capsys.readouterr().out
     assert ManifestIndex(out, 10).line(0).path == path
 
 
-def test_a_line_whose_file_is_gone_is_kept_and_told(calls, tmp_path, capsys):
+def test_a_line_whose_file_is_missing_is_kept_and_reported(calls, tmp_path, capsys):
     stereo(calls / "1.wav", seed=1)
     stereo(calls / "2.wav", seed=2)
     main(calls, tmp_path / "out.jsonl", "--split", 0)
     (calls / "1.wav").unlink()
     assert main(calls, tmp_path / "out.jsonl", "--split", 0) == 0
     assert len(rows(tmp_path / "out.jsonl")) == 2
-    assert "not there any more" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1 x in the manifest, but the file is missing" in shown and str(calls / "1.wav") in shown
 
 
 @pytest.mark.parametrize(
@@ -339,6 +413,22 @@ def test_a_mistake_in_the_command_is_one_sentence(calls, tmp_path, arguments, se
         main(*(argument.format(calls=calls) for argument in arguments))
 
 
+@pytest.mark.parametrize(("out", "held_out"), [("train.jsonl", "eval.jsonl"), ("my_train_2.jsonl", "my_eval_2.jsonl"),
+                                               ("calls.jsonl", "calls_eval.jsonl")])  # fmt: skip
+def test_the_held_out_manifest_is_named_after_the_other(calls, tmp_path, out, held_out):
+    for i in range(2):
+        stereo(calls / f"{i}.wav", seed=i)
+    assert main(calls, tmp_path / out, "--split", 0.5) == 0
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {out, held_out}
+
+
+def test_manifests_are_readable_as_utf_8(calls, tmp_path):
+    stereo(calls / "Gespräch.wav")
+    main(calls, tmp_path / "out.jsonl")
+    assert "Gespräch" in (tmp_path / "out.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_worker_processes_do_the_same(calls, tmp_path):
     for i in range(2):
         stereo(calls / f"{i}.wav", 0.5, seed=i)
@@ -346,9 +436,8 @@ def test_worker_processes_do_the_same(calls, tmp_path):
     write_wav(calls / "x_user.wav", voice(1, 51))
     write_wav(calls / "mixed.wav", voice(1, 51))
     for name, workers in (("here", 0), ("there", 1)):
-        code = main([str(calls), str(tmp_path / name / "out.jsonl"), "--workers", str(workers)])
-        assert code == 1
-    here, there = (
-        [row["path"].replace(name, "") for row in rows(tmp_path / name / "out.jsonl")] for name in ("here", "there")
-    )
+        arguments = [str(calls), str(tmp_path / name / "out.jsonl"), "--workers", str(workers)]
+        assert command.main(arguments) == 1
+    here, there = ([row | {"path": row["path"].replace(name, "")} for row in rows(tmp_path / name / "out.jsonl")]
+                   for name in ("here", "there"))  # fmt: skip
     assert here == there and len(here) == 2

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import itertools
 import json
 import math
@@ -22,18 +21,9 @@ from finetune.cli import UserError
 from finetune.loss import loss_report
 from finetune.metrics import read_rows
 from finetune.model.pretrained import PERSONAPLEX
-from finetune.tools.report.page import (
-    MOST_POINTS,
-    chart,
-    curve,
-    duration,
-    encode_audio,
-    main,
-    number,
-    picture,
-    ticks,
-    write_report,
-)
+from finetune.tools.report.charts import MAX_POINTS, draw_chart, format_duration, format_number, make_curve, round_ticks
+from finetune.tools.report.listen import draw_conversation, encode_opus
+from finetune.tools.report.page import main, write_report
 from tests.support import script, train_here, write_config
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
@@ -89,14 +79,8 @@ class Page(HTMLParser):
         out = []
         for player in self.all("audio"):
             head, data = player["src"].split(",", 1)
-            data = base64.b64decode(data, validate=True)
-            if head == "data:audio/ogg;base64":
-                out.append(sphn.read_opus_bytes(data))
-            else:
-                assert head == "data:audio/wav;base64"
-                with wave.open(io.BytesIO(data)) as file:
-                    pcm = np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, file.getnchannels())
-                    out.append((pcm.T / 32768, file.getframerate()))
+            assert head == "data:audio/ogg;base64"
+            out.append(sphn.read_opus_bytes(base64.b64decode(data, validate=True)))
         return out
 
 
@@ -148,12 +132,12 @@ def test_curves_are_the_metrics(real):
     for title, key in (("Objective", "loss"), ("Text: words", "text_word_loss"), ("User’s audio", "user_loss")):
         (style, trained), (other, held) = charts[title]
         assert (style, other) == ("train", "held")
-        assert trained == [[row["step"], number(row[key])] for row in train if key in row]
-        assert held == [[row["step"], number(row[key])] for row in held_out]
-        assert f"base {number(held_out[0][key])}" in page.text
+        assert trained == [[row["step"], format_number(row[key])] for row in train if key in row]
+        assert held == [[row["step"], format_number(row[key])] for row in held_out]
+        assert f"base {format_number(held_out[0][key])}" in page.text
     # 8 small charts a side (the script knows the last one of each number, which is the user's).
     assert {str(k) for k in range(8)} < set(charts) and page.source.count('class="chart small"') == 16
-    assert charts["7"][1][1] == [[row["step"], number(row["codebook_15_loss"])] for row in held_out]
+    assert charts["7"][1][1] == [[row["step"], format_number(row["codebook_15_loss"])] for row in held_out]
 
 
 def test_samples_play_and_are_what_was_saved(real):
@@ -187,7 +171,7 @@ def test_arithmetic_and_data_are_those_of_the_run(real, world):
     frames = sum(
         row["frames_per_sec"] * row["interval_sec"] for row in read_rows(run / "metrics.train.jsonl") if "lr" in row
     )
-    assert f"{number(frames / 12.5 / 3600)} h of frames that carry loss" in text
+    assert f"{format_number(frames / 12.5 / 3600)} h of frames that carry loss" in text
     assert "lora.safetensors" in text and "optim.lr 0.001 0.0001 Peak learning rate." in text
 
 
@@ -265,7 +249,7 @@ def test_any_part_alone_makes_a_page(part, sections, tmp_path):
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         write_report(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="does not hold a run"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -323,8 +307,8 @@ def test_a_card_holds_one_conversation_over_steps(tmp_path):
 def test_sound_beyond_the_budget_is_named(tmp_path, monkeypatch):
     for step in (0, 10, 20, 30):
         write_sample(tmp_path, step, "a", {"text": [[f"word{step}", 0.1, 0.4]]})
-    one = len(encode_audio(read_audio(tmp_path / "samples/step_000030/a.wav"))[1])
-    monkeypatch.setattr("finetune.tools.report.page.AUDIO_BUDGET", round(2.5 * one))
+    one = len(encode_opus(read_audio(tmp_path / "samples/step_000030/a.wav")))
+    monkeypatch.setattr("finetune.tools.report.listen.AUDIO_BUDGET", round(2.5 * one))
     page = Page(write_report(tmp_path))
     assert len(page.sounds()) == 2
     assert "word30" in page.text and "word0" in page.text  # the newest and the base
@@ -339,7 +323,7 @@ def test_a_long_run_stays_a_small_page_with_true_means(tmp_path):
     path = write_report(tmp_path)
     assert path.stat().st_size < 1.5e6
     ((style, points),) = Page(path).charts()["Objective"]
-    assert style == "train" and len(points) == MOST_POINTS
+    assert style == "train" and len(points) == MAX_POINTS
     mean = np.mean([float(value) for _, value in points])
     assert mean == pytest.approx(np.mean([r["loss"] for r in rows]), rel=1e-3)
 
@@ -350,7 +334,7 @@ def test_a_long_run_stays_a_small_page_with_true_means(tmp_path):
 def test_points_are_drawn_where_the_axis_says():
     values = {0: 4.0, 50: 3.0, 100: 1.5}
     rows = [{"step": step, "loss": value} for step, value in values.items()]
-    drawn = chart("Objective", [curve("held", rows, "loss")], 100, base=4.0)
+    drawn = draw_chart("Objective", [make_curve("held", rows, "loss")], 100, base=4.0).svg
     labels = re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', drawn)
     slope, offset = np.polyfit([float(y) - 3.5 for y, _ in labels], [float(label) for _, label in labels], 1)
     circles = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)
@@ -359,27 +343,27 @@ def test_points_are_drawn_where_the_axis_says():
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1])
     base = float(re.search(r'class="base" d="M[\d.]+,([\d.]+)H', drawn)[1])
     assert base == pytest.approx(float(circles[0][1]))
-    assert chart("Objective", [curve("held", [], "loss")], 100) == ""
+    assert draw_chart("Objective", [make_curve("held", [], "loss")], 100) is None
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.97, 0.972), (3e-6, 4e-5), (-2, 1e4), (0, 1e-9)])
 def test_ticks_are_round_few_and_inside(low, high):
     for most in (2, 3, 5):
-        found = ticks(low, high, most)
+        found = round_ticks(low, high, most)
         assert 1 <= len(found) <= most + 1
         assert all(low - 1e-9 * abs(high) <= tick <= high * (1 + 1e-9) for tick in found)
 
 
 def test_numbers_for_people():
-    assert [number(v) for v in (0, 2.12345, 13.897, 428.32, 1234567, 1.5e-6)] == [
+    assert [format_number(v) for v in (0, 2.12345, 13.897, 428.32, 1234567, 1.5e-6)] == [
         "0", "2.123", "13.90", "428.3", "1,234,567", "1.50e-06"
     ]  # fmt: skip
-    assert [duration(v) for v in (7, 300, 7200)] == ["7 s", "5 min", "2.0 h"]
+    assert [format_duration(v) for v in (7, 300, 7200)] == ["7 s", "5 min", "2.0 h"]
 
 
 def test_words_of_one_row_do_not_overlap():
     words = [("extraordinarily", 0.1 * i, 0.1 * i + 0.1) for i in range(3)] + [("yes", 1.9, 2.0)]
-    drawn = picture(np.zeros((2, 48_000), np.float32), words)
+    drawn = draw_conversation(np.zeros((2, 48_000), np.float32), words)
     rows: dict[str, list[tuple[float, int]]] = {}
     for x, y, word in re.findall(r'class="word" x="([\d.]+)" y="([\d.]+)"[^>]*>(\w+)<', drawn):
         rows.setdefault(y, []).append((float(x), len(word)))

@@ -13,29 +13,28 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 from safetensors.torch import load_file
 
+from benchmarks.toy_judges import detect_voice, detect_words
 from finetune.audio.files import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, probe_audio, read_audio
 from finetune.audio.words import sidecar
 from finetune.cli import UserError
 from finetune.data.manifest import read_manifest
 from finetune.model.weights import split_names
 from finetune.streams import SILENCE_TOKENS, SINE_TOKENS
-from finetune.tools.toy.world import (
+from finetune.tools.toy.command import main
+from finetune.tools.toy.corpus import make_corpus
+from finetune.tools.toy.language import (
     AGENT_VOICES,
     NEUTRAL_WORDS,
     QUESTIONS,
     ROLES,
     VOICES,
     WORDS,
-    detect_voice,
-    detect_words,
     expected_reply,
     greeting,
-    held_out,
-    main,
-    make_corpus,
-    make_model,
-    synthesise,
+    is_held_out,
 )
+from finetune.tools.toy.model import make_model
+from finetune.tools.toy.sound import synthesise
 from tests.support import ROOT
 
 
@@ -170,7 +169,7 @@ def test_the_seed_decides_everything(tmp_path):
 
 def test_pairs_of_role_and_voice_are_held_out_of_training(world):
     pairs = {name: [(j["role"], j["voice"]) for _, j, _ in lines(world / "data", name)] for name in ("train", "eval")}
-    unseen = {(r, v) for r in ROLES for v in AGENT_VOICES if held_out(r, v)}
+    unseen = {(r, v) for r in ROLES for v in AGENT_VOICES if is_held_out(r, v)}
     assert len(unseen) == len(ROLES) == len({v for _, v in unseen})
     assert set(pairs["train"]) == {(r, v) for r in ROLES for v in AGENT_VOICES} - unseen
     flags = [fields["held_out"] for fields, _, _ in lines(world / "data", "eval")]

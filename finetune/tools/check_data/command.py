@@ -1,14 +1,14 @@
-"""Checks a data set before a GPU is rented: what is wrong with it, what to do, and what training on it amounts to.
+"""Check a data set before renting a GPU: what is wrong with it, what to do, and what training on it amounts to.
 
     python -m finetune.tools.check_data config.yaml [key=value ...]
     python -m finetune.tools.check_data config.yaml duration_sec=60 --workers 16 --report report.png
 
-The config is the run's own. Of the model only config.json and the text tokenizer are read. Every manifest line, every
-.json and every prompt is checked, and every word is laid out as training would. Of the audio, the start, the end and
-stretches between are heard: all of a corpus of up to 200 hours, at least 30 seconds a file of a larger one.
+The config is that of the run. Only the config.json and the text tokenizer of the model are read. Every manifest line,
+.json and prompt is checked, and every word is placed on its frames as in training. Of the audio, a corpus of up to 200
+hours is decoded whole; of a larger one at least 30 seconds per file, from start to end.
 
-Exit code 0: training would use everything (there may be warnings). 1: it would fail, lose data without a word, or
-learn one speaker's words on the other's voice. 2: the config cannot be used.
+Exit code 0: training would use everything (there may be warnings). 1: it would fail, silently lose data, or learn one
+speaker's words on the other's voice. 2: the config cannot be used.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from finetune.tools.check_data.summary import describe_check, draw_check
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("config", help="YAML file of settings, the one that training gets")
+    parser.add_argument("config", help="YAML file of settings, the same as for training")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's")
     parser.add_argument(
         "--personaplex", action=argparse.BooleanOptionalAction,
-        help="check prompts, as train_personaplex.py needs them; if absent: where the settings or the data have any",
+        help="check prompts, as train_personaplex.py needs them; if absent: if the settings or the data have any",
     )  # fmt: skip
     parser.add_argument("--workers", type=int, help="processes (one per core if absent); 0: only this one")
     parser.add_argument("--report", type=Path, default=Path("data_report.png"), help="picture to write")
@@ -39,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--report {given.report}: must be a .png in a folder that exists")
     args = load_args(given.config, given.overrides)
     result = check_run(args, given.personaplex, given.workers)
-    with contextlib.suppress(UserError):  # of a model that cannot be trained; the data's report is not lost by it
+    with contextlib.suppress(UserError):  # the model cannot be trained, but the report on the data is still useful
         result = result._replace(memory=planned_memory(result))
-    encoding = sys.stdout.encoding or "utf-8"  # names of files may hold what the terminal cannot show
+    encoding = sys.stdout.encoding or "utf-8"  # the terminal may be unable to show the names of files
     print(describe_check(result).encode(encoding, "backslashreplace").decode(encoding))
     draw_check(result, given.report)
     print(f"picture: {given.report}", file=sys.stderr)

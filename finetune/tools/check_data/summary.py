@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -18,17 +19,18 @@ from finetune.tools.plan.command import GIB
 EXAMPLES = 5
 LEVELS = {
     ERROR: "Errors: training would fail, lose data, or learn the wrong thing",
-    WARNING: "Warnings: training would use it as it is",
+    WARNING: "Warnings: training would use this unchanged",
     NOTE: "Notes",
 }
 TICKS = {
     "0.1 s": 0.1, "1 s": 1, "2 s": 2, "5 s": 5, "10 s": 10, "20 s": 20, "1 min": 60, "2 min": 120, "5 min": 300,
     "10 min": 600, "30 min": 1800, "1 h": 3600, "3 h": 3 * 3600, "10 h": 36_000, "1 day": 86_400,
 }  # fmt: skip
+AGENT_COLOUR, USER_COLOUR, GREY = "#c1440e", "#2f6690", "#777777"
 
 
 def describe_check(result: CheckResult) -> str:
-    """The whole report as text."""
+    """Return the whole report as text."""
     out = []
     for level, title in LEVELS.items():
         kinds = [kind for kind in KINDS if KINDS[kind].level == level]
@@ -42,8 +44,7 @@ def describe_check(result: CheckResult) -> str:
                 if len(problems) > EXAMPLES:
                     out += [f"      ... and {len(problems) - EXAMPLES} more"]
                 out += [f"    -> {KINDS[kind].remedy}"]
-    out += ["", *_table(result), "", *_arithmetic(result), "", _verdict(result)]
-    return "\n".join(out)
+    return "\n".join([*out, "", *_table(result), "", *_arithmetic(result), "", _verdict(result)])
 
 
 def _table(result: CheckResult) -> list[str]:
@@ -51,18 +52,18 @@ def _table(result: CheckResult) -> list[str]:
     rows: list[tuple[str, Callable[[Totals], str]]] = [
         ("files", lambda t: f"{t.files:,}"),
         ("hours that training reads", lambda t: f"{t.hours:.2f}"),
-        ("hours heard here", lambda t: f"{t.heard_hours:.2f}"),
+        ("hours decoded for this check", lambda t: f"{t.decoded_hours:.2f}"),
         (f"windows of up to {result.args.duration_sec:g} s", lambda t: f"{t.windows:,}"),
         ("  that training would skip", lambda t: f"{t.skipped:,}"),
         ("agent speaks", lambda t: f"{t.agent:.1%}"),
         ("user speaks", lambda t: f"{t.user:.1%}"),
         ("both at once", lambda t: f"{t.overlap:.1%}"),
         ("words of the agent", lambda t: f"{t.words:,}"),
-        ("text tokens of them", lambda t: f"{t.tokens:,}"),
-        ("  that find no frame", lambda t: f"{t.cut:.1%}"),
+        ("their text tokens", lambda t: f"{t.tokens:,}"),
+        ("  that find no frame", lambda t: f"{t.dropped:.1%}"),
         ("words that come late", lambda t: f"{t.late:.1%}"),
         ("frames without a text token", lambda t: f"{t.text_padding:.1%}"),
-        ("batches filled up with padding", lambda t: f"{t.batch_padding:.1%}"),
+        ("padding in batches", lambda t: f"{t.batch_padding:.1%}"),
     ]
     if result.prompts:
         rows += [
@@ -75,7 +76,7 @@ def _table(result: CheckResult) -> list[str]:
 
 
 def _arithmetic(result: CheckResult) -> list[str]:
-    """What the settings make of the data, as sums that can be checked."""
+    """Return what the settings make of the data, as sums that the reader can check."""
     args, train = result.args, result.train
     if not train.epoch or not train.frames:
         return ["nothing to train on"]
@@ -93,7 +94,7 @@ def _arithmetic(result: CheckResult) -> list[str]:
     if result.memory is not None:
         out.append(
             f"memory: {result.memory / GIB:.1f} GiB on one process at batch_size {args.batch_size}; python -m "
-            "finetune.tools.plan has its parts, the largest batch that fits, and several GPUs"
+            "finetune.tools.plan shows its parts, the largest batch that fits, and several GPUs"
         )
     if result.held_out is not None and result.held_out.windows:
         evaluated = min(args.eval_max_samples or result.held_out.windows, result.held_out.windows)
@@ -108,64 +109,67 @@ def _verdict(result: CheckResult) -> str:
 
 
 def draw_check(result: CheckResult, path: Path) -> None:
-    """The picture: lengths, who talks how much, how soon the agent answers, how dense its words are."""
-    agent_colour, user_colour = "#c1440e", "#2f6690"
+    """Write the picture: lengths, how much both sides talk, how soon the agent answers, how dense its words are."""
     facts = result.facts
-    # Not pyplot: it would look for a display.
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure(figsize=(11, 7.5), layout="constrained")  # pyplot would look for a display
     lengths, talk, gaps, density = figure.subplots(2, 2).flat
-    figure.suptitle(f"{result.train.files:,} training files, {result.train.hours:.1f} h; heard: "
-                    f"{result.train.heard_hours:.1f} h")  # fmt: skip
+    figure.suptitle(f"{result.train.files:,} training files, {result.train.hours:.1f} h; decoded for this check: "
+                    f"{result.train.decoded_hours:.1f} h")  # fmt: skip
 
-    lengths.set(title="Length of the files", xlabel="seconds", ylabel="files")
-    seconds = np.array([own.real_sec for own in facts if own.real_sec])
-    if len(seconds):
-        low, high = seconds.min(), seconds.max()
-        if high > 10 * low:
-            lengths.set_xscale("log")
-            lengths.hist(seconds, np.geomspace(low, high, 41), color="#777777")
-            ticks = {label: sec for label, sec in TICKS.items() if low / 2 <= sec <= high * 2}
-            lengths.set_xticks(list(ticks.values()), list(ticks))
-            lengths.set(xlabel="")
-            lengths.minorticks_off()
-        else:
-            lengths.hist(seconds, np.linspace(0, high, 41), color="#777777")
-        window = result.args.duration_sec
-        lengths.axvline(window, color="black", linestyle="--", linewidth=1, label=f"a window: {window:g} s")
-        lengths.legend()
+    _draw_lengths(lengths, np.array([own.real_sec for own in facts if own.real_sec]), result.args.duration_sec)
 
     talk.set(title="How much each side talks", xlabel="share of the file", ylabel="files", xlim=(0, 1))
-    heard = [own for own in facts if own.heard_sec]
-    for side, name, colour in ((0, "agent (left)", agent_colour), (1, "user (right)", user_colour)):
-        if heard:
-            shares = np.array([own.talk_sec[side] / own.heard_sec for own in heard])
-            style = {"histtype": "stepfilled", "alpha": 0.7} if side == 0 else {"histtype": "step", "linewidth": 2}
+    decoded = [own for own in facts if own.decoded_sec]
+    agent_style, user_style = {"histtype": "stepfilled", "alpha": 0.7}, {"histtype": "step", "linewidth": 2}
+    sides = (("agent (left)", AGENT_COLOUR, agent_style), ("user (right)", USER_COLOUR, user_style))
+    for side, (name, colour, style) in enumerate(sides):
+        if decoded:
+            shares = np.array([own.talk_sec[side] / own.decoded_sec for own in decoded])
             label = f"{name}: {shares.mean():.0%} on average"
             talk.hist(shares, np.linspace(0, 1, 41), color=colour, label=label, **style)
             talk.margins(y=0.3)  # room for the legend
-            talk.legend()
 
-    gaps.set(title="How soon the agent answers", xlabel="seconds from the user's end; below 0 the agent came in early",
-             ylabel="answers", xlim=(-2, 4))  # fmt: skip
+    gaps.set(title="How soon the agent answers", xlabel="seconds after the user's end; negative: the agent came in "
+             "early", ylabel="answers", xlim=(-2, 4))  # fmt: skip
     found = np.array([gap for own in facts for gap in own.gaps])
     if len(found):
-        gaps.hist(found.clip(-2, 4), np.linspace(-2, 4, 61), color=agent_colour)
-        label = f"median {np.median(found):.2f} s of {len(found):,}"
-        gaps.axvline(float(np.median(found)), color="black", linestyle="--", linewidth=1, label=label)
-        gaps.legend()
+        gaps.hist(found.clip(-2, 4), np.linspace(-2, 4, 61), color=AGENT_COLOUR)
+        _draw_line(gaps, float(np.median(found)), f"median {np.median(found):.2f} s of {len(found):,}")
 
-    density.set(title="How dense the agent's text is", xlabel="tokens a second, in the fullest window of the file",
+    density.set(title="How dense the agent's text is", xlabel="tokens per second in the densest window of a file",
                 ylabel="files")  # fmt: skip
-    busiest = np.array([own.busiest for own in facts if own.words])
-    if len(busiest):
-        density.hist(busiest, np.linspace(0, max(14.0, busiest.max()), 57), color=agent_colour)
-        density.axvline(FRAME_RATE, color="black", linestyle="--", linewidth=1, label="no more fit: 12.5")
-        density.legend()
+    densest = np.array([own.densest for own in facts if own.words])
+    if len(densest):
+        density.hist(densest, np.linspace(0, max(14.0, densest.max()), 57), color=AGENT_COLOUR)
+        _draw_line(density, FRAME_RATE, f"at most {FRAME_RATE} fit")
 
     for plot in figure.axes:
         plot.spines[["top", "right"]].set_visible(False)
         plot.yaxis.set_major_locator(MaxNLocator(integer=True))
-        if not plot.has_data():
-            plot.text(0.5, 0.5, "nothing to show", transform=plot.transAxes, ha="center", color="#777777")
+        if plot.has_data():
+            plot.legend()
+        else:
+            plot.text(0.5, 0.5, "nothing to show", transform=plot.transAxes, ha="center", color=GREY)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
+
+
+def _draw_lengths(plot: Axes, seconds: np.ndarray, window_sec: float) -> None:
+    plot.set(title="Length of the files", ylabel="files")
+    if not len(seconds):
+        return
+    low, high = seconds.min(), seconds.max()
+    if high > 10 * low:
+        plot.set_xscale("log")
+        plot.hist(seconds, np.geomspace(low, high, 41), color=GREY)
+        ticks = {label: sec for label, sec in TICKS.items() if low / 2 <= sec <= high * 2}
+        plot.set_xticks(list(ticks.values()), list(ticks))
+        plot.minorticks_off()
+    else:
+        plot.hist(seconds, np.linspace(0, high, 41), color=GREY)
+        plot.set(xlabel="seconds")
+    _draw_line(plot, window_sec, f"a window: {window_sec:g} s")
+
+
+def _draw_line(plot: Axes, x: float, label: str) -> None:
+    plot.axvline(x, color="black", linestyle="--", linewidth=1, label=label)

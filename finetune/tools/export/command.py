@@ -1,13 +1,13 @@
-"""Makes a checkpoint a folder that servers load and the hub takes: weights, config.json, Mimi, tokenizer, model card.
+"""Exports a checkpoint as a folder for servers and the hub: weights, config.json, Mimi, tokenizer and model card.
 
     python -m finetune.tools.export CHECKPOINT OUT --format moshi            adapters stay adapters, and name their base
-    python -m finetune.tools.export CHECKPOINT OUT --format moshi --merge    all weights, for Kyutai's server
-    python -m finetune.tools.export CHECKPOINT OUT --format personaplex      all weights, for NVIDIA's runtime
+    python -m finetune.tools.export CHECKPOINT OUT --format moshi --merge    full weights, for Kyutai's server
+    python -m finetune.tools.export CHECKPOINT OUT --format personaplex      full weights, for NVIDIA's runtime
     python -m finetune.tools.export --expand MOSHI OUT                       a Moshi with 16 codebooks instead of 8
 
-CHECKPOINT is a run folder (its newest checkpoint counts), one of its checkpoints, an exported folder or a repository of
-the hub. NVIDIA's runtime knows no adapters, so --format personaplex always merges them. Adapters that were trained on
-Moshi weights with train_personaplex.py run on these only after --expand.
+CHECKPOINT is a run folder (its newest checkpoint is exported), one of its checkpoints, an exported folder or a hub
+repository. NVIDIA's runtime cannot load adapters, so --format personaplex always merges them. Adapters that were
+trained on Moshi weights with train_personaplex.py need weights that --expand wrote.
 
 Weights are read, merged and written one tensor at a time, in the fused layout that both publishers use.
 """
@@ -27,12 +27,12 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("source", metavar="CHECKPOINT", help="what to export")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; new or empty")
-    parser.add_argument("--format", choices=("moshi", "personaplex"), help="whose runtime it is for")
+    parser.add_argument("--format", choices=("moshi", "personaplex"), help="Kyutai's (moshi) or NVIDIA's runtime")
     parser.add_argument("--merge", action="store_true", help="add adapters to the weights")
     parser.add_argument("--expand", action="store_true", help="make 16 codebooks of 8")
     parser.add_argument("--dtype", choices=INFERENCE_DTYPES, default="bf16", help="of the weights that are written")
-    parser.add_argument("--base", metavar="REPO_OR_FOLDER", help="weights that adapters belong to, if not as written")
-    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload OUT too; a new repository is private")
+    parser.add_argument("--base", metavar="REPO_OR_FOLDER", help="base weights of adapters, if not as stored with them")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="also upload OUT; a new repository is private")
     args = parser.parse_args()
     if args.expand and (args.format or args.merge or args.base):
         raise UserError("--expand stands alone, without --format, --merge and --base")
@@ -49,12 +49,12 @@ def main() -> None:
     merge = args.merge or runtime == "personaplex"
     print(f"weights: {source.weights.origin}")
     if source.adapters is not None:
-        fate = "are merged" if merge else "stay adapters"
-        why = " (NVIDIA's runtime has no LoRA)" if runtime == "personaplex" else ""
-        print(f"adapters: {source.adapters.path}, rank {source.rank}; they {fate}{why}")
+        reason = " (NVIDIA's runtime has no LoRA)" if runtime == "personaplex" else ""
+        action = f"merged{reason}" if merge else "kept as adapters"
+        print(f"adapters: {source.adapters.path}, rank {source.rank}, {action}")
     if args.push_to_hub and not merge and source.adapters is not None and source.base.startswith("file://"):
         raise UserError(
-            f"{args.source}: its base is on this machine only ({source.base}), so the adapters are of no use on the "
+            f"{args.source}: its base is only on this machine ({source.base}), so the adapters are of no use on the "
             "hub; use --merge, or give the base's repository as --base"
         )
     began = time.perf_counter()

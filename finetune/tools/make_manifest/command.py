@@ -1,223 +1,250 @@
-"""A folder of recordings -> manifests for training: durations, a check of the two channels, and a held-out part.
+"""Make manifests for training from a folder of recordings, with durations and held-out data.
 
     python -m finetune.tools.make_manifest calls data/calls.jsonl --split 0.02
 
-Writes data/calls.jsonl and, of the share --split of the files, data/calls_eval.jsonl; beside
-data/train.jsonl it is data/eval.jsonl. Paths in them are relative to their folder, absolute for files outside of it.
-Training needs stereo: left the agent, right the user.
+Writes data/calls.jsonl and, for the share --split of the files, data/calls_eval.jsonl; next to data/train.jsonl it is
+data/eval.jsonl. Paths are relative to the manifests' folder, or absolute for files outside of it. Training needs
+stereo: left the agent, right the user.
 
-Two mono files of one call become a stereo wav in --pairs-dir; sources are never touched. They are told by the ends of
-their names: call1_agent.wav and call1_user.wav, or _left/_right, _a/_b, .L/.R, or what --left-suffix and
---right-suffix say. One mono file with both voices is refused: nothing here can tell the speakers apart.
+Two mono files of a call are joined into a stereo wav in --pairs-dir; the sources are never changed. They are recognised
+by the ends of their names: call1_agent.wav and call1_user.wav, or _left/_right, _a/_b, .L/.R, or --left-suffix and
+--right-suffix. A mono file with both voices is refused, because this command cannot separate speakers.
 
-A second run adds new files, keeps the lines that are there with all that was added to them, and moves no file from
-one manifest to the other. Exit code 1 if a file was refused, 2 for a mistake in the command itself.
+A second run adds new files, keeps existing lines with everything that was added to them, and moves no file from one
+manifest to the other. Exit code 1 if a file was refused, 2 for a mistake in the command itself.
 """
 
+import argparse
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from finetune.cli import Parser, UserError
 from finetune.data.manifest import read_manifest
 from finetune.files import replacing
-from finetune.jobs.failures import HoursBar
+from finetune.jobs.failures import HoursBar, show_list
 from finetune.jobs.workers import run_tasks
-from finetune.tools.make_manifest.pairs import SIDE_SUFFIXES, _pair_maker, pair_up, side_of, up_to_date
+from finetune.tools.make_manifest.pairs import SIDE_SUFFIXES, JoinedPair, Pair, join_pair, pair_up, side_of
 from finetune.tools.make_manifest.recordings import (
     AUDIO_SUFFIXES,
     MIXED,
     RecordingInfo,
     Refusal,
-    _listener,
     find_recordings,
+    inspect_recording,
 )
+
+Task = TypeVar("Task", Path, Pair)
+Result = TypeVar("Result", RecordingInfo, JoinedPair)
 
 
 def eval_manifest(out: Path) -> Path:
+    """Return the path of the held-out manifest that belongs to `out`."""
     name = out.stem.replace("train", "eval") if "train" in out.stem else f"{out.stem}_eval"
     return out.with_name(f"{name}.jsonl")
 
 
-def known_lines(path: Path) -> dict[Path, dict]:
-    """{file: line} of a manifest that is there already. Raises UserError if it has lines that cannot be read."""
-    if not path.exists():
-        return {}
+def read_known(path: Path) -> dict[Path, dict]:
+    """Return {file: fields of its line} of an existing manifest. Raises UserError if a line cannot be read."""
     problems: list[str] = []
-    try:
-        lines = {Path(os.path.abspath(line.path)): line.fields for line in read_manifest(path, problems)}
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path}: cannot be read ({error})")
+    rows = read_manifest(path, problems) if path.exists() else []
+    lines = {Path(os.path.abspath(line.path)): line.fields for line in rows}
     if problems:
-        raise UserError(f"{problems[0]}; repair the line, or move the file away to begin anew")
+        raise UserError(f"{problems[0]}; repair the line, or move the manifest away to start again")
     return lines
 
 
 def choose_held_out(names: Sequence[str], share: float, seed: int, already: int, total: int) -> set[str]:
-    """Which of the new files are held out, so that the share of all files is: those whose hash comes first.
+    """Return the new files to hold out, those with the smallest hashes, so that `share` of all files is held out.
 
-    At least one file is, and one is not, where a share is asked for and there are two.
+    If `share` is positive and there are two files, at least one file is held out and one is not.
     """
-    wanted = round(share * total)
+    target = round(share * total)
     if share > 0 and total > 1:
-        wanted = min(max(wanted, 1), total - 1)
+        target = min(max(target, 1), total - 1)
     ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).hexdigest())
-    return set(ranked[: max(0, wanted - already)])
-
-
-def written_path(path: Path, folder: Path) -> str:
-    """A path as it stands in a manifest of `folder`."""
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+    return set(ranked[: max(0, target - already)])
 
 
 def write_manifest(path: Path, lines: dict[Path, dict]) -> None:
+    rows = (json.dumps(fields, ensure_ascii=False) + "\n" for fields in lines.values())
     with replacing(path) as temporary:
-        temporary.write_text(
-            "".join(json.dumps(fields, ensure_ascii=False) + "\n" for fields in lines.values()), encoding="utf-8"
-        )
+        temporary.write_text("".join(rows), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
+    args = _parse_args(argv)
+    files = find_recordings(args.folder, args.pairs_dir)
+    if not files:
+        raise UserError(f"{args.folder}: holds no audio file ({', '.join(sorted(AUDIO_SUFFIXES))})")
+    eval_out = eval_manifest(args.out)
+    train, held_out = read_known(args.out), read_known(eval_out)
+    known = train | held_out
+    new: dict[Path, float] = {}  # {stereo file: seconds}
+    refused: dict[Path, Refusal] = {}
+
+    # 1. Stereo files stay as they are, mono files are joined.
+    unknown = _find_unknown(files, args, known)
+    infos = _run(inspect_recording, unknown, [None] * len(unknown), "inspecting", args.workers, refused)
+    mono = _sort_by_channels(infos, args.suffixes, new, refused)
+    pairs = pair_up(sorted(mono), args.suffixes, args.folder, args.pairs_dir, refused)
+    durations = [max(infos[pair.left].duration_sec, infos[pair.right].duration_sec) for pair in pairs]
+    joined = _run(join_pair, pairs, durations, "joining", args.workers, refused)
+    for pair, result in joined.items():
+        if pair.target in known:
+            known[pair.target]["duration"] = round(result.duration_sec, 3)
+        else:
+            new[pair.target] = result.duration_sec
+
+    # 2. The split depends on paths relative to the folder: the data may move to another disk.
+    roots = {path: args.pairs_dir if path.is_relative_to(args.pairs_dir) else args.folder for path in new}
+    names = {path: path.relative_to(root).as_posix() for path, root in roots.items()}
+    chosen = choose_held_out(list(names.values()), args.split, args.seed, len(held_out), len(known) + len(new))
+    base = args.out.parent
+    for path in sorted(new):
+        written = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
+        lines = held_out if names[path] in chosen else train
+        lines[path] = {"path": written, "duration": round(new[path], 3)}
+
+    # 3. Manifests and summary.
+    manifests = {path: lines for path, lines in ((args.out, train), (eval_out, held_out)) if lines}
+    if new or joined:
+        base.mkdir(parents=True, exist_ok=True)
+        for path in reversed(manifests):
+            write_manifest(path, manifests[path])
+    print(f"{args.folder}: {len(files)} recordings")
+    _print_summary(infos, joined, list(new), list(known), refused)
+    outside = [path for lines in manifests.values() for path in lines if not path.is_relative_to(base)]
+    if outside:
+        print(f"{len(outside)} files lie outside {base}: their paths are absolute, so do not move them")
+    for path, lines in manifests.items():
+        hours = sum(fields.get("duration") or 0 for fields in lines.values()) / 3600
+        print(f"{path}: {len(lines)} files, {hours:.2f} h")
+    if not train:
+        print("no manifest was written: there is nothing to train on")
+        return 1
+    shown = " and ".join(map(str, manifests))
+    print(f"next: word times with annotate.py for {shown}, then python -m finetune.tools.check_data config.yaml")
+    return int(bool(refused))
+
+
+def _parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Return the arguments, checked, with absolute paths and `suffixes` [(left, right)]."""
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the recordings, in subfolders too")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the recordings, also in subfolders")
     parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="manifest to write or to extend")
-    parser.add_argument("--split", type=float, default=0.02, help="share of the files that is held out; 0: none")
+    parser.add_argument("--split", type=float, default=0.02, help="share of the files to hold out; 0: none")
     parser.add_argument("--seed", type=int, default=0, help="another seed holds out other files")
     parser.add_argument("--left-suffix", help="end of an agent's file name (before .wav), instead of those above")
     parser.add_argument("--right-suffix", help="the same for the user")
-    parser.add_argument("--pairs-dir", type=Path, help="folder of the stereo files that are made (OUT_pairs if absent)")
+    parser.add_argument("--pairs-dir", type=Path, help="folder for the joined files (OUT_pairs if absent)")
     parser.add_argument("--workers", type=int, help="processes (one per core if absent); 0: only this one")
     args = parser.parse_args(argv)
-    folder, out = (Path(os.path.abspath(path.expanduser())) for path in (args.folder, args.out))
-    pairs_dir = Path(os.path.abspath((args.pairs_dir or out.with_name(f"{out.stem}_pairs")).expanduser()))
-    suffixes = _suffixes(args.left_suffix, args.right_suffix)
-    if not folder.is_dir():
+    args.pairs_dir = args.pairs_dir or args.out.with_name(f"{args.out.stem}_pairs")
+    for name in ("folder", "out", "pairs_dir"):
+        setattr(args, name, Path(os.path.abspath(getattr(args, name).expanduser())))
+    suffixes = (args.left_suffix, args.right_suffix)
+    args.suffixes = SIDE_SUFFIXES if suffixes == (None, None) else [suffixes]
+    if not args.folder.is_dir():
         raise UserError(f"{args.folder}: no such folder")
-    if out.suffix != ".jsonl":
+    if args.out.suffix != ".jsonl":
         raise UserError(f"{args.out}: the manifest's name must end in .jsonl")
     if not 0 <= args.split < 1:
         raise UserError(f"--split {args.split}: is a share, at least 0 and below 1")
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers {args.workers}: cannot be negative")
-    if folder.is_relative_to(pairs_dir):
-        raise UserError(f"--pairs-dir {pairs_dir}: holds the recordings themselves; give a folder of its own")
+    if not all(left and right and left.lower() != right.lower() for left, right in args.suffixes):
+        raise UserError("--left-suffix and --right-suffix go together and differ, e.g. _agent and _user")
+    if args.folder.is_relative_to(args.pairs_dir):
+        raise UserError(f"--pairs-dir {args.pairs_dir}: holds the recordings themselves; choose another folder")
+    return args
 
-    # 1. What is new. Stereo files made earlier are known by their pair, so their sides need no second look.
-    files = find_recordings(folder, pairs_dir)
-    if not files:
-        raise UserError(f"{args.folder}: holds no audio file ({', '.join(sorted(AUDIO_SUFFIXES))})")
-    train, evaluation = known_lines(out), known_lines(eval_manifest(out))
-    known = train | evaluation
-    refused: dict[Path, Refusal] = {}
-    done = set()
-    for pair in pair_up(files, suffixes, folder, pairs_dir, {}):
-        reverse = pair.target.with_name(f"{pair.right.stem}+{pair.left.stem}.wav")
-        if reverse in known:
+
+def _find_unknown(files: list[Path], args: argparse.Namespace, known: dict[Path, dict]) -> list[Path]:
+    """Return the files that are not in a manifest, neither themselves nor as a side of an up-to-date pair.
+
+    Raises UserError if a known pair was joined the other way round.
+    """
+    sides = set()
+    for pair in pair_up(files, args.suffixes, args.folder, args.pairs_dir, {}):
+        if pair.reversed_target in known:
             raise UserError(
-                f"{out}: has {reverse.name}, where these suffixes would make {pair.target.name}: agent and user the "
-                "other way round; move the manifests and the pairs away to begin anew"
+                f"{args.out}: has {pair.reversed_target.name}, and these suffixes would make {pair.target.name}, with "
+                "agent and user the other way round; move the manifests and the pairs away to start again"
             )
-        if pair.target in known and up_to_date(pair):
-            done |= {pair.left, pair.right}
-    todo = [path for path in files if path not in known and path not in done]
-    sounds: dict[Path, RecordingInfo] = {}
-    with HoursBar([None] * len(todo), "listening", disable=not todo) as bar:
-        for path, sound, error in run_tasks(_listener, todo, args.workers):
-            if error is None:
-                sounds[path] = sound
-                bar.update(sound.duration_sec)
-            else:
-                refused[path] = Refusal("cannot be read", error.removeprefix(f"{path}: "))
+        if pair.target in known and pair.is_up_to_date():
+            sides |= {pair.left, pair.right}
+    return [path for path in files if path not in known and path not in sides]
 
-    # 2. Stereo files as they are, mono files in pairs.
-    new: dict[Path, float] = {}
-    mono: list[Path] = []
-    for path, sound in sounds.items():
-        if sound.channels > 2:
-            refused[path] = Refusal("more than two channels; keep the agent's and the user's", f"has {sound.channels}")
-        elif sound.channels == 2 and not sound.alike:
-            new[path] = sound.duration_sec
-        elif sound.channels == 2 and side_of(path, suffixes) is None:
+
+def _run(
+    function: Callable[[Task], Result], tasks: list[Task], durations: list[float | None], activity: str,
+    workers: int | None, refused: dict[Path, Refusal],
+) -> dict[Task, Result]:  # fmt: skip
+    """Return {task: result} of the tasks that succeed, and add the files of the others to `refused`."""
+    results: dict[Task, Result] = {}
+    with HoursBar(durations, activity, disable=not tasks) as bar:
+        for task, result, error in run_tasks(partial(_start, function), tasks, workers):
+            if error is None:
+                results[task] = result
+                bar.update(result.duration_sec)
+            elif isinstance(task, Pair):
+                refused[task.left] = Refusal("cannot be joined", error.removeprefix(f"{task.left}: "))
+            else:
+                refused[task] = Refusal("cannot be read", error.removeprefix(f"{task}: "))
+    return results
+
+
+def _start(function: Callable[[Task], Result], rank: int) -> Callable[[Task], Result]:
+    return function
+
+
+def _sort_by_channels(
+    infos: dict[Path, RecordingInfo], suffixes: Sequence[tuple[str, str]], new: dict[Path, float],
+    refused: dict[Path, Refusal],
+) -> list[Path]:  # fmt: skip
+    """Add the stereo files to `new`. Returns the files with a single sound, each of which may be a side of a call."""
+    mono = []
+    for path, info in infos.items():
+        if info.channels > 2:
+            refused[path] = Refusal("more than two channels; export the agent's and the user's", f"has {info.channels}")
+        elif info.channels == 2 and not info.alike:
+            new[path] = info.duration_sec
+        elif info.channels == 2 and side_of(path, suffixes) is None:
             refused[path] = Refusal(f"the same sound in both channels. {MIXED}")
         else:
             mono.append(path)
-    pairs = pair_up(sorted(mono), suffixes, folder, pairs_dir, refused)
-    stereo, uneven, anew = len(new), [], []
-    longest = [max(sounds[pair.left].duration_sec, sounds[pair.right].duration_sec) for pair in pairs]
-    with HoursBar(longest, "pairing", disable=not pairs) as bar:
-        for pair, made, error in run_tasks(_pair_maker, pairs, args.workers):
-            if error is not None:
-                refused[pair.left] = Refusal("cannot be made a pair", error.removeprefix(f"{pair.left}: "))
-                continue
-            bar.update(made.duration_sec)
-            if pair.target in known:
-                known[pair.target]["duration"] = round(made.duration_sec, 3)
-                anew.append(str(pair.target))
-            else:
-                new[pair.target] = made.duration_sec
-            if made.difference_sec > 1:
-                uneven.append(f"{pair.left}: {made.difference_sec:.1f} s beside {pair.right.name}")
+    return mono
 
-    # 3. Who is held out, by the place of a file under its folder: the data may move to another disk.
-    names = {path: path.relative_to(pairs_dir if path.is_relative_to(pairs_dir) else folder).as_posix() for path in new}
-    chosen = choose_held_out(list(names.values()), args.split, args.seed, len(evaluation), len(known) + len(new))
-    for path in sorted(new):
-        side = evaluation if names[path] in chosen else train
-        side[path] = {"path": written_path(path, out.parent), "duration": round(new[path], 3)}
 
-    # 4. Manifests, and what there is to say.
-    if new or anew:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for path, lines in ((eval_manifest(out), evaluation), (out, train)):
-            if lines:
-                write_manifest(path, lines)
-    print(f"{folder}: {len(files)} recordings")
-    print(f"  {stereo:>6} new stereo files")
-    print(f"  {len(new) - stereo:>6} new pairs, left (agent) + right (user), in {pairs_dir}")
-    print(f"  {len(known):>6} files that the manifests had, kept")
+def _print_summary(
+    infos: dict[Path, RecordingInfo], joined: dict[Pair, JoinedPair], new: list[Path], known: list[Path],
+    refused: dict[Path, Refusal],
+) -> None:  # fmt: skip
+    stereo = [path for path in new if path in infos]
+    print(f"  {len(stereo):>6} new stereo files")
+    print(f"  {len(new) - len(stereo):>6} new pairs, joined into left (agent) and right (user)")
+    print(f"  {len(known):>6} files already in the manifests, kept")
     print(f"  {len(refused):>6} refused")
-    silent = [
-        f"{path}: {'left (agent)' if sound.silent[0] else 'right (user)'}"
-        for path, sound in sounds.items()
-        if path in new and any(sound.silent)
-    ]
-    _list("one side longer than the other, which is padded with silence; do they begin together?", uneven)
-    _list("made anew because a side has changed; remove the .json and the codes of the old sound", anew)
-    _list("a side is silent where it was listened to", silent)
-    _list("in the manifest, and not there any more", [str(path) for path in known if not path.exists()])
-    for reason in dict.fromkeys(refusal.reason for refusal in refused.values()):
-        why = {path: refusal.detail for path, refusal in refused.items() if refusal.reason == reason}
-        _list(f"refused: {reason}", [f"{path}: {detail}" if detail else str(path) for path, detail in why.items()])
-    outside = [path for path in (*train, *evaluation) if not path.is_relative_to(out.parent)]
-    if outside:
-        print(f"{len(outside)} files lie outside {out.parent}: their paths are absolute, so they must stay there")
-    for path, lines in ((out, train), (eval_manifest(out), evaluation)):
-        if lines:
-            durations = [fields.get("duration") for fields in lines.values()]
-            hours = sum(duration for duration in durations if isinstance(duration, int | float)) / 3600
-            print(f"{path}: {len(lines)} files, {hours:.2f} h")
-    if not train:
-        print("no manifest was written: there is nothing to train on")
-        return 1
-    manifests = " and ".join(str(path) for path, lines in ((out, train), (eval_manifest(out), evaluation)) if lines)
-    print(f"next: word times with annotate.py for {manifests}, then python -m finetune.tools.check_data config.yaml")
-    return int(bool(refused))
-
-
-def _suffixes(left: str | None, right: str | None) -> Sequence[tuple[str, str]]:
-    if left is None and right is None:
-        return SIDE_SUFFIXES
-    if not left or not right or left.lower() == right.lower():
-        raise UserError("--left-suffix and --right-suffix go together and differ, e.g. _agent and _user")
-    return [(left, right)]
-
-
-def _list(title: str, rows: Sequence[str], limit: int = 5) -> None:
-    if rows:
-        print(f"{len(rows)} x {title}")
-        for row in rows[:limit]:
-            print(f"      {row}")
-        if len(rows) > limit:
-            print(f"      ... and {len(rows) - limit} more")
+    notes = {
+        "one side is longer than the other, which is padded with silence; do they start together?": [
+            f"{pair.left}: by {result.difference_sec:.1f} s" for pair, result in joined.items()
+            if result.difference_sec > 1
+        ],
+        "joined again because a side has changed; move the old .json away and annotate again": [
+            str(pair.target) for pair in joined if pair.target in known
+        ],
+        "a side is silent in the excerpts that were inspected": [
+            f"{path}: {'left (agent)' if infos[path].silent[0] else 'right (user)'}" for path in stereo
+            if any(infos[path].silent)
+        ],
+        "in the manifest, but the file is missing": [str(path) for path in known if not path.exists()],
+    }  # fmt: skip
+    for path, (reason, detail) in refused.items():
+        notes.setdefault(f"refused: {reason}", []).append(f"{path}: {detail}" if detail else str(path))
+    for title, rows in notes.items():
+        show_list(f"{len(rows)} x {title}", rows, limit=5)

@@ -1,4 +1,4 @@
-"""Counting the FLOPs, operations and bytes of a step on tensors without memory."""
+"""Count the FLOPs, operations and bytes of a step on tensors without memory."""
 
 import weakref
 from collections import Counter
@@ -20,17 +20,16 @@ _FLOPS = flop_registry | {
 
 
 class Meter(TorchDispatchMode):
-    """FLOPs of all matrix products, the number of operations that are no views, and the bytes of the tensors made
-    under it, at their most.
+    """Counts FLOPs of matrix products, operations other than views, and the bytes of tensors created under it.
 
-    `held` are bytes that others hold at a time, by kind; `fullest` is what there was, by kind, at the fullest point.
+    `peak` is the most bytes that existed at one time, together with what `hold` added; `at_peak` splits it by kind.
     """
 
     def __init__(self):
         super().__init__()
         self.flops = self.operations = self.live = self.peak = 0
         self.held: Counter[str] = Counter()
-        self.fullest: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
         self._storages: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -40,38 +39,38 @@ class Meter(TorchDispatchMode):
         self.operations += not (func.is_view or packet is _aten._unsafe_view)
         if packet in _FLOPS:
             self.flops += _FLOPS[packet](*args, **kwargs, out_val=out)
-        if packet is _FLASH_BACKWARD:  # sums dq in float32 (pytorch, flash_attn/flash_api.cpp: dq_accum)
-            self._note(4 * args[1].numel())
-        given = {id(t.untyped_storage()) for t in args if isinstance(t, Tensor)}
+        if packet is _FLASH_BACKWARD:  # accumulates dq in float32 (pytorch, flash_attn/flash_api.cpp: dq_accum)
+            self._update_peak(4 * args[1].numel())
+        inputs = {id(t.untyped_storage()) for t in args if isinstance(t, Tensor)}
         for tensor in out if isinstance(out, list | tuple) else [out]:
-            if isinstance(tensor, Tensor) and not func.is_view and id(tensor.untyped_storage()) not in given:
+            if isinstance(tensor, Tensor) and not func.is_view and id(tensor.untyped_storage()) not in inputs:
                 self._add(tensor.untyped_storage())
         return out
 
     def hold(self, kind: str, size: int) -> None:
-        """Adds bytes of a kind; negative: takes them away."""
+        """Add bytes that no tensor stands for; a negative size removes them."""
         self.held[kind] += size
-        self._note()
+        self._update_peak()
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         if id(storage) not in self._storages:
             key, size = id(storage), storage.nbytes()
             self._storages[key] = weakref.finalize(storage, self._remove, key, size)
             self.live += size
-            self._note()
+            self._update_peak()
 
     def _remove(self, key: int, size: int) -> None:
         del self._storages[key]
         self.live -= size
 
-    def _note(self, extra: int = 0) -> None:
+    def _update_peak(self, extra: int = 0) -> None:
         total = self.live + extra + self.held.total()
         if total > self.peak:
-            self.peak, self.fullest = total, Counter(activations=self.live + extra) + self.held
+            self.peak, self.at_peak = total, Counter(activations=self.live + extra) + self.held
 
 
 class GpuAttention(TorchFunctionMode):
-    """Attention by the kernels that a GPU takes; on the meta device torch would compute whole score matrices."""
+    """Runs attention with the kernels of a GPU; on the meta device torch would create whole score matrices."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.scaled_dot_product_attention:

@@ -1,4 +1,4 @@
-"""The sizes of a run."""
+"""The memory and FLOPs of a run, and the largest batch that fits."""
 
 import functools
 from collections import Counter
@@ -11,76 +11,70 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.args import PromptArgs, TrainArgs
-from finetune.audio.files import FRAME_RATE, to_frames
-from finetune.cli import UserError
-from finetune.generate import listening
+from finetune.audio.files import to_frames
+from finetune.data.prompter import check_context, longest_prompt
+from finetune.generate import generation_mode
 from finetune.lora import add_adapters, is_adapter
 from finetune.model.build import build_lm, set_trainable
 from finetune.model.pretrained import MOSHI, PERSONAPLEX, lm_kwargs, open_pretrained
 from finetune.model.products import Linears
 from finetune.model.targets import Targets
 from finetune.model.training_lm import TrainingLM
-from finetune.optim import is_depth
 from finetune.streams import DEP_Q, N_STREAMS
-from finetune.tools.plan.fsdp import FsdpMemory, fsdp_parameters, rows_kept
+from finetune.tools.plan.fsdp import FsdpMemory, fsdp_parameters, sharded_numel
 from finetune.tools.plan.meter import GpuAttention, Meter
 
-MOST = {"cpu": 64, "meta": 512}  # windows; larger batches are not tried
-BUILT_IN = {"kyutai/moshika-pytorch-bf16", MOSHI.default_repo, PERSONAPLEX.default_repo}
+MAX_BATCH = {"cpu": 64, "meta": 512}  # larger batches are not tried
+BUILT_IN = {"kyutai/moshika-pytorch-bf16", MOSHI.default_repo, PERSONAPLEX.default_repo}  # config known to moshi
 
 
 class RunSizes:
-    """The sizes of a run. Memory is in bytes, of rank 0, which keeps the most.
+    """The sizes of a run. Memory is in bytes, on rank 0, which has the largest shards.
 
     Args:
         kwargs: of LMModel.
         prompts: whether windows begin with a prompt.
-        ranks, node: processes in all, and of one node (`sharding: hybrid` cuts parameters within it).
-        mimi: makes codes in training; None: they are pre-computed.
+        ranks_per_node: `sharding: hybrid` shards parameters within a node.
+        mimi: encodes audio in training; None: codes are pre-computed.
 
     Attributes:
-        parameters, trained: numbers of them, of the model without adapters, and of what is trained.
-        state: what stays on a rank: its part of the weights and of AdamW's two moments, by kind.
-        update: what AdamW's update has beside the state.
+        parameters, trained: number of parameters of the model without adapters, and of those that are trained.
+        state: what stays in memory, by kind: this rank's share of the weights and of AdamW's two moments. AdamW is
+            fused, so that its update needs nothing but the gradients, which are part of the step.
     """
 
     def __init__(
-        self, args: TrainArgs, kwargs: dict, prompts: bool, ranks: int = 1, node: int = 8, mimi: nn.Module | None = None
-    ):
+        self, args: TrainArgs, kwargs: dict, prompts: bool, ranks: int = 1, ranks_per_node: int = 8,
+        mimi: nn.Module | None = None,
+    ):  # fmt: skip
         self.args, self.ranks = args, ranks
-        self.shards = {"full": ranks, "hybrid": ranks // max(1, ranks // node), "none": 1}[args.sharding]
+        nodes = max(1, ranks // ranks_per_node)
+        self.shards = {"full": ranks, "hybrid": ranks // nodes, "none": 1}[args.sharding]
         self.frames = to_frames(args.duration_sec)
-        self.prompt_frames = int(args.prompt.max_sec * FRAME_RATE) if prompts else 0
-        context = kwargs.get("context")
-        if prompts and context and self.frames + self.prompt_frames > context:
-            raise UserError(
-                f"duration_sec {args.duration_sec:g} and prompt.max_sec {args.prompt.max_sec:g} together exceed what "
-                f"the model attends to ({context / FRAME_RATE:g} s); shorten one"
-            )
+        self.prompt_frames = longest_prompt(args.prompt) if prompts else 0
+        if prompts:
+            check_context(args, kwargs.get("context"))
         dtype, on_cpu = getattr(torch, args.param_dtype), args.device == "cpu"
-        with torch.device("meta"):  # moshi makes some layers on the default device
+        with torch.device("meta"):  # moshi creates some layers on the default device
             lm = build_lm(kwargs, dtype)
             if args.lora.enable:
                 add_adapters(lm, args.lora.rank, args.lora.scaling)
         set_trainable(lm, args.full_finetuning, args.lora.ft_embed)
         self.parameters = sum(p.numel() for name, p in lm.named_parameters() if not is_adapter(name))
         self.trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
-        self.state, groups = Counter(), Counter()
+        self.state = Counter()
         for name, parameter in lm.named_parameters():
-            size = rows_kept(parameter, self.shards) * parameter.element_size()
+            size = sharded_numel(parameter, self.shards) * parameter.element_size()
             kind = "adapters" if is_adapter(name) else "trained weights" if parameter.requires_grad else "frozen"
             self.state[kind] += size
             self.state["moments"] += 2 * size * parameter.requires_grad
-            groups[is_depth(name), name.endswith("alpha")] += size * parameter.requires_grad  # as build_optimizer's
         self.state["mimi"] = sum(t.nbytes for t in (*mimi.parameters(), *mimi.buffers())) if mimi else 0
-        # Beside the gradients: without a fused kernel the roots of a group's second moments exist at once.
-        self.update = self.state["moments"] // 2 + max(groups.values()) * on_cpu
 
         self.on_cpu = self.over_gloo = on_cpu
         self._fake = FakeTensorMode() if on_cpu else GpuAttention()
         self._tensor = functools.partial(torch.empty, device="cpu" if on_cpu else "meta")
-        self.most = MOST["cpu" if on_cpu else "meta"]
-        with self._fake:  # FSDP casts what it gathers: the step sees one dtype
+        self.max_batch = MAX_BATCH["cpu" if on_cpu else "meta"]
+        with self._fake:  # FSDP casts what it gathers, so that the step sees a single dtype
             for module in lm.modules():
                 for name, parameter in module.named_parameters(recurse=False):
                     values = self._tensor(parameter.shape, dtype=dtype)
@@ -89,32 +83,35 @@ class RunSizes:
         self._steps: dict[tuple[int, bool], Meter] = {}
 
     def _forward(self, batch: int) -> Tensor:
-        """The summed losses of a microbatch in which all frames behind the prompts carry loss, a third of them words
-        (how the two text heads share the frames hardly matters)."""
+        """Return the summed losses of a microbatch in which every frame after the prompt carries loss.
+
+        A third of the frames are words; the split between the two text heads hardly matters.
+        """
         tokens = functools.partial(self._tensor, dtype=torch.int64)
         frames, rows = self.prompt_frames + self.frames, batch * self.frames
-        words, padding, dep_q = -(-rows // 3), rows - -(-rows // 3), self.lm.lm.dep_q
-        plan = Targets(tokens(words), tokens(1, words), tokens(padding), tokens(1, padding), tokens(rows),
-                    tokens(dep_q, rows))  # fmt: skip
-        return self.lm(tokens(batch, N_STREAMS, frames), tokens(batch, frames).bool(), plan=plan).ce.sum()
+        words, dep_q = -(-rows // 3), self.lm.lm.dep_q
+        padding = rows - words
+        shapes = ((words,), (1, words), (padding,), (1, padding), (rows,), (dep_q, rows))
+        targets = Targets(*(tokens(*shape) for shape in shapes))
+        return self.lm(tokens(batch, N_STREAMS, frames), tokens(batch, frames).bool(), targets=targets).ce.sum()
 
     def step(self, batch: int, checkpointing: bool) -> Meter:
-        """Forward and backward pass of the last microbatch of a step."""
+        """Meter the forward and backward pass of the last microbatch of a step."""
         if (batch, checkpointing) not in self._steps:
             self.lm.gradient_checkpointing = checkpointing
-            with (
-                self._fake,
-                Meter() as meter,
-                FsdpMemory(
-                    self.lm, self.shards, meter, self.args.num_microbatches > 1, self.on_cpu, self.over_gloo
-                ).follow(),
-            ):
-                torch.autograd.backward(self._forward(batch))  # Tensor.backward would leave GpuAttention in it
+            accumulated = self.args.num_microbatches > 1
+            with self._fake, Meter() as meter:
+                memory = FsdpMemory(self.lm, self.shards, meter, accumulated, self.on_cpu, self.over_gloo)
+                with memory.follow():
+                    torch.autograd.backward(self._forward(batch))  # Tensor.backward would lose GpuAttention
             self._steps[batch, checkpointing] = meter
         return self._steps[batch, checkpointing]
 
     def flops(self) -> dict[str, int]:
-        """Of a step over all ranks. The heads' gradients count as backward, causal attention as if all was attended."""
+        """Return the FLOPs of a step over all ranks, by pass.
+
+        The gradients of the heads count as backward, and causal attention as if every frame attended to all frames.
+        """
         with self._fake, torch.no_grad(), Meter() as forward:
             self._forward(1)
         plain, checkpointed = (self.step(1, checkpointing).flops for checkpointing in (False, True))
@@ -122,8 +119,8 @@ class RunSizes:
         windows = self.args.batch_size * self.args.num_microbatches * self.ranks
         return {name: windows * flops for name, flops in each.items()}
 
-    def heads(self, batch: int) -> int:
-        """Most bytes of logits, probabilities and gradients in a head: of a chunk at a time (see fast._HeadLoss)."""
+    def logits(self, batch: int) -> int:
+        """Return the peak of logits, probabilities and gradients in an output head, which works in chunks of rows."""
         lm, rows = self.lm.lm, batch * self.frames
         peaks = []
         for modules in ([lm.text_linear], lm.linears):
@@ -138,49 +135,57 @@ class RunSizes:
 
     @functools.cached_property
     def evaluation(self) -> Counter[str]:
-        """What a free-running evaluation has beside the state: all that is gathered at once on each rank
-        (evaluate.free_run), and the attention caches of eval_free_samples conversations. Empty without one."""
+        """What a free-running evaluation needs next to the state; empty without one.
+
+        The parameters that FSDP manages are gathered at once on every rank (evaluate.free_run), and eval_free_samples
+        conversations have attention caches.
+        """
         if not (self.args.do_eval and self.args.eval_free_samples):
             return Counter()
         lm, samples = self.lm.lm, self.args.eval_free_samples
-        with self._fake, listening(lm), Meter() as meter, LMGen(lm).streaming(samples):
-            pass  # a step would take seconds even without memory
-        return Counter(whole=sum(p.nbytes for p in fsdp_parameters(lm.parameters(), self.shards)), caches=meter.peak)
+        with self._fake, generation_mode(lm), Meter() as meter, LMGen(lm).streaming(samples):
+            pass  # allocates the caches; a step would take seconds even without memory
+        gathered = sum(p.nbytes for p in fsdp_parameters(lm.parameters(), self.shards))
+        return Counter(gathered=gathered, caches=meter.peak)
 
     def total(self, batch: int, checkpointing: bool) -> int:
-        """Bytes at the fullest point of the run. Mimi's streams take what is free, so they are no part of it."""
-        passing = self.step(batch, checkpointing).peak, self.update, self.evaluation.total()
-        return self.state.total() + max(passing)
+        """Return the peak of the run, without the streams of Mimi, which adapt to the memory that is free."""
+        return self.state.total() + max(self.step(batch, checkpointing).peak, self.evaluation.total())
 
     def largest_batch(self, room: int, checkpointing: bool) -> int:
-        """The largest batch_size that takes no more than `room` bytes, up to `most`; 0 if not even 1 does."""
+        """Return the largest batch_size, up to `max_batch`, whose total is at most `room` bytes; 0 if none is."""
         fits = lambda batch: self.total(batch, checkpointing) <= room
         peak = lambda batch: self.step(batch, checkpointing).peak
         if not fits(1):
             return 0
-        # A window adds as much as the one before it, but for chunks: guesses are near, and each is tried.
-        low, high, other = 1, self.most + 1, min(self.most, max(2, self.args.batch_size))
+        # Apart from chunks the peak is linear in the batch, so that a guess is near; each guess is tried.
+        low, high, other = 1, self.max_batch + 1, min(self.max_batch, max(2, self.args.batch_size))
         slope = (peak(other) - peak(1)) // (other - 1)
         while high - low > 1:
             guess = low + (room - self.state.total() - peak(low)) // max(1, slope)
             guess = min(max(guess, low + 1), high - 1)
             low, high = (guess, high) if fits(guess) else (low, guess)
-            slope = slope if high > self.most else (peak(high) - peak(low)) // (high - low)
+            slope = slope if high > self.max_batch else (peak(high) - peak(low)) // (high - low)
         return low
 
 
 def open_sizes(
-    args: TrainArgs, live: bool, personaplex: bool | None, ranks: int, node: int
+    args: TrainArgs, live: bool, personaplex: bool | None, ranks: int, ranks_per_node: int
 ) -> tuple[RunSizes, str, list[str]]:
-    """(sizes, name of the model, notes). Nothing is fetched from the 7B repositories that are known."""
-    wanted = args.prompt != PromptArgs() if personaplex is None else personaplex
-    spec, notes = PERSONAPLEX if wanted else MOSHI, []
+    """Return (sizes, name of the model, notes). Of the known 7B repositories nothing is downloaded.
+
+    Args:
+        live: whether training encodes audio.
+        personaplex: which script trains; None: PersonaPlex if there are prompt settings or the model has 16 codebooks.
+    """
+    given = args.prompt != PromptArgs() if personaplex is None else personaplex
+    spec, notes = PERSONAPLEX if given else MOSHI, []
     paths = vars(args.moshi_paths) | {"hf_repo_id": args.moshi_paths.hf_repo_id or spec.default_repo}
     checkpoint, repo = open_pretrained(**paths), paths["hf_repo_id"]
     known = repo in BUILT_IN and not paths["config_path"] and not Path(repo).is_dir()
     if known and not isinstance(try_to_load_from_cache(repo, "config.json"), str):
         checkpoint.raw_config = {"model_type": "personaplex" if repo == PERSONAPLEX.default_repo else "moshi"}
-        notes.append(f"{repo} has no config.json in the hub cache; taken as the built-in 7B configuration")
+        notes.append(f"{repo} has no config.json in the hub cache; the built-in 7B configuration is used")
     stored = checkpoint.lm_config.get("dep_q")
     if personaplex is None and stored == DEP_Q:
         spec = PERSONAPLEX
@@ -189,4 +194,4 @@ def open_sizes(
         notes.append(f"{repo} has {stored} codebooks, expanded to {kwargs['dep_q']} on load")
     with torch.device("meta"):
         mimi = loaders.get_mimi(None, checkpoint.mimi_config(), device="meta") if live else None
-    return RunSizes(args, kwargs, spec.prompts, ranks, node, mimi), f"{spec.name} ({repo})", notes
+    return RunSizes(args, kwargs, spec.prompts, ranks, ranks_per_node, mimi), f"{spec.name} ({repo})", notes

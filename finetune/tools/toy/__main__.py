@@ -1,4 +1,4 @@
 from finetune.cli import run
-from finetune.tools.toy.world import main
+from finetune.tools.toy.command import main
 
 run(main)

@@ -1,0 +1,140 @@
+"""Check the text and voice prompts of a file, and choose the prompt of each window as training does."""
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from finetune.args import TrainArgs
+from finetune.audio.files import FRAME_RATE, FRAME_SIZE
+from finetune.audio.words import Word
+from finetune.cli import UserError
+from finetune.data.manifest import resolve_path
+from finetune.data.prompter import Prompter
+from finetune.model.pretrained import Pretrained
+from finetune.prompts.hybrid import VoicePrompt, prompt_length
+from finetune.prompts.recordings import load_recording
+from finetune.prompts.same_speaker import load_same_speaker, same_speaker_file, voice_segments
+from finetune.prompts.text import SYSTEM_TAG, wrap_system_prompt
+from finetune.prompts.voices import VoiceBook, load_voices
+from finetune.streams import CODEBOOKS
+from finetune.tools.check_data.facts import FileFacts
+
+
+class PromptChecker:
+    """Checks prompts with the Prompter of training. Nothing is encoded: the codes of voices are zeros.
+
+    Args:
+        kwargs: of LMModel.
+        window_frames: longest dialogue of a window.
+    """
+
+    def __init__(self, args: TrainArgs, checkpoint: Pretrained, kwargs: dict, window_frames: int):
+        self.args, self.kwargs, self.window_frames = args, kwargs, window_frames
+        folder = Path(args.prompt.voices_dir) if args.prompt.voices_dir else None
+        self.prompter = Prompter(
+            args.prompt, checkpoint.tokenizer(), VoiceBook(folder, _remember(checkpoint.voices_archive))
+        )
+        self.load_voice = _remember(self._load_voice)
+
+    def check(self, facts: FileFacts, extra: dict, words: list[Word], entry: dict | None) -> None:
+        """Check the prompts of a file and set its `prompt_frames`.
+
+        Args:
+            extra, words: prompt fields and words of the .json.
+            entry: the pre-computed codes, if any.
+        """
+        line, stored = facts.line, None
+        text, voice = self.prompter.names(line, extra)
+        self._check_text(facts, text, voice)
+        try:
+            path = self.prompter.find_voice(voice, line.path.parent)
+            if path is not None:
+                self.prompter.voices[path] = self.load_voice(path)
+                if os.path.exists(line.path) and path.samefile(line.path):
+                    facts.add("own voice", f"its voice prompt is {voice}")
+            elif voice is None:
+                facts.add("no voice prompt", "has no voice prompt")
+            else:
+                segments = self._same_speaker(facts, words, entry)
+                stored = lambda: segments
+            facts.voice = voice if path is None else str(path)
+            if not facts.has("prompt"):
+                self._choose(facts, extra, words, stored)
+        except UserError as error:
+            facts.add("voice", f"{line.path}: {error}")
+
+    def _check_text(self, facts: FileFacts, text: object, voice: object) -> None:
+        try:
+            self.prompter.check_text(text, voice)
+        except UserError as error:
+            facts.add("prompt", str(error))
+        if text is None or (isinstance(text, str) and not text.strip()):
+            facts.add("no text prompt", "has no text prompt")
+        elif isinstance(text, str):
+            facts.prompt = text
+            bare = wrap_system_prompt(text).removeprefix(SYSTEM_TAG).removesuffix(SYSTEM_TAG)
+            if SYSTEM_TAG in bare or "</system>" in bare:
+                facts.add("half wrapped", repr(text if len(text) < 100 else f"{text[:60]} ... {text[-30:]}"))
+            elif not text.strip().startswith(SYSTEM_TAG):
+                facts.add("unwrapped", repr(text[:60]))
+
+    def _choose(
+        self, facts: FileFacts, extra: dict, words: list[Word], stored: Callable[[], list[dict]] | None
+    ) -> None:
+        """Choose the prompt of each window."""
+        voiceless = 0
+        for i, frames in enumerate(facts.windows):
+            start = i * self.window_frames
+            window = (start / FRAME_RATE, (start + frames) / FRAME_RATE)
+            parts = self.prompter(facts.line, extra, words, window, None, stored)
+            facts.prompt_frames[i] = prompt_length(parts.voice.frames if parts.voice else 0, len(parts.text_ids))
+            voiceless += parts.voiceless and frames > 0
+        if voiceless:
+            facts.add("no segment", f"{voiceless} of its {len(facts.windows)} windows have no voice")
+
+    def _same_speaker(self, facts: FileFacts, words: list[Word], entry: dict | None) -> list[dict]:
+        """Return the segments that training would take, in the form of `load_same_speaker`."""
+        if entry is not None:
+            path = same_speaker_file(resolve_path(facts.line.manifest, facts.line.fields["codes_path"]))
+            return load_same_speaker(path, entry["mimi"], self.args.data.speakers)
+        segments = voice_segments(words, facts.real_sec or facts.line.duration)
+        lengths = [math.ceil((end - start) * FRAME_RATE) for start, end in segments]
+        codes = [torch.zeros(CODEBOOKS, length, dtype=torch.int16) for length in lengths]
+        return [{"start": start, "end": end, "codes": c} for (start, end), c in zip(segments, codes)]
+
+    def _load_voice(self, path: Path) -> VoicePrompt:
+        if path.suffix != ".pt":
+            frames = math.ceil(len(load_recording(path)) / FRAME_SIZE)
+            return VoicePrompt(path.name, codes=torch.zeros(CODEBOOKS, frames, dtype=torch.int64))
+
+        def embed(_: torch.Tensor) -> torch.Tensor:
+            # The tables of the model are not loaded, so that the file is compared with itself, except for its width.
+            row = torch.load(path, map_location="cpu", weights_only=True)["embeddings"][-1, 0, 0].float()
+            return row if len(row) == self.kwargs["dim"] else torch.zeros(self.kwargs["dim"])
+
+        no_codec = None  # is not needed for a .pt
+        delays, trains_embeddings = self.kwargs["delays"], self.args.trains_embeddings
+        return load_voices([path], no_codec, no_codec, embed, delays, trains_embeddings)[path]
+
+
+def _remember(function: Callable) -> Callable:
+    """Cache results and also errors: without a network each attempt takes until its time-out."""
+
+    @functools.cache
+    def outcome(*args):
+        try:
+            return function(*args), None
+        except UserError as error:
+            return None, error
+
+    def call(*args):
+        result, error = outcome(*args)
+        if error is not None:
+            raise error
+        return result
+
+    return call

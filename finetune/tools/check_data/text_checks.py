@@ -1,0 +1,112 @@
+"""Check the word times of a file, and place them on frames as training does."""
+
+import bisect
+import itertools
+import os
+from collections.abc import Sequence
+
+import sentencepiece
+
+from finetune.audio.files import FRAME_RATE
+from finetune.audio.words import Word, parse_word, read_sidecar, read_words, sidecar
+from finetune.cli import UserError
+from finetune.data.interleaver import Interleaver
+from finetune.tools.check_data.facts import FileFacts
+
+LOST_TOKENS, LOST_SHARE = 5, 0.01  # of a file; some late words at the ends of windows are normal
+LATE_SEC = 1.0  # mean delay of the late words of a window
+END_TOLERANCE_SEC = 0.5  # by which a word may outlast the audio
+BROKEN_SHARE = 0.2  # byte or unknown pieces per letter
+MIN_LETTERS = 20  # needed to judge the script of a file
+
+
+class TextChecker:
+    """Checks words of `speakers`.
+
+    Args:
+        window_frames: longest dialogue of a window.
+    """
+
+    def __init__(
+        self, tokenizer: sentencepiece.SentencePieceProcessor, keep_and_shift: bool, speakers: Sequence[str],
+        window_frames: int,
+    ):  # fmt: skip
+        self.tokenizer, self.speakers, self.window_frames = tokenizer, speakers, window_frames
+        self.interleaver = Interleaver(tokenizer, keep_and_shift)
+
+    def read(self, facts: FileFacts) -> tuple[list[Word] | None, dict]:
+        """Return (words, prompt fields of the .json); the words are None if the .json is missing or broken."""
+        path = facts.line.path
+        try:
+            words, extra = read_words(path, self.speakers)
+        except UserError as error:
+            facts.add("bad words file" if os.path.exists(sidecar(path)) else "no words file", str(error))
+            return None, {}
+        rows = read_sidecar(path)["alignments"]
+        facts.words, facts.labels = len(words), {str(row[2]) for row in rows if len(row) > 2}
+        if not words:
+            others = f", only of {', '.join(sorted(facts.labels))}" if facts.labels else ""
+            spoken = f"; the agent speaks for {facts.talk_sec[0]:.0f} s" if facts.talk_sec[0] >= 1 else ""
+            facts.add("no words", f"no words of {', '.join(self.speakers)}{others}{spoken}")
+        starts = [parse_word(row)[1] for row in rows if len(row) < 3 or row[2] in self.speakers]
+        backward = sum(b < a for a, b in itertools.pairwise(starts))
+        if backward:
+            facts.add("unsorted", f"{backward} of {len(words)} words start before the previous one")
+        return words, extra
+
+    def check(self, facts: FileFacts, words: list[Word], frames: int) -> None:
+        """Check the words of a file whose audio has `frames` frames."""
+        end_sec = facts.real_sec
+        after = [start for _, start, _ in words if start * FRAME_RATE >= frames]
+        if after:
+            facts.add("past the end", f"{len(after)} of {len(words)} words start after the audio's {end_sec:.2f} s, "
+                      f"the last at {after[-1]:.2f} s")  # fmt: skip
+        odd = sum(
+            start < 0 or end < start or (end > end_sec + END_TOLERANCE_SEC and start * FRAME_RATE < frames)
+            for _, start, end in words
+        )
+        if odd:
+            facts.add("odd times", f"{odd} of {len(words)} words")
+        tokens = [self.interleaver.encode(text) for text, _, _ in words]
+        facts.tokens = sum(map(len, tokens))
+        letters = sum(len("".join(text.split())) for text, _, _ in words)
+        broken = sum(self.tokenizer.is_byte(i) or self.tokenizer.is_unknown(i) for ids in tokens for i in ids)
+        if letters >= MIN_LETTERS and broken > BROKEN_SHARE * letters:
+            longest = max(range(len(words)), key=lambda i: len(tokens[i]))
+            facts.add("script", f"{broken} byte or unknown pieces for {letters} letters, such as "
+                      f"{len(tokens[longest])} tokens for {words[longest][0]!r}")  # fmt: skip
+        self._place(facts, words)
+
+    def _place(self, facts: FileFacts, words: list[Word]) -> None:
+        """Place the words of each window on its frames, and find those that come too fast."""
+        crowded: list[tuple[int, float]] = []  # (tokens lost, start of the window)
+        late: list[tuple[float, float, int]] = []  # (mean delay in seconds, start of the window, late words)
+        for i, frames in enumerate(facts.windows):
+            if frames == 0:
+                continue
+            begin = i * self.window_frames / FRAME_RATE
+            _, stats = self.interleaver(words, begin, frames)
+            facts.text.add(stats)
+            facts.densest = max(facts.densest, (stats.placed + stats.dropped) * FRAME_RATE / frames)
+            if stats.late:
+                late.append((stats.late_frames / stats.late / FRAME_RATE, begin, stats.late))
+            if stats.dropped:
+                crowded.append((self._lost_to_crowding(words, begin, frames), begin))
+        lost = sum(count for count, _ in crowded)
+        if lost >= LOST_TOKENS and lost > LOST_SHARE * facts.tokens:
+            most, begin = max(crowded, key=lambda window: window[0])
+            facts.add("crowded" if self.interleaver.keep_and_shift else "truncated", f"{lost} of {facts.tokens} tokens "
+                      f"find no frame, {most} of them in the window at {begin:.1f} s")  # fmt: skip
+        elif late and max(late)[0] > LATE_SEC:
+            delay, begin, count = max(late, key=lambda window: window[0])
+            facts.add("late", f"in the window at {begin:.1f} s {count} words come {delay:.1f} s late on average")
+
+    def _lost_to_crowding(self, words: list[Word], begin: float, frames: int) -> int:
+        """Return how many tokens of a window are dropped of words that would fit into it if they were alone.
+
+        A word that the end of the window truncates does not count: that says nothing about the data.
+        """
+        starts = [start for _, start, _ in words]
+        first, last = (bisect.bisect_left(starts, sec) for sec in (begin, begin + frames / FRAME_RATE))
+        fitting = [word for word in words[first:last] if not self.interleaver([word], begin, frames)[1].dropped]
+        return self.interleaver(fitting, begin, frames)[1].dropped

@@ -1,0 +1,209 @@
+"""Numbers as text, and curves and histograms as SVG."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+
+from finetune.tools.report.record import value_of
+
+MAX_POINTS = 160  # of a curve; more rows are drawn as means with their range as a band
+
+# --- 1. Numbers ----------------------------------------------------------------------------------------------------
+
+NumberFormat = Callable[[float], str]
+
+
+def format_number(value: float) -> str:
+    """Four significant digits, at most three after the point."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if abs(value) >= 1e7 or abs(value) < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:,.{max(0, min(3, 3 - math.floor(math.log10(abs(value)))))}f}"
+
+
+def format_percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def format_scientific(value: float) -> str:
+    return f"{value:.2g}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}".replace("e-0", "e-")
+
+
+def format_seconds(value: float) -> str:
+    return f"{value:.2f} s"
+
+
+def format_count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def format_duration(value: float) -> str:
+    """Seconds in the unit that a person would use."""
+    if value < 90:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
+
+
+# --- 2. Curves over steps ------------------------------------------------------------------------------------------
+
+
+class Curve(NamedTuple):
+    style: str  # CSS class: train or held
+    points: list[tuple[float, float]]  # step, value
+    band: Sequence[tuple[float, float, float]] = ()  # step, lowest, highest
+
+
+class Chart(NamedTuple):
+    """A panel of the page; the template adds the caption."""
+
+    title: str
+    value: str  # the newest value
+    base: str  # the base model's value, or ""
+    hint: str
+    svg: Markup
+    data: str = ""  # JSON for script.js
+    small: bool = False
+
+
+def make_curve(style: str, rows: Sequence[dict], key: str) -> Curve:
+    """The values under `key` over steps."""
+    points = [(row["step"], value) for row in rows if (value := value_of(row, key)) is not None]
+    if len(points) <= MAX_POINTS:
+        return Curve(style, points)
+    parts = np.array_split(np.array(points, dtype=float), MAX_POINTS)
+    means = [(float(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]
+    bands = [(float(part[:, 0].mean()), float(part[:, 1].min()), float(part[:, 1].max())) for part in parts]
+    return Curve(style, means, bands)
+
+
+def round_ticks(low: float, high: float, most: int) -> list[float]:
+    """At most `most` round numbers in [low, high]."""
+    span = high - low
+    unit = 10 ** math.floor(math.log10(span / most))
+    step = next(unit * factor for factor in (1, 2, 5, 10, 20) if span / (unit * factor) <= most)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def axis_limits(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of a value axis that holds these values."""
+    low, high = min(values), max(values)
+    room = max(0.06 * (high - low), 0.002 * abs(high)) or 1.0
+    return (0.0 if low >= 0 and low - room < 0.15 * high else low - room), high + room
+
+
+def _tick_label(value: float, form: NumberFormat) -> str:
+    if form is format_percent:
+        return f"{100 * value:.6g}%"
+    if form is format_scientific:
+        return "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
+    return f"{value / 1000:.6g}k" if abs(value) >= 1e4 else f"{value:.6g}"
+
+
+class _Axes:
+    """The plot area of a panel: pixels of a value on each axis, and the grid."""
+
+    def __init__(
+        self, width: int, height: int, left: int, right: int, bottom: int, x_max: float, low: float, high: float
+    ):
+        self.width, self.height, self.left, self.right, self.bottom = width, height, left, right, bottom
+        self.top, self.x_max, self.low, self.high = 6 if height < 140 else 8, x_max, low, high
+        self.parts: list[str] = []
+
+    def x(self, value: float) -> float:
+        return self.left + (self.width - self.left - self.right) * value / self.x_max
+
+    def y(self, value: float) -> float:
+        value = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
+        return self.top + (self.height - self.top - self.bottom) * (1 - value)
+
+    def level(self, style: str, value: float) -> None:
+        self.parts.append(f'<path class="{style}" d="M{self.left},{self.y(value):.1f}H{self.width - self.right}"/>')
+
+    def label_y(self, value: float, text: str) -> None:
+        self.level("grid", value)
+        self.parts.append(f'<text x="{self.left - 4}" y="{self.y(value) + 3.5:.1f}" text-anchor="end">{text}</text>')
+
+    def label_x(self, value: float, text: str) -> None:
+        self.parts.append(f'<text x="{self.x(value):.1f}" y="{self.height - 4}" text-anchor="middle">{text}</text>')
+
+    def svg(self, label: str) -> Markup:
+        head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(self.width, self.height, label)
+        return head + Markup("".join(self.parts)) + Markup("</svg>")
+
+
+def draw_chart(
+    title: str,
+    curves: Sequence[Curve],
+    last_step: int,
+    base: float | None = None,
+    form: NumberFormat = format_number,
+    hint: str = "",
+    small: bool = False,
+    limits: tuple[float, float] | None = None,
+) -> Chart | None:
+    """Curves over steps; None if there are no points.
+
+    Args:
+        base: value of a dashed reference line.
+        hint: unit of the value axis, or which direction is good.
+        limits: of the value axis; fitted to the curves if None.
+    """
+    curves = [c for c in curves if c.points]
+    if not curves:
+        return None
+    last_step = max(last_step, 1)
+    low, high = limits or axis_limits([y for c in curves for _, y in c.points] + ([] if base is None else [base]))
+    size = (176, 130, 30, 6, 16) if small else (340, 190, 46, 10, 22)
+    axes = _Axes(*size, last_step, low, min(high, 1.0) if form is format_percent else high)
+    for value in round_ticks(axes.low, axes.high, 3 if small else 5):
+        axes.label_y(value, _tick_label(value, form))
+    for step in round_ticks(0, last_step, 2 if small else 5):
+        if step == round(step):
+            axes.label_x(step, f"{step:,.0f}" if step < 1e4 else f"{step / 1000:g}k")
+    if base is not None:
+        axes.level("base", base)
+    at = lambda step, value: f"{axes.x(step):.1f},{axes.y(value):.1f}"
+    for c in curves:
+        if c.band:
+            outline = [at(s, v) for s, _, v in c.band] + [at(s, v) for s, v, _ in reversed(c.band)]
+            axes.parts.append(f'<path class="band {c.style}" d="M{"L".join(outline)}Z"/>')
+        axes.parts.append(f'<path class="line {c.style}" d="M{"L".join(at(*point) for point in c.points)}"/>')
+        if len(c.points) == 1 or (c.style == "held" and len(c.points) <= 60):
+            for s, v in c.points:
+                radius = 1.8 if small else 2.6
+                axes.parts.append(f'<circle class="{c.style}" cx="{axes.x(s):.1f}" cy="{axes.y(v):.1f}" r="{radius}"/>')
+    axes.parts.append(f'<path class="cursor" d="M0,{axes.top}V{axes.height - axes.bottom}"/>')
+    data = {
+        "left": axes.left / axes.width, "right": 1 - axes.right / axes.width, "width": axes.width, "last": last_step,
+        "curves": [[c.style, [[round(s, 1), form(v)] for s, v in c.points]] for c in curves],
+    }  # fmt: skip
+    reference = "" if base is None or small else form(base)
+    newest = form(curves[-1].points[-1][1])
+    return Chart(title, newest, reference, hint, axes.svg(f"{title} over steps"), json.dumps(data), small)
+
+
+def draw_histogram(title: str, values: Sequence[float], mark: object) -> Chart:
+    """Files by length in seconds; a dashed line marks the length of a window."""
+    mark = float(mark) if isinstance(mark, int | float) else None
+    high = max([*values, mark or 0]) * 1.03 or 1.0
+    counts, edges = np.histogram(values, bins=30, range=(0, high))
+    axes = _Axes(340, 150, 36, 10, 22, high, 0, int(counts.max()))
+    for value in round_ticks(0, axes.high, 4):
+        if value == round(value):
+            axes.label_y(value, f"{value:,.0f}")
+    for second in round_ticks(0, high, 6):
+        axes.label_x(second, f"{second:g}")
+    for n, a, b in zip(counts, edges, edges[1:]):
+        if n:
+            shape = f"M{axes.x(a) + 0.5:.1f},{axes.y(0):.1f}V{axes.y(n):.1f}H{axes.x(b) - 0.5:.1f}V{axes.y(0):.1f}Z"
+            axes.parts.append(f'<path class="bin" d="{shape}"/>')
+    hint = "seconds"
+    if mark is not None:
+        axes.parts.append(f'<path class="base" d="M{axes.x(mark):.1f},{axes.top}V{axes.height - axes.bottom}"/>')
+        hint += f"; dashed: a window, {mark:g} s"
+    return Chart(title, f"median {np.median(values):.1f} s", "", hint, axes.svg(title))

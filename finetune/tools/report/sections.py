@@ -1,0 +1,217 @@
+"""The numbers of each section of the page, as plain data; sections.html turns them into HTML.
+
+Each function takes the run and returns a dictionary, or None if the run has nothing for the section.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from finetune.dialogue import reply_verdict
+from finetune.streams import CODEBOOKS
+from finetune.tools.report.charts import (
+    Chart,
+    NumberFormat,
+    axis_limits,
+    draw_chart,
+    format_count,
+    format_duration,
+    format_number,
+    format_percent,
+    format_scientific,
+    format_seconds,
+    make_curve,
+)
+from finetune.tools.report.listen import load_conversations
+from finetune.tools.report.record import RunRecord, value_of, values_of
+
+# key, title, unit or hint, format
+LOSS_CHARTS = (
+    ("loss", "Objective", "text + audio", format_number),
+    ("text_word_loss", "Text: words", "nats / token", format_number),
+    ("text_padding_loss", "Text: padding", "nats / token", format_number),
+    ("text_word_accuracy", "Words predicted", "of text tokens", format_percent),
+    ("text_padding_accuracy", "Padding predicted", "of text tokens", format_percent),
+    ("agent_loss", "Agent’s audio", "nats / token, weighted", format_number),
+    ("user_loss", "User’s audio", "nats / token, weighted", format_number),
+    ("semantic_loss", "Semantic codebooks", "nats / token", format_number),
+    ("acoustic_loss", "Acoustic codebooks", "nats / token", format_number),
+)
+MECHANICS_CHARTS = (
+    ("grad_norm", "Gradient norm", "before clipping", format_number),
+    ("tokens_per_sec", "Speed", "tokens / s, all ranks", format_count),
+    ("data_wait", "Waiting for data", "of the time", format_percent),
+    ("peak_memory_gb", "Peak memory", "GB", format_number),
+)
+# Measures of finetune.dialogue; in metrics.eval.jsonl their keys begin with `free_`.
+REPLY_CHARTS = (
+    ("silence", "Silence", "of the time", format_percent),
+    ("words_per_minute", "Words a minute", "of the whole time", format_count),
+    ("repetition", "Repetition", "of the text, by one phrase ↓", format_percent),
+    ("looping", "Replies that loop", "of all replies ↓", format_percent),
+    ("tor_turn", "Turns taken", "take-over rate after the user’s turns ↑", format_percent),
+    ("latency", "Latency", "median, of turns taken ↓", format_seconds),
+    ("tor_pause", "Pauses taken", "take-over rate in the user’s pauses ↓", format_percent),
+    ("overlap", "Overlap", "of the time, both speak", format_percent),
+)
+REPLY_COLUMNS = (
+    *((key, title, form) for key, title, _, form in REPLY_CHARTS),
+    ("words_per_minute_speaking", "Words a minute of speech", format_count),
+    ("backchannels", "Backchannels", format_count),
+    ("backchannels_per_minute", "Backchannels a minute", format_number),
+    ("turns", "Turns", format_count),
+    ("pauses", "Pauses", format_count),
+    ("replies", "Replies", format_count),
+)
+OUT_OF = {"tor_turn": "turns", "tor_pause": "pauses"}  # rates, and what they are rates of
+
+
+def steps_table(
+    rows: Sequence[dict], columns: Sequence[tuple[str, str, NumberFormat]], best: dict[str, Callable]
+) -> dict | None:
+    """A table of evaluations, one row per step; a cell is (text, whether it is the best of its column) or None."""
+    columns = [column for column in columns if values_of(rows, column[0])]
+    if not columns:
+        return None
+    winners = {key: choose(values_of(rows, key), default=None) for key, choose in best.items()}
+
+    def cell(row: dict, key: str, form: NumberFormat) -> tuple[str, bool] | None:
+        value = value_of(row, key)
+        return None if value is None else (form(value), len(rows) > 1 and value == winners.get(key))
+
+    lines = [(row["step"], [cell(row, key, form) for key, _, form in columns]) for row in rows]
+    return {"head": [title for _, title, _ in columns], "rows": lines}
+
+
+def headline(run: RunRecord) -> dict:
+    """Title, state, and a few tiles: (title, value, note, whether it is bad)."""
+    kind = f"{'PersonaPlex' if run.dep_q > CODEBOOKS else 'Moshi'}, {run.dep_q} codebooks predicted"
+    trained = None
+    if run.settings.get("lora.enable"):
+        trained = f"LoRA of rank {run.settings.get('lora.rank')}"
+    elif run.settings.get("full_finetuning"):
+        trained = "all parameters"
+    wanted = run.settings.get("max_steps")
+    state = f"step {run.step:,}"
+    if isinstance(wanted, int):
+        state = f"step {run.step:,} of {wanted:,}" if wanted > run.step else f"{run.step:,} steps, complete"
+    what = [kind if run.train or run.held_out else None, trained, run.settings.get("param_dtype"), state]
+    tiles: list[tuple[str, str, str, bool]] = []
+    last, base = (run.held_out or [{}])[-1], run.base
+    for key, title, form in (
+        ("loss", "Held-out loss", format_number),
+        ("text_word_accuracy", "Words predicted", format_percent),
+        ("text_perplexity", "Text perplexity", format_number),
+    ):
+        value, reference = value_of(last, key), value_of(base, key)
+        if value is None:
+            continue
+        note = f"at step {last['step']:,}" if reference is None or last is base else f"base {form(reference)}"
+        if key == "loss":
+            best = min((row for row in run.held_out if value_of(row, key) is not None), key=lambda row: row["loss"])
+            if best is not last:
+                note += f", best {form(best['loss'])} at step {best['step']:,}"
+        tiles.append((title, form(value), note, False))
+    rows = run.reply_rows()
+    if rows:
+        trouble = reply_verdict(rows[-1])
+        silence, pace = rows[-1].get("silence"), rows[-1].get("words_per_minute")
+        fine = "neither mute nor looping" + (f"; {pace:.0f} words a minute" if pace is not None else "")
+        value = "–" if silence is None else f"{1 - silence:.0%} speech"
+        tiles.append((f"Replies at step {rows[-1]['step']:,}", value, trouble or fine, trouble is not None))
+    seconds = run.seconds_spent()["training"]
+    if seconds:
+        hours = f"{format_number(run.hours_read())} h of dialogue read"
+        tiles.append(("Trained for", format_duration(seconds), hours, False))
+    return {"title": run.folder.resolve().name, "about": " · ".join(str(part) for part in what if part), "tiles": tiles}
+
+
+def replies(run: RunRecord) -> dict | None:
+    rows = run.reply_rows()
+    if not rows:
+        return None
+    replied, base = value_of(rows[-1], "replies"), rows[0] if rows[0]["step"] == 0 else {}
+    charts = []
+    for key, title, hint, form in REPLY_CHARTS:
+        own = make_curve("held", rows, key)
+        limits = (0.0, 1.06 * max([value for _, value in own.points], default=0.0) or 1.0)
+        charts.append(draw_chart(title, [own], run.step, value_of(base, key), form, hint, limits=limits))
+    return {
+        "step": rows[-1]["step"],
+        "trouble": reply_verdict(rows[-1]),
+        "count": None if replied is None else format_count(replied),
+        "charts": _present(charts),
+        "table": steps_table(rows, [(key, title.lower(), form) for key, title, form in REPLY_COLUMNS], {}),
+    }
+
+
+def listen(run: RunRecord) -> dict | None:
+    if not run.replies:
+        return None
+    conversations = load_conversations(run)
+    for reply in (reply for conversation in conversations for reply in conversation["replies"]):
+        measures = reply.get("measures", {})
+        reply["chips"] = []
+        for key, title, form in REPLY_COLUMNS:
+            if key not in OUT_OF.values() and value_of(measures, key) is not None:
+                whole = measures.get(OUT_OF.get(key))
+                of = f" of {whole}" if isinstance(whole, int) else ""
+                reply["chips"].append((title.lower(), form(measures[key]) + of))
+    return {"conversations": conversations}
+
+
+def curves(run: RunRecord) -> dict | None:
+    train = lambda key: make_curve("train", run.train, key)
+    charts = [
+        draw_chart(title, [train(key), make_curve("held", run.held_out, key)], run.step, value_of(run.base, key), form,
+                   hint)
+        for key, title, hint, form in LOSS_CHARTS
+    ]  # fmt: skip
+    if not any(charts):
+        return None
+    more = [
+        draw_chart(title, [train(key)], run.step, None, format_scientific)
+        for key, title in (("lr", "Learning rate"), ("depformer_lr", "Learning rate of the depformer"))
+    ]
+    more += [draw_chart(title, [train(key)], run.step, None, form, hint) for key, title, hint, form in MECHANICS_CHARTS]
+    return {"charts": _present(charts), "more": _present(more)}
+
+
+def codebooks(run: RunRecord) -> dict | None:
+    sides = []
+    for side, first in (("Agent", 0), ("User", CODEBOOKS)):
+        keys = [f"codebook_{k}_loss" for k in range(first, first + CODEBOOKS)]
+        pairs = [(make_curve("train", run.train, key), make_curve("held", run.held_out, key)) for key in keys]
+        values = [value for pair in pairs for own in pair for _, value in own.points]
+        if values:
+            sides.append((side, _present(
+                draw_chart(str(k), pair, run.step, value_of(run.base, key), hint="" if k else "semantic", small=True,
+                           limits=axis_limits(values))
+                for k, (key, pair) in enumerate(zip(keys, pairs))
+            )))  # fmt: skip
+    return {"sides": sides} if sides else None
+
+
+def evaluations(run: RunRecord) -> dict | None:
+    if not run.held_out:
+        return None
+    columns = [
+        ("loss", "loss", format_number), ("text_loss", "text", format_number),
+        ("text_perplexity", "perplexity", format_number), ("text_word_loss", "words", format_number),
+        ("text_word_accuracy", "words right", format_percent),
+        ("text_padding_accuracy", "padding right", format_percent), ("agent_loss", "agent", format_number),
+        ("user_loss", "user", format_number), ("semantic_loss", "semantic", format_number),
+        ("acoustic_loss", "acoustic", format_number), ("samples", "windows", format_count),
+        ("skipped", "skipped", format_count), ("seconds", "time", format_duration),
+    ]  # fmt: skip
+    best = {key: max if key.endswith("accuracy") else min for key, _, _ in columns[:-3]}
+    per_codebook = [
+        (f"codebook_{k}_loss", ("a" if k < CODEBOOKS else "u") + str(k % CODEBOOKS), format_number)
+        for k in range(run.dep_q)
+    ]
+    return {
+        "table": steps_table(run.held_out, columns, best),
+        "codebooks": steps_table(run.held_out, per_codebook, {key: min for key, _, _ in per_codebook}),
+    }
+
+
+def _present(charts: Iterable[Chart | None]) -> list[Chart]:
+    return [chart for chart in charts if chart is not None]

@@ -1,0 +1,89 @@
+"""What a checkpoint keeps for inference: adapters alone, or everything with adapters merged in."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.distributed import make_mesh, session, shard
+from finetune.lora import is_adapter, is_embedding
+from finetune.model.consolidated import Artefact
+from finetune.model.training_lm import TrainingLM
+from tests.engine import tiny_lm
+from tests.tools.stored import RANK, SCALING, adapted
+
+CONFIG = {"dep_q": 8, "mimi_name": "m"}
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """A tiny Moshi with random adapters, and trained embedding tables."""
+    return adapted(tiny_lm(8), tables=True)
+
+
+def merged(lm) -> dict[str, torch.Tensor]:
+    """W + scaling * B A of every linear in float64, under stock names."""
+    parameters = {name: p.detach().double() for name, p in lm.named_parameters()}
+    out = {}
+    for name, values in parameters.items():
+        if ".frozen_W." in name:
+            a, b = (parameters[name.replace("frozen_W", part)] for part in ("lora_A", "lora_B"))
+            out[name.replace(".frozen_W", "")] = values + SCALING * b @ a
+        elif not is_adapter(name):
+            out[name] = values
+    return out
+
+
+def test_adapters_and_trained_tables_alone(lm, tmp_path):
+    assert Artefact(CONFIG, (RANK, SCALING), torch.float32).write(lm, tmp_path, is_main=True) is None
+    assert {p.name for p in tmp_path.iterdir()} == {"lora.safetensors", "config.json"}
+    stored = load_file(tmp_path / "lora.safetensors")
+    parameters = dict(lm.named_parameters())
+    assert stored.keys() == {name for name in parameters if is_adapter(name) or is_embedding(name)}
+    assert all(torch.equal(values, parameters[name]) for name, values in stored.items())
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == CONFIG | {"lora": True, "lora_rank": RANK, "lora_scaling": SCALING}
+    assert CONFIG == {"dep_q": 8, "mimi_name": "m"}, "the run's own config is not changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_weights_with_adapters_merged(lm, tmp_path, dtype):
+    assert Artefact(CONFIG, None, dtype).write(lm, tmp_path, is_main=True) is None
+    assert {p.name for p in tmp_path.iterdir()} == {"consolidated.safetensors", "config.json"}
+    stored, expected = load_file(tmp_path / "consolidated.safetensors"), merged(lm)
+    assert stored.keys() == expected.keys() == dict(tiny_lm(8).named_parameters()).keys()
+    for name, values in stored.items():
+        assert values.dtype == dtype
+        if dtype == torch.float32:
+            torch.testing.assert_close(values.double(), expected[name], rtol=1e-6, atol=1e-6)
+        else:  # rounded once, from float32
+            assert (values.double() - expected[name]).abs().max() <= 2**-8 * expected[name].abs().max(), name
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG | {"moshi_name": "consolidated.safetensors"}
+
+
+@pytest.mark.parametrize("adapters", [(RANK, SCALING), None])
+def test_sharded_parameters_are_gathered(lm, tmp_path, adapters):
+    (tmp_path / "plain").mkdir(), (tmp_path / "sharded").mkdir()
+    Artefact(CONFIG, adapters, torch.float32).write(lm, tmp_path / "plain", is_main=True)
+    sharded = copy.deepcopy(lm)
+    with session("cpu") as world:
+        layers = [*sharded.transformer.layers, *sharded.depformer.layers]
+        shard(TrainingLM(sharded, False), layers, make_mesh(world, "full"), torch.float32)
+        assert Artefact(CONFIG, adapters, torch.float32).write(sharded, tmp_path / "sharded", is_main=True) is None
+    for file in (tmp_path / "plain").iterdir():
+        assert (tmp_path / "sharded" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_other_ranks_write_nothing_and_every_rank_gathers_everything_even_after_an_error(lm, tmp_path, monkeypatch):
+    gathered = []
+    monkeypatch.setattr("finetune.model.consolidated._full", lambda p: gathered.append(1) or p.detach())
+    names = [name for name, _ in lm.named_parameters()]
+    artefact = Artefact(CONFIG, None, torch.float32)
+    assert artefact.write(lm, tmp_path / "other", is_main=False) is None and not (tmp_path / "other").exists()
+    assert len(gathered) == len(names)  # a base with its two adapters, and every other parameter
+    gathered.clear()
+    (tmp_path / "file").write_text("")
+    error = artefact.write(lm, tmp_path / "file", is_main=True)  # not a folder
+    assert "file" in error and len(gathered) == len(names)
