@@ -185,7 +185,9 @@ def test_a_second_run_does_only_what_is_missing_or_stale(world, data, tmp_path, 
 
     assert redone() == set(files)
     (out / "egs_precomputed.jsonl").unlink()
-    assert redone() == set() and len(lines_of(out / "egs_precomputed.jsonl")) == 4
+    error = out / "codes/calls/a.wav.pt.err"
+    error.write_text("the disk was away")
+    assert redone() == set() and len(lines_of(out / "egs_precomputed.jsonl")) == 4 and not error.exists()
     assert "all codes were up to date" in capsys.readouterr().out
     before = torch.load(files["a"], weights_only=True)
     os.utime(data / "calls/a.wav")  # a new date is not new audio: it is read whole once, and not by the next run
@@ -262,6 +264,19 @@ def test_exact_replaces_codes_of_a_batch(world, data, tmp_path):
     assert redone() == [True, True] and redone() == [False, False]
     assert redone("--exact") == [True, True] and redone("--exact") == [False, False]
     assert redone() == [False, False]  # exact ones are good enough
+    made[1].unlink()
+    assert redone() == [False, True] and redone("--exact") == [False, True]
+    made[0].unlink()
+    assert redone() == [True, True]  # new codes need new voices
+
+
+def test_codes_of_audio_elsewhere_stay_in_the_output_folder(world, data, tmp_path):
+    (tmp_path / "lists").mkdir()
+    write(tmp_path / "lists/egs.jsonl", [{"path": str(data / "calls/one.wav")}])
+    assert encode(world, tmp_path / "lists/egs.jsonl", "--output-dir", tmp_path / "encoded") == 0
+    [line] = lines_of(tmp_path / "encoded/egs_precomputed.jsonl")
+    assert line["path"] == str(data / "calls/one.wav") and line["codes_path"] == f"codes{line['path']}.pt"
+    assert load_codes(tmp_path / "encoded" / line["codes_path"])["codes"].shape == (2, 8, 1)
 
 
 def test_files_that_no_shard_encoded_are_failures(world, data, tmp_path, capsys, monkeypatch):
@@ -418,15 +433,18 @@ def test_fields_names_and_paths_of_several_manifests(world, data, tmp_path):
     assert third["path"] == "local/x.wav" and third["duration"] == 0.2001
     assert load_codes(out / first["codes_path"])["duration"] == pytest.approx(0.3)
 
-    # A data set that was moved keeps the names of its codes, so that nothing is encoded again.
+    # A data set that was moved keeps the names of its codes, so that only audio that has changed is encoded again.
     moved = tmp_path / "moved"
     data.rename(moved)
+    write_wav(moved / "calls/b.wav", sound(0.7, seed=8), 24_000)
     before = (out / "codes/calls/a.wav.pt").stat().st_mtime_ns
     assert encode(world, moved / "egs.jsonl", "--output-dir", out) == 0
     assert (out / "codes/calls/a.wav.pt").stat().st_mtime_ns == before
-    assert lines_of(out / "egs_precomputed.jsonl")[0]["path"] == str(moved / "calls/a.wav")
+    mine = lines_of(out / "egs_precomputed.jsonl")
+    assert mine[0]["path"] == str(moved / "calls/a.wav") and mine[1]["codes_path"] == "codes/calls/b.wav.pt"
 
-    # A renamed manifest shares them, unless the audio has changed.
+    # Moved and with another manifest it shares them, unless the audio has changed.
+    moved = moved.rename(tmp_path / "again")
     (moved / "egs.jsonl").rename(moved / "again.jsonl")
     write_wav(moved / "calls/c.wav", sound(0.4, seed=7), 24_000)
     assert encode(world, moved / "again.jsonl", "--output-dir", out) == 0

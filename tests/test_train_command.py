@@ -1,6 +1,7 @@
 """What training logs before its first step, and which settings reach the model. Whole runs are in test_train.py."""
 
 import contextlib
+import dataclasses
 import logging
 import re
 
@@ -35,9 +36,12 @@ def assembled(world, tmp_path, monkeypatch, caplog):
     return run
 
 
-def test_the_arithmetic_of_a_run(assembled):
+def test_the_arithmetic_of_a_run(assembled, caplog):
     """In numbers: 68 windows, 3 s = 38 frames; a step of 2 x 5 x 1 windows has 10 x 38 x 17 = 6,460 tokens."""
     run, logged = assembled(batch_size=2, num_microbatches=5, max_steps=17, duration_sec=3)
+    with caplog.at_level("INFO", "train"):
+        train.describe(run.args, MOSHI, "weights", run.data, dataclasses.replace(run.world, size=3))
+    assert numbers(caplog.messages[-2]) == ["2", "5", "3", "30", "19,380"]
     windows = len(run.data.train)
     assert "all parameters" not in logged[1] and "LoRA rank 4" in logged[1] and "float32" in logged[1]
     assert numbers(logged[2]) == [str(windows), "3", "38", "17"] and "precomputed" in logged[2]
@@ -122,15 +126,17 @@ def test_cheap_checks_come_first(world, tmp_path):
 
 
 def test_a_resumed_run_warns_of_other_batches_and_manifests(saved, assembled, caplog):
-    run, logged = assembled(max_steps=2, do_eval=False, duration_sec=1, run_dir=str(saved.parent / "run"))
-    assert vars(run.progress) == {"step": 1, "position": 1, "skipped": 0} and "checkpoint_000001" in logged[-1]
-    windows = run.data.train.sizes
-    state = {"windows_per_step": 1, "windows": windows}
+    settings = {"max_steps": 2, "do_eval": False, "duration_sec": 1, "run_dir": str(saved.parent / "run")}
+    run, logged = assembled(batch_size=2, num_microbatches=5, **settings)
+    assert vars(run.progress) == {"step": 1, "position": 1, "skipped": 0}
+    assert "checkpoint_000001" in logged[-2] and numbers(logged[-1]) == ["1", "10"]
+    windows, world = run.data.train.sizes, dataclasses.replace(run.world, size=3)
+    state = {"windows_per_step": 30, "windows": windows}
     for changed, expected in (
-        ({}, []), ({"windows_per_step": 4}, [(4, 1)]), ({"windows": None}, []), ({"windows": [3]}, [([3], windows)]),
+        ({}, []), ({"windows_per_step": 4}, [(4, 30)]), ({"windows": None}, []), ({"windows": [3]}, [([3], windows)]),
     ):  # fmt: skip
         caplog.clear()
-        train.warn_of_changes(state | changed, run.args, run.data, run.world)
+        train.warn_of_changes(state | changed, run.args, run.data, world)
         assert [record.args for record in caplog.records if record.levelname == "WARNING"] == expected
 
 

@@ -11,6 +11,7 @@ batch.py          Batch [B, 17, T]   samples are padded to the longest
 model/targets.py  Targets            the frames that carry loss
 """
 
+import copy
 import itertools
 import signal
 import threading
@@ -126,6 +127,8 @@ def get_dataset_iterator(
     stream = Microbatches(windows.indexes, order, share, tokenizer, None if evaluation else seed)
     if windows.precomputed:
         return get_precomputed_iterator(stream, finish, workers, pin)
+    stream.tokenizer = copy.copy(tokenizer)
+    stream.tokenizer.mimi = None  # workers decode only, and a forked process should not hold tensors of a GPU
     return get_live_encoding_iterator(stream, finish, workers)
 
 

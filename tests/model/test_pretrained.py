@@ -212,7 +212,7 @@ def test_files_of_a_local_folder_are_named_by_their_own_path(tmp_path):
     }  # fmt: skip
 
 
-def test_files_of_a_repository_are_named_by_their_address(tmp_path, hub):
+def test_files_of_a_repository_are_named_by_their_address(tmp_path, hub, monkeypatch):
     _, files = hub
     config = {"mimi_name": "sub/mimi.safetensors", "mimi_config_name": "hf://other/repo/mimi.json", "dim": 1}
     files |= {
@@ -228,6 +228,23 @@ def test_files_of_a_repository_are_named_by_their_address(tmp_path, hub):
     given = open_pretrained("owner/name", mimi_path=str(mine), tokenizer_path="hf://third/repo/t.model")
     replaced = {"mimi_name": f"file://{mine}", "tokenizer_name": "hf://third/repo/t.model"}
     assert inference_config(given, {}) == names | replaced
+    monkeypatch.chdir(tmp_path / "mine")
+    assert inference_config(open_pretrained("owner/name", mimi_path="m.safetensors"), {}) == names | {
+        "mimi_name": f"file://{mine}",
+    }  # fmt: skip
+
+
+def test_files_that_a_given_config_names_on_this_machine_keep_their_path(tmp_path, hub):
+    """Such as the config.json of a checkpoint, given in place of the repository's."""
+    _, files = hub
+    files["owner/name/mimi.safetensors"] = ""
+    tokenizer = folder(tmp_path / "mine", "t.model") / "t.model"
+    config = tmp_path / "c.json"
+    for name in (str(tokenizer), f"file://{tokenizer}"):
+        config.write_text(json.dumps({"tokenizer_name": name, "mimi_name": "mimi.safetensors"}))
+        found = inference_config(open_pretrained("owner/name", config_path=str(config)), {})
+        assert found["tokenizer_name"] == f"file://{tokenizer}"
+        assert found["mimi_name"] == "hf://owner/name/mimi.safetensors"
 
 
 # --- Mimi and the tokenizer -------------------------------------------------------------------------------------

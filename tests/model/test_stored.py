@@ -248,16 +248,20 @@ def test_the_lineage_of_a_run_is_where_its_weights_came_from(tmp_path, base, pat
     assert model.lineage == lineage and model.trained_tables is True
 
 
-def test_the_lineage_of_an_export_is_the_one_it_recorded(tmp_path, base):
+def test_the_lineage_of_an_export_is_the_one_it_recorded(tmp_path, base, run):
     recorded = {"base": "owner/model", "method": "LoRA", "step": 7, "trained_tables": False}
     folder = shutil.copytree(base, tmp_path / "export")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_id": recorded}))
     model = open_stored(str(folder))
     assert (model.lineage, model.method, model.trained_tables) == (recorded, "LoRA", False)
+    adapters = shutil.copytree(run / "checkpoints/checkpoint_000002/consolidated", tmp_path / "adapters")
+    config = json.loads((adapters / "config.json").read_text()) | {"model_id": recorded}
+    (adapters / "config.json").write_text(json.dumps(config | {"moshi_name": f"file://{base / 'model.safetensors'}"}))
+    assert open_stored(str(adapters)).lineage == recorded
     # A run that started from the export comes from where the export came from.
-    run = write_run(tmp_path / "run", folder, tiny_lm(16), False, moshi_paths=PathsArgs(hf_repo_id=str(folder)))
-    assert open_stored(str(run)).lineage == recorded
+    later = write_run(tmp_path / "run", folder, tiny_lm(16), False, moshi_paths=PathsArgs(hf_repo_id=str(folder)))
+    assert open_stored(str(later)).lineage == recorded
 
 
 def test_voices_are_those_of_the_model_or_of_its_origin(tmp_path, base):
