@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from finetune.args import OptimArgs
+from finetune.distributed import make_mesh, session, shard
 from finetune.optim import build_optimizer, clip_gradients, is_depth, lr_factor, set_lr
 from tests.engine import tiny_lm
 
@@ -97,3 +98,13 @@ def test_clipping_scales_to_the_norm_of_all_gradients_and_returns_the_one_before
     assert [float(p.grad.norm()) for p in parameters] == pytest.approx([0.6, 0.8], rel=1e-5)
     assert float(clip_gradients(parameters, 2.0)) == pytest.approx(1.0)  # small enough already
     assert [float(p.grad.norm()) for p in parameters] == pytest.approx([0.6, 0.8], rel=1e-5)
+
+
+def test_the_norm_of_sharded_gradients_is_a_plain_tensor():
+    with session("cpu") as world:
+        module = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
+        shard(module, [], make_mesh(world, "full"), torch.float32)
+        module(torch.ones(1, 3)).sum().backward()
+        norm = clip_gradients(module.parameters(), 0.5)
+        assert type(norm) is torch.Tensor and float(norm) == pytest.approx(6**0.5)
+        assert float(module[0].weight.grad.full_tensor().norm()) == pytest.approx(0.5, rel=1e-5)

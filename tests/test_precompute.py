@@ -268,6 +268,8 @@ def test_exact_replaces_codes_of_a_batch(world, data, tmp_path):
     assert redone() == [False, True] and redone("--exact") == [False, True]
     made[0].unlink()
     assert redone() == [True, True]  # new codes need new voices
+    write_wav(data / "calls/a.wav", sound(1.5, seed=3), 24_000)
+    assert encode(world, *command[:-1]) == 0 and not made[1].exists()  # it was of the old audio
 
 
 def test_codes_of_audio_elsewhere_stay_in_the_output_folder(world, data, tmp_path):

@@ -122,7 +122,7 @@ def get_dataset_iterator(
         order = EvalOrder(windows.sizes, eval_samples)
         share = replace(share, position=0, stop=len(order))
     else:
-        order = WindowOrder(windows.sizes, windows.weights if len(windows.indexes) > 1 else None, seed, shuffle)
+        order = WindowOrder(windows.sizes, windows.weights, seed, shuffle)
     finish = partial(_make_batch, tokenizer, list(delays), dep_q)
     stream = Microbatches(windows.indexes, order, share, tokenizer, None if evaluation else seed)
     if windows.precomputed:

@@ -88,7 +88,7 @@ def save_same_speaker(
         for target, words, audio in found:
             segments = [{"start": a, "end": b, "codes": next(encoded).to(torch.int16)} for a, b, _ in audio]
             entry = {"mimi": fingerprint, "speakers": list(speakers), "words": words, "exact": exact}
-            save_tensors(target, entry | {"stretches": segments})
+            save_tensors(target, entry | {"stretches": segments})  # the name that existing files have
     return problems
 
 

@@ -49,16 +49,16 @@ class VoiceBook:
     def __init__(self, folder: Path | None, archive: Callable[[], Path | None], setting: str = "prompt.voices_dir"):
         self._folder, self._archive, self._setting = folder, archive, setting
 
-    def find(self, name: str, beside: Path) -> Path:
-        """Return the file of a voice: a path, absolute or relative to `beside`, or a name in the folder or the archive.
+    def find(self, name: str, base: Path) -> Path:
+        """Return the file of a voice: a path, absolute or relative to `base`, or a name in the folder or the archive.
 
-        `beside` is the folder of the recording that names the voice. Raises UserError if the file is in none of these.
+        `base` is the folder of the recording that names the voice. Raises UserError if the file is in none of these.
         """
         path, searched = Path(name).expanduser(), []
         if path.is_absolute() or ".." not in path.parts:
-            if (beside / path).is_file():
-                return beside / path
-            searched.append(str((beside / path).parent))
+            if (base / path).is_file():
+                return base / path
+            searched.append(str((base / path).parent))
         remedy = f"give an absolute path, or a bare name of a file in {self._setting}"
         if Path(name).name == name:
             found = self._in_folder.get(name) or self._in_archive.get(name)

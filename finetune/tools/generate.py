@@ -113,7 +113,7 @@ def _build_prompt(
             raise UserError(f"{args.checkpoint}: a Moshi of 8 codebooks has no prompts; drop --voice and --text-prompt")
         return None
     book = VoiceBook(args.voices_dir, source.voices_archive, setting="--voices-dir")
-    files = [book.find(args.voice, beside=Path.cwd())] if args.voice else []
+    files = [book.find(args.voice, base=Path.cwd())] if args.voice else []
     embed = lambda column: embed_column(source.read, column)
     fingerprint = lambda: fingerprint_mimi(mimi)
     voices = load_voices(files, lambda: mimi, fingerprint, embed, source.kwargs["delays"], trains_embeddings=False)

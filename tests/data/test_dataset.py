@@ -19,7 +19,7 @@ import torch
 from finetune.data.dataset import Microbatches, _prefetch, get_dataset_iterator, spread_samples
 from finetune.data.interleaver import Interleaver, PrecomputedTokenizer
 from finetune.data.manifest import read_manifest
-from finetune.data.windows import EvalOrder, RankShare, WindowOrder, open_windows
+from finetune.data.windows import EvalOrder, RankShare, WindowOrder, Windows, open_windows
 from tests.data.support import DELAYS, prompted, tokenizers, write_lines
 from tests.support import ROOT, alive
 
@@ -38,8 +38,8 @@ def take(count, *args, **kwargs):
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_batches_hold_the_windows_of_their_positions(parts, encoded, shuffle):
     _, stored = tokenizers(parts)
-    windows = open_windows(f"{encoded}:0.5,{encoded}:0.5", 40)
-    order = WindowOrder(windows.sizes, [0.5, 0.5], 5, shuffle)
+    windows = open_windows(f"{encoded}:3,{encoded}:1", 40)
+    order = WindowOrder(windows.sizes, [0.75, 0.25], 5, shuffle)
     lines = list(read_manifest(encoded, []))
     batches = take(4, windows, stored, RankShare(3, 1, 2, position=4), DELAYS, 8, seed=5, shuffle=shuffle)
     for i, batch in enumerate(batches):
@@ -196,6 +196,18 @@ def test_workers_change_nothing_and_end_with_the_iterator(parts, encoded):
     assert len(workers) == 4 and set(multiprocessing.active_children()) == before
 
 
+def test_only_the_training_process_has_mimi(parts, encoded, monkeypatch):
+    """A forked process should not hold tensors of a GPU."""
+    from finetune.data import dataset
+
+    streams = []
+    monkeypatch.setattr(dataset, "_load", lambda stream, workers: streams.append(stream) or [([], [])])
+    (live, _), windows = tokenizers(parts), open_windows(str(encoded), 40)
+    windows = Windows(windows.indexes, windows.weights, precomputed=False)
+    assert len(list(get_dataset_iterator(windows, live, RankShare(1), DELAYS, 8, workers=1))) == 1
+    assert streams[0].tokenizer.mimi is None and live.mimi is parts[0] and streams[0].tokenizer.cache is live.cache
+
+
 @pytest.mark.parametrize("workers, pin, prefetches", [(0, False, False), (2, False, True), (2, True, False)])
 def test_only_workers_without_pinning_need_a_thread_that_prefetches(monkeypatch, workers, pin, prefetches):
     from finetune.data import dataset
@@ -245,12 +257,13 @@ def test_a_killed_worker_ends_the_run_with_a_sentence():
 def test_workers_end_with_a_killed_run():
     """Also those that have more to hand over than a pipe holds, and although they ignore SIGTERM."""
     code = (
-        "import numpy as np, os, time\n"
+        "import numpy as np, os, signal, time\n"
         "from torch.utils.data import IterableDataset\n"
         "from finetune.data.dataset import _load\n"
         "class Large(IterableDataset):\n"
         "    def __iter__(self):\n"
         "        while True: yield os.getpid(), np.zeros(2**20)\n"
+        "signal.alarm(60)\n"  # ends this process if it hangs
         "batches = _load(Large(), 2)\n"
         "pids = [next(batches)[0], next(batches)[0]]\n"
         "for pid in pids: os.kill(pid, 15), os.kill(pid, 2), os.kill(pid, 10), os.kill(pid, 12)\n"

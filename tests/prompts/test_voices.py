@@ -37,12 +37,12 @@ def test_a_bare_name_is_looked_for_next_to_the_recording_then_in_the_folder_then
     for folder in ("mine/sub", "calls"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "mine/sub/NATF2.pt").write_bytes(b"mine")
-    (tmp_path / "calls/NATF1.pt").write_bytes(b"beside")
+    (tmp_path / "calls/NATF1.pt").write_bytes(b"near")
     archive = make_archive(tmp_path / "v.tgz", voices__NATF1=b"own", voices__NATF2=b"own", voices__NATM1=b"own")
     opened = []
     book = VoiceBook(tmp_path / "mine", lambda: opened.append(1) or archive)
     read = lambda name: book.find(name, tmp_path / "calls").read_bytes()
-    assert read("NATF1.pt") == b"beside"
+    assert read("NATF1.pt") == b"near"
     assert read("NATF2") == read("NATF2.pt") == b"mine" and not opened
     assert read("NATF1") == read("NATM1.pt") == read("NATM1") == b"own" and len(opened) == 1
     with pytest.raises(UserError, match=r"'NATX9' in .*calls or prompt\.voices_dir or .*voices\.tgz; .*set prompt"):
