@@ -2,8 +2,9 @@
 
     python -m benchmarks.operations
 
-On meta tensors: LoRA rank 128, 16 x 1,250 frames, dep_q 16, forward and backward without the optimizer,
-with the attention kernels and chunk sizes of a GPU. Views compute nothing and are not counted. Memory is that of all tensors above the weights.
+On meta tensors: LoRA rank 128, 16 x 1,250 frames, dep_q 16, forward and backward without the optimizer, with the
+attention kernels and chunk sizes of a GPU. Views compute nothing and are not counted. Memory is that of all tensors
+above the weights.
 """
 
 import torch

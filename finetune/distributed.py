@@ -61,8 +61,8 @@ class World:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the block on rank 0 and then on the other ranks, which find a filled cache. They wait on the store, not in
-        a collective: the block may take longer than TIMEOUT."""
+        """Run the block on rank 0 and then on the other ranks, which find a filled cache. They wait on the store, not
+        in a collective: the block may take longer than TIMEOUT."""
         key = f"main_first/{next(_main_first_blocks)}"
         store = dist.distributed_c10d._get_default_store()
         if self.is_main:

@@ -43,7 +43,10 @@ def trained():
 @pytest.fixture(scope="module")
 def run(base, trained, tmp_path_factory) -> Path:
     """A run with two checkpoints; the one of step 10 holds `trained`."""
-    return save_run(tmp_path_factory.mktemp("run") / "run", base, {2: adapted(tiny_lm(16)), 10: trained})
+    folder = save_run(tmp_path_factory.mktemp("run") / "run", base, {2: adapted(tiny_lm(16)), 10: trained})
+    with (folder / "metrics.eval.jsonl").open("a") as rows:
+        rows.write('{"step": 7, "samples": 0}\n')  # an evaluation without data has no loss
+    return folder
 
 
 def expected(lm) -> dict[str, torch.Tensor]:
