@@ -1,11 +1,11 @@
 """precompute_codes.py against the bare streaming encoder: speed, memory, and whether the codes are the same.
 
 Mimi has its real size and random weights, with codebooks drawn around what its encoder gives, so that codes vary. Speed
-is in seconds of one channel encoded per second. The bare encoder is `mimi.encode` on frames that are there already,
+is in seconds of one channel encoded per second. The bare encoder is `mimi.encode` on frames that exist already,
 timed right before and right after what is compared with it, as machines drift. On a CPU all have malloc keep what is
-freed, which precompute_codes.py does and which gives the bare encoder a quarter more. 64 short files fill all lanes and
-are compared with the bare encoder at its best lane count; one long file has two channels and is compared with the bare
-encoder at two lanes, as a stream cannot be cut without changing its codes. `--exact` takes four times as long on a CPU:
+freed, which precompute_codes.py does and which gives the bare encoder a quarter more. 64 short files fill all slots and
+are compared with the bare encoder at its best slot count; one long file has two channels and is compared with the bare
+encoder at two slots, as splitting a stream would change its codes. `--exact` takes four times as long on a CPU:
 it is measured once, on a quarter of the files. Memory is the peak of a whole process that encodes one file.
 
 At --scale 1 a CPU takes hours, nearly all of them for the memory of a 2-hour file.
@@ -93,12 +93,12 @@ def make_mimi() -> MimiModel:
 # --- Speed -----------------------------------------------------------------------------------------------------
 
 
-def bare(mimi: MimiModel, lanes: int, seconds: float) -> float:
-    """Speed of the encoder itself, over about so many seconds of wall time."""
-    frame = torch.randn(lanes, 1, FRAME_SIZE) * 0.1
+def bare(mimi: MimiModel, slots: int, seconds: float) -> float:
+    """Speed of the encoder itself, over about this many seconds."""
+    frame = torch.randn(slots, 1, FRAME_SIZE) * 0.1
     device = next(mimi.parameters()).device
     frames = 0
-    with torch.inference_mode(), mimi.streaming(lanes):
+    with torch.inference_mode(), mimi.streaming(slots):
         for _ in range(3):
             mimi.encode(frame.to(device))
         started = time.monotonic()
@@ -107,7 +107,7 @@ def bare(mimi: MimiModel, lanes: int, seconds: float) -> float:
             frames += 1
             if frames % 32 == 0 or device.type == "cpu":
                 codes.cpu()
-    return frames * lanes / FRAME_RATE / passed
+    return frames * slots / FRAME_RATE / passed
 
 
 def ours(manifest: Path, model: Path, options: list[str]) -> float:
@@ -128,23 +128,23 @@ def measure_speed(mimi: MimiModel, model: Path, short: Path, few: Path, long: Pa
     speeds: dict[tuple, list[float]] = defaultdict(list)
     shares: dict[tuple, list[float]] = defaultdict(list)
     for turn in range(repeats):
-        for lanes in counts:
-            speeds["bare", lanes].append(bare(mimi, lanes, 3.0))
-        best = max(counts, key=lambda lanes: statistics.median(speeds["bare", lanes]))
+        for slots in counts:
+            speeds["bare", slots].append(bare(mimi, slots, 3.0))
+        best = max(counts, key=lambda slots: statistics.median(speeds["bare", slots]))
         cases = [("64 short files", short, best, []), ("one long file", long, 2, [])]
         if turn == 0:
             cases.append((f"{FILES // 4} short files, exact", few, best, ["--exact"]))
-        for name, manifest, lanes, more in cases:
-            before = bare(mimi, lanes, 3.0)
-            speed = ours(manifest, model, ["--device", device, "--slots", str(lanes), *more])
-            speeds[name, lanes].append(speed)
-            shares[name, lanes].append(speed / statistics.mean([before, bare(mimi, lanes, 3.0)]))
+        for name, manifest, slots, more in cases:
+            before = bare(mimi, slots, 3.0)
+            speed = ours(manifest, model, ["--device", device, "--slots", str(slots), *more])
+            speeds[name, slots].append(speed)
+            shares[name, slots].append(speed / statistics.mean([before, bare(mimi, slots, 3.0)]))
         print(f"turn {turn + 1} of {repeats} done, load average {os.getloadavg()[0]:.2f}", flush=True)
-    print("\n| what | lanes | x real time, per channel | of the bare encoder: median (turns) |\n|--|--|--|--|")
-    for (name, lanes), values in speeds.items():
-        turns = shares[name, lanes]
+    print("\n| what | slots | x real time, per channel | of the bare encoder: median (turns) |\n|--|--|--|--|")
+    for (name, slots), values in speeds.items():
+        turns = shares[name, slots]
         share = f"{statistics.median(turns):.2f} ({', '.join(f'{turn:.2f}' for turn in turns)})" if turns else ""
-        print(f"| {name} | {lanes} | {statistics.median(values):.2f} | {share} |")
+        print(f"| {name} | {slots} | {statistics.median(values):.2f} | {share} |")
 
 
 # --- The same codes --------------------------------------------------------------------------------------------
@@ -163,18 +163,18 @@ def measure_equality(mimi: MimiModel, manifest: Path) -> None:
     used = [len(torch.cat([codes[:, k].flatten() for codes in wanted]).unique()) for k in range(CODEBOOKS)]
     print(f"\n{len(wavs)} files, {total} codes; of 2048 entries the codebooks use {', '.join(map(str, used))}")
 
-    def differing(lanes: int, exact: bool, together: bool) -> int:
+    def differing(slots: int, exact: bool, together: bool) -> int:
         groups = [range(len(wavs))] if together else [[i] for i in range(0, len(wavs), 4)]
         wrong = 0
         for group in groups:
-            for place, codes in encode_streams(mimi, ([wavs[i]] for i in group), lanes, exact):
+            for place, codes in encode_streams(mimi, ([wavs[i]] for i in group), slots, exact):
                 wrong += int((codes != wanted[group[place]]).sum())
         return wrong
 
     print("codes that differ from a loop of one stream, frame by frame:")
-    print(f"  exact, {FILES} lanes: {differing(FILES, True, True)}")
+    print(f"  exact, {FILES} slots: {differing(FILES, True, True)}")
     print(f"  exact, each fourth file alone: {differing(2, True, False)}")
-    print(f"  a batch, {FILES} lanes: {differing(FILES, False, True)}")
+    print(f"  a batch, {FILES} slots: {differing(FILES, False, True)}")
     print(f"  a batch, each fourth file alone: {differing(2, False, False)}")
 
 

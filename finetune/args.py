@@ -28,7 +28,7 @@ class Settings(BaseModel):
 class DataArgs(Settings):
     train_data: str = Field("", description="Manifests: `a.jsonl`, a folder, or a mixture `a.jsonl:0.7,b.jsonl:0.3`.")
     eval_data: str = Field("", description="Held-out manifests, in the same form; required by do_eval.")
-    shuffle: bool = Field(False, description="Shuffle the windows anew in each epoch, by the seed.")
+    shuffle: bool = Field(False, description="Shuffle the windows; the order of each epoch follows from the seed.")
     num_workers: CountOrZero = Field(2, description="Processes that read ahead; 0 reads in the training process.")
     cache_mb: NonNegative = Field(256, description="Cache of each worker for codes and word times, in MB.")
     max_bad_samples: CountOrZero = Field(100, description="Unreadable windows to skip per epoch before giving up.")
