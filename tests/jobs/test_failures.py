@@ -59,10 +59,11 @@ def test_progress_is_shown_in_hours_and_multiples_of_real_time(capsys):
 def test_the_time_left_follows_the_average_since_the_start():
     """Files finish in bursts: after 10 s in which nothing was done and one in which half was, 11 s are left."""
     bar, now = HoursBar([100.0], "encoding"), [0.0]
-    bar._time, bar.start_t = lambda: now[0], 0.0
+    bar._time, bar.start_t, bar.last_print_t = lambda: now[0], 0.0, 0.0
+    bar.mininterval = bar.miniters = 0
     now[0] = 10.0
-    bar.refresh()
+    bar.update(0.5)
     now[0] = 11.0
-    bar.update(50)
+    bar.update(49.5)
     assert "00:11 elapsed" in str(bar) and int(re.search(r"00:(\d\d) left", str(bar))[1]) >= 10
     bar.close()
