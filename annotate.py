@@ -21,7 +21,6 @@ import json
 import logging
 import os
 import sys
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -30,43 +29,25 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import BaseModel
-from tqdm import tqdm
-
+from finetune.audio.annotation import add_words, load_output, missing_speakers, origins, write_output
 from finetune.audio.files import probe_audio
-from finetune.audio.words import MAIN_SPEAKER, parse_word, sidecar
-from finetune.cli import Parser, UserError, no_room, run
+from finetune.audio.words import MAIN_SPEAKER, read_alignments, sidecar
+from finetune.cli import UserError, run
 from finetune.data.manifest import read_manifest
 from finetune.files import replacing
-from finetune.jobs.failures import Failures, HoursBar, error_file, error_sentence, forget_error, show_list
-from finetune.jobs.slurm import run_shards, take_shard
+from finetune.jobs.failures import Failures, HoursBar, forget_error, show_list
+from finetune.jobs.slurm import run_shards
 from finetune.jobs.workers import cores, device_of, run_workers
+from finetune.parser import Parser
 from finetune.prompts.text import wrap_system_prompt
 
 # torch and Whisper are imported in the workers that need them: it takes seconds, after which a mistake in the command
 # would be reported, and memory in the process that distributes the files.
 
-ABOUT = "annotate.py"  # key of a .json under which the origin of its words is recorded
 USER_SPEAKER = "SPEAKER_USER"  # the user's label in Kyutai's data; training reads the agent's words, of MAIN_SPEAKER
 CHANNELS = {"0": {MAIN_SPEAKER: 0}, "1": {MAIN_SPEAKER: 1}, "both": {MAIN_SPEAKER: 0, USER_SPEAKER: 1}}
 CPUS_PER_WORKER = 4  # requested from SLURM: audio is decoded and words are aligned on the CPU
 WORDLESS_SEC = 3.0  # of speech; a file with as much and without words is listed
-
-
-class WordsOrigin(BaseModel):
-    """What the .json records about the words of a speaker."""
-
-    channel: int
-    duration: float  # seconds
-    sound_sec: float  # of speech
-    repairs: dict[str, int]  # words dropped or moved, by reason
-
-
-class OutputOrigin(BaseModel):
-    """The value of ABOUT."""
-
-    speakers: dict[str, WordsOrigin]
-    others: list[str] = []  # speakers whose words are by hand or by another program
 
 
 class AnnotateTask(NamedTuple):
@@ -112,19 +93,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def whisper_file(name: str, needed: bool) -> str:
-    """Return what the workers load: the absolute path of a file, or a name, downloaded now if a file needs it."""
-    if not Path(name).is_file():
-        if needed:
-            from finetune.audio.transcriber import download_whisper
-
-            download_whisper(name)
-        return name
-    if Path(name).suffix != ".pt":
-        raise UserError(f"{name}: a Whisper model file ends with .pt (openai-whisper's format)")
-    return str(Path(name).resolve())
-
-
 def read_tasks(args: argparse.Namespace, problems: list[str]) -> list[AnnotateTask]:
     """Return the files of the manifest, each once, longest first (after those of unknown duration).
 
@@ -158,53 +126,6 @@ def prompt_fields(fields: dict, args: argparse.Namespace) -> dict[str, str]:
     return {key: value for key, value in prompts.items() if value}
 
 
-def load_output(output: Path) -> dict:
-    """Return the content of a .json, {} if there is none. Raises UserError if it is not one of word times."""
-    advice = "move or rename it, and run the same command again"
-    try:
-        content = json.loads(output.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{output}: exists but cannot be read ({error}); {advice}") from None
-    rows = content.get("alignments", []) if isinstance(content, dict) else None
-    try:
-        for row in rows if isinstance(rows, list) else [rows]:
-            parse_word(row)
-            if not all(isinstance(speaker, str) for speaker in row[2:]):
-                raise ValueError
-    except ValueError:
-        raise UserError(f"{output}: exists but holds no alignments; {advice}") from None
-    try:
-        if ABOUT in content:
-            OutputOrigin.model_validate(content[ABOUT], strict=True)
-    except ValueError:
-        raise UserError(f"{output}: {ABOUT!r} has another format than expected; rename it to keep the words") from None
-    return content
-
-
-def speaker_of(row: list) -> str:
-    """Return the speaker of a word; without one it is the agent's."""
-    return row[2] if len(row) > 2 else MAIN_SPEAKER
-
-
-def other_speakers(content: dict) -> set[str]:
-    """Return the speakers whose words in a .json are by hand or by another program, and are kept."""
-    if "alignments" not in content:
-        return set()
-    speakers = {speaker_of(row) for row in content["alignments"]}
-    if ABOUT not in content:
-        return speakers | {MAIN_SPEAKER}  # also if the agent says nothing
-    return (speakers - content[ABOUT]["speakers"].keys()) | set(content[ABOUT].get("others", []))
-
-
-def missing_speakers(content: dict, wanted: dict[str, int]) -> dict[str, int]:
-    """Return {speaker: channel} of the wanted speakers whose words a .json does not have yet."""
-    done = content.get(ABOUT, {"speakers": {}})["speakers"]
-    kept = other_speakers(content)
-    return {s: c for s, c in wanted.items() if s not in kept and (s not in done or done[s]["channel"] != c)}
-
-
 def needs_whisper(task: AnnotateTask, args: argparse.Namespace) -> bool:
     """Return whether a file has to be transcribed. A .json that cannot be read is reported later."""
     try:
@@ -227,7 +148,6 @@ def start_worker(args: argparse.Namespace, devices: list[str], rank: int) -> Cal
         torch.cuda.set_device(device)
     sharing = len(devices) * (1 if args.partition else args.shards)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // sharing))
-    tqdm.set_lock(threading.RLock())  # tqdm's default is shared between processes, and a killed worker leaks it
     if not args.verbose:
         warnings.simplefilter("ignore")
         logging.getLogger("whisper_timestamped").setLevel(logging.ERROR)
@@ -264,23 +184,21 @@ def devices_of(args: argparse.Namespace, index: int, count: int, files: int) -> 
 # --- 3. One shard -----------------------------------------------------------------------------------------------------
 
 
-def annotate_shard(args: argparse.Namespace, index: int, count: int) -> dict[str, str]:
-    """Do every `count`-th file from `index` on. Returns {output: sentence} of the files that failed."""
+def annotate_shard(args: argparse.Namespace, index: int, count: int) -> Failures:
+    """Do every `count`-th file from `index` on. Returns the files that failed."""
     failures, todo = Failures(), []
-    for task in take_shard(read_tasks(args, problems=[]), index, count):
+    for task in read_tasks(args, problems=[])[index::count]:
         try:
             content = load_output(task.output)
             speakers = missing_speakers(content, CHANNELS[args.channel])
             if not speakers:
                 forget_error(task.output)
                 if any(content.get(key) != value for key, value in task.prompts.items()):
-                    write_output(task, content)
+                    write_output(task.output, content | task.prompts)
             elif args.rerun_errors or not failures.add_earlier(task.output):
                 todo.append((task, speakers))
         except (UserError, OSError) as error:
-            if no_room(error):
-                raise
-            failures.add(task.output, error_sentence(task.path, error))
+            failures.add(task.output, task.path, error)
 
     devices = devices_of(args, index, count, len(todo))
     outcomes = run_workers(partial(start_worker, args, devices), todo, len(devices), args.verbose)
@@ -289,19 +207,16 @@ def annotate_shard(args: argparse.Namespace, index: int, count: int) -> dict[str
             try:
                 if error is not None:
                     raise UserError(error)
-                add_words(task, results)
+                add_words(task.output, results, task.prompts)
                 forget_error(task.output)
                 sentence = "; ".join(describe(*pair) for pair in results.items())
             except (UserError, OSError) as problem:
-                if no_room(problem):
-                    raise
-                sentence = error_sentence(task.path, problem)
-                failures.add(task.output, sentence)
+                sentence = failures.add(task.output, task.path, problem)
             if args.verbose:
                 bar.write(f"{task.path}: {sentence}", file=sys.stderr)
             bar.set_postfix_str(f"{len(failures)} failed" if failures else "")
             bar.update(task.duration or max((part["duration"] for part in (results or {}).values()), default=0.0))
-    return failures.sentences
+    return failures
 
 
 def describe(speaker: str, part: dict) -> str:
@@ -309,33 +224,13 @@ def describe(speaker: str, part: dict) -> str:
     return f"{len(part['words'])} words of {speaker} ({part['language']}), repairs: {repairs or 'none'}"
 
 
-def add_words(task: AnnotateTask, results: dict[str, dict]) -> None:
-    """Write the words of some speakers to the .json of a file, and keep those of others that it has."""
-    content = load_output(task.output)
-    kept = other_speakers(content)  # again: words may have been written by hand meanwhile
-    results = {speaker: part for speaker, part in results.items() if speaker not in kept}
-    rows = [row for row in content.get("alignments", []) if speaker_of(row) not in results]
-    about = content.setdefault(ABOUT, {"speakers": {}} | ({"others": sorted(kept)} if kept else {}))
-    for speaker, part in results.items():
-        rows += part["words"]
-        about["speakers"][speaker] = {key: value for key, value in part.items() if key != "words"}
-    content["alignments"] = sorted(rows, key=lambda row: float(row[1][0]))
-    write_output(task, content)
-
-
-def write_output(task: AnnotateTask, content: dict) -> None:
-    words_first = {"alignments": content["alignments"]} | content | task.prompts
-    with replacing(task.output) as temporary:
-        temporary.write_text(json.dumps(words_first, ensure_ascii=False), encoding="utf-8")
-
-
 # --- 4. Report --------------------------------------------------------------------------------------------------------
 
 
 def examine_output(task: AnnotateTask, content: dict) -> dict:
     """Return the row of a file in the report, with the reasons to check it by ear, which `doubt` weighs."""
-    words = sum(speaker_of(row) == MAIN_SPEAKER for row in content["alignments"])
-    origin = content.get(ABOUT, {"speakers": {}})["speakers"].get(MAIN_SPEAKER, {})
+    words = len(read_alignments(content["alignments"]))
+    origin = origins(content).get(MAIN_SPEAKER, {})
     duration, repairs = origin.get("duration", task.duration or 0.0), origin.get("repairs", {})
     wordless_sec = 0.0 if words or origin.get("sound_sec", 0.0) < WORDLESS_SEC else origin["sound_sec"]
     silent, given_up = repairs.get("dropped: in silence", 0), repairs.get("given up: segments", 0)
@@ -354,7 +249,7 @@ def examine_output(task: AnnotateTask, content: dict) -> dict:
     }
 
 
-def make_report(tasks: list[AnnotateTask], failed: dict[str, str], problems: list[str], manifest: Path) -> dict:
+def make_report(tasks: list[AnnotateTask], failed: Failures, problems: list[str], manifest: Path) -> dict:
     """Return the report on all files of a manifest, whichever run annotated them."""
     rows = []
     for task in tasks:
@@ -363,13 +258,12 @@ def make_report(tasks: list[AnnotateTask], failed: dict[str, str], problems: lis
         try:
             content = load_output(task.output)
         except UserError as error:
-            failed[str(task.output)] = error_sentence(task.path, error)
+            failed[str(task.output)] = str(error)
             continue
         if "alignments" in content:
             rows.append(examine_output(task, content))
-        else:  # the shard died before it reported the file
-            err = error_file(task.output)
-            failed[str(task.output)] = err.read_text().strip() if err.exists() else f"{task.path}: was not done"
+        elif not failed.add_earlier(task.output):  # its shard died before it reported the file
+            failed[str(task.output)] = f"{task.path}: was not done"
     words, hours = sum(row["words"] for row in rows), sum(row["hours"] for row in rows)
     repairs = sum((Counter(row["repairs"]) for row in rows), Counter())
     doubtful = sorted((row for row in rows if row["doubt"]), key=lambda row: -row["doubt"])
@@ -410,18 +304,21 @@ def main(argv: list[str] | None = None) -> int:
     tasks = read_tasks(args, problems)
     if not args.partition:
         device_of(args.device, 0)
-    args.whisper_model = whisper_file(args.whisper_model, any(needs_whisper(task, args) for task in tasks))
+    model = Path(args.whisper_model)
+    if model.is_file():
+        if model.suffix != ".pt":
+            raise UserError(f"{model}: a Whisper model file ends with .pt (openai-whisper's format)")
+        args.whisper_model = str(model.resolve())
+    elif any(needs_whisper(task, args) for task in tasks):
+        from finetune.audio.transcriber import download_whisper
 
-    dead: list[str] = []
-    if args.shards == 1 and not args.partition:
-        failed = annotate_shard(args, 0, 1)
-    else:
-        results, dead = run_shards(
-            partial(annotate_shard, args), args.shards, folder=args.egs.parent / "annotate_jobs", name="annotate",
-            partition=args.partition, cpus=CPUS_PER_WORKER * (args.num_workers or 1),
-            gpus=0 if args.device == "cpu" else 1,
-        )  # fmt: skip
-        failed = {output: sentence for part in results.values() for output, sentence in part.items()}
+        download_whisper(args.whisper_model)  # before several workers would write the same file
+
+    results, dead = run_shards(
+        partial(annotate_shard, args), args.shards, folder=args.egs.parent / "annotate_jobs", name="annotate",
+        partition=args.partition, cpus=CPUS_PER_WORKER * (args.num_workers or 1), gpus=0 if args.device == "cpu" else 1,
+    )  # fmt: skip
+    failed = Failures({output: sentence for part in results for output, sentence in part.items()})
 
     report = make_report(tasks, failed, problems, args.egs)
     path = args.egs.parent / "annotate_report.json"

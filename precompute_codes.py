@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -33,26 +32,30 @@ import numpy as np
 import torch
 from moshi.models import MimiModel
 
-from finetune.audio.codec import default_slots, encode_streams, keep_freed_memory
+from finetune.audio.codec import encode_streams
 from finetune.audio.codes import (
     audio_fingerprint,
-    audio_stamp,
     check_codes,
     fingerprint_file,
     load_codes,
+    open_audio,
     save_codes,
     save_tensors,
 )
-from finetune.audio.files import SAMPLE_RATE, probe_audio, stream_audio, to_frames
+from finetune.audio.files import SAMPLE_RATE, probe_audio, to_frames
+from finetune.audio.memory import default_slots, keep_freed_memory
+from finetune.audio.stream import stream_audio
 from finetune.audio.words import MAIN_SPEAKER
-from finetune.cli import Parser, UserError, no_room, run
+from finetune.cli import UserError, run
 from finetune.data.manifest import read_manifest
 from finetune.files import replacing
-from finetune.jobs.failures import Failures, HoursBar, error_sentence, forget_error, show_list
-from finetune.jobs.slurm import run_shards, take_shard
+from finetune.jobs.failures import Failures, HoursBar, forget_error, show_list
+from finetune.jobs.slurm import run_shards
 from finetune.jobs.workers import device_of
-from finetune.model.pretrained import MOSHI, open_pretrained
-from finetune.prompts.same_speaker import has_same_speaker, same_speaker_file, save_same_speaker
+from finetune.model.pretrained import MOSHI, Pretrained
+from finetune.parser import Parser
+from finetune.prompts.same_speaker import same_speaker_file
+from finetune.prompts.segment_files import has_same_speaker, save_same_speaker
 
 CHANNELS = 2  # agent, user
 SUFFIX = "_precomputed.jsonl"  # of the new manifests
@@ -73,7 +76,7 @@ class EncodeResult(NamedTuple):
 
     durations: dict[str, float]  # file of codes: true seconds of its audio
     failed: dict[str, str]  # file of codes that could not be made: reason
-    voiceless: dict[str, str]  # audio file whose same_speaker voice could not be made: reason
+    voiceless: list[str]  # a sentence for each audio file whose same_speaker voice could not be made
     encoded_sec: float  # audio encoded in this run
     wall_sec: float  # from the moment the codec was loaded
 
@@ -113,11 +116,11 @@ def output_manifest(folder: Path, source: Path) -> Path:
 
 
 def read_tasks(args: argparse.Namespace, problems: list[str]) -> dict[str, EncodeTask]:
-    """Return the files of all manifests by path, each once. Each bad line adds a sentence to `problems`.
+    """Return the files of all manifests by path, each once, longest first (after those of unknown duration).
 
-    Codes are named after the audio: its path from the manifest's folder, or its whole path if it lies elsewhere. If
-    another file has that name already (from another manifest, of this run or an earlier one), a hash of the path is
-    appended.
+    Each bad line adds a sentence to `problems`. Codes are named after the audio: its path from the manifest's folder,
+    or its whole path if it lies elsewhere. If another file has that name already (from another manifest, of this run or
+    an earlier one), a hash of the path is appended.
     """
     targets = [output_manifest(args.output_dir, source) for source in args.manifests]
     for target, source in zip(targets, args.manifests):
@@ -138,7 +141,7 @@ def read_tasks(args: argparse.Namespace, problems: list[str]) -> dict[str, Encod
             tasks[path] = EncodeTask(path, codes, line.duration)
     if not tasks:
         raise UserError("; ".join([f"{args.manifests[0]}: names no audio file", *problems[:1]]))
-    return tasks
+    return dict(sorted(tasks.items(), key=lambda item: (-(item[1].duration or float("inf")), item[0])))
 
 
 def read_earlier(folder: Path, targets: list[Path]) -> dict[str, str]:
@@ -159,20 +162,34 @@ def made_from(codes: str, path: str) -> bool:
         return False
 
 
+def audio_stamp(path: Path) -> dict[str, str | int]:
+    """Return the date (ns) of a file and a digest of all of it, to be saved with its codes.
+
+    Raises UserError if the file cannot be read.
+    """
+    with open_audio(path) as file:
+        date = os.fstat(file.fileno()).st_mtime_ns  # before reading: a file that changes meanwhile gets a later date
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+        return {"audio_mtime_ns": date, "audio_sha256": digest.hexdigest()}
+
+
 def encoded_duration(task: EncodeTask, mimi_fingerprint: str, exact: bool) -> float | None:
     """Return the seconds of a file whose codes are up to date (if `exact`, exact ones); None if it must be encoded."""
     codes, path = Path(task.codes), Path(task.path)
-    if not codes.exists():
-        return None
     try:
         entry = load_codes(codes)
         date = path.stat().st_mtime_ns if path.exists() else None
-        check_codes(entry, codes, mimi_fingerprint, path, thorough=True)
+        check_codes(entry, codes, mimi_fingerprint, path)
+        touched = date is not None and entry.get("audio_mtime_ns") not in (None, date)
+        if touched and entry["audio_sha256"] != audio_stamp(path)["audio_sha256"]:
+            return None  # an edit between the blocks of the fingerprint
     except UserError:
         return None
     if exact and not entry.get("exact"):
         return None
-    if date is not None and entry.get("audio_mtime_ns") not in (None, date):
+    if touched:
         save_tensors(codes, entry | {"audio_mtime_ns": date})  # it was read whole: the next run need not
     return entry["duration"]
 
@@ -212,20 +229,10 @@ class PieceReader:
             yield piece
 
 
-def longest_first(tasks: dict[str, EncodeTask]) -> list[EncodeTask]:
-    """Sort so that slots end together; files of unknown length come first."""
-    return sorted(tasks.values(), key=lambda task: (-(task.duration or float("inf")), task.path))
-
-
 def encode_shard(args: argparse.Namespace, index: int, count: int) -> EncodeResult:
-    """Encode every `count`-th file from `index` on."""
-    tasks = take_shard(longest_first(read_tasks(args, problems=[])), index, count)
-    return encode_tasks(args, tasks, torch.device(device_of(args.device, index)))
-
-
-def encode_tasks(args: argparse.Namespace, tasks: list[EncodeTask], device: torch.device) -> EncodeResult:
-    """Encode the files whose codes or voices are missing or out of date."""
-    checkpoint = open_pretrained(args.hf_repo, mimi_path=args.mimi_path)
+    """Encode every `count`-th file from `index` on whose codes or voices are missing or out of date."""
+    tasks = list(read_tasks(args, problems=[]).values())[index::count]
+    checkpoint = Pretrained(args.hf_repo, mimi_path=args.mimi_path)
     fingerprint = fingerprint_file(checkpoint.mimi_weights())
     durations: dict[str, float] = {}
     todo, without_voice = [], []
@@ -247,16 +254,14 @@ def encode_tasks(args: argparse.Namespace, tasks: list[EncodeTask], device: torc
                 if not has_voice:
                     without_voice.append(task)
         if not todo and not without_voice:
-            return EncodeResult(durations, {}, {}, 0.0, 0.0)
-        for folder in {os.path.dirname(task.codes) for task in todo}:
-            os.makedirs(folder, exist_ok=True)
-        mimi = checkpoint.mimi(device)
+            return EncodeResult(durations, {}, [], 0.0, 0.0)
+        mimi = checkpoint.mimi(device_of(args.device, index))
         started = time.monotonic()
         encoded, failed = encode_files(args, todo, mimi, fingerprint, pool)
     durations |= encoded
     pairs = [(Path(task.path), Path(task.codes)) for task in without_voice if task.codes in durations]
     problems = save_same_speaker(pairs, mimi, fingerprint, args.speakers, args.exact)
-    voiceless = {str(path): f"{path}: {why}" for path, why in problems.items()}
+    voiceless = [f"{path}: {why}" for path, why in problems.items()]
     return EncodeResult(durations, failed, voiceless, sum(encoded.values()), time.monotonic() - started)
 
 
@@ -272,33 +277,31 @@ def encode_files(
     readers: dict[int, PieceReader] = {}
     with HoursBar([task.duration for task in tasks], "encoding") as bar:
 
-        def start_readers() -> Iterator[PieceReader]:  # each when enough of those before it have been taken
-            started: deque[PieceReader] = deque()
-            for number, task in enumerate(tasks):
-                readers[number] = PieceReader(task, pool, bar)
-                started.append(readers[number])
-                if len(started) == args.num_load_threads:
-                    yield started.popleft()
-            yield from started
+        def start_readers() -> Iterator[PieceReader]:
+            ahead = args.num_load_threads - 1  # readers that have started and not been taken
+            for number in range(len(tasks) + ahead):
+                if number < len(tasks):
+                    readers[number] = PieceReader(tasks[number], pool, bar)
+                if number >= ahead:
+                    yield readers[number - ahead]
 
         with closing(encode_streams(mimi, start_readers(), slots, args.exact)) as results:
             for number, result in results:
                 reader = readers.pop(number)
                 codes, seconds = Path(reader.task.codes), reader.samples / SAMPLE_RATE
+                codes.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     if isinstance(result, UserError):
                         raise result
                     same_speaker_file(codes).unlink(missing_ok=True)  # it belongs to the previous audio
                     save_codes(codes, result, seconds, fingerprint, reader.fingerprint, reader.stamp, args.exact)
                 except (UserError, OSError) as error:
-                    if no_room(error):
-                        raise
-                    failures.add(codes, error_sentence(reader.task.path, error))
+                    failures.add(codes, reader.task.path, error)
                     bar.set_postfix_str(f"{len(failures)} failed")
                 else:
                     forget_error(codes)
                     durations[reader.task.codes] = seconds
-    return durations, failures.sentences
+    return durations, failures
 
 
 # --- 3. New manifests -------------------------------------------------------------------------------------------------
@@ -355,21 +358,16 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         raise UserError(f"--output-dir: {args.output_dir} cannot be made ({error.strerror})") from None
     started = time.monotonic()
-    dead: list[str] = []
-    if args.shards == 1 and not args.partition:
-        try:
-            results = [encode_tasks(args, longest_first(tasks), torch.device(device_of(args.device, 0)))]
-        except torch.OutOfMemoryError:
-            raise UserError("the GPU's memory is full; use fewer --slots (finished files are kept)") from None
-    else:
-        by_shard, dead = run_shards(
+    try:
+        results, dead = run_shards(
             partial(encode_shard, args), args.shards, folder=args.output_dir / "jobs", name="precompute",
             partition=args.partition, cpus=args.num_load_threads, gpus=0 if args.device == "cpu" else 1,
         )  # fmt: skip
-        results = list(by_shard.values())
+    except torch.OutOfMemoryError:
+        raise UserError("the GPU's memory is full; use fewer --slots (finished files are kept)") from None
     durations = {codes: seconds for result in results for codes, seconds in result.durations.items()}
     failed = {codes: why for result in results for codes, why in result.failed.items()}
-    voiceless = {path: why for result in results for path, why in result.voiceless.items()}
+    voiceless = sorted(sentence for result in results for sentence in result.voiceless)
     for task in tasks.values():
         if task.codes not in durations:  # a shard died, or the manifest changed while it waited
             failed.setdefault(task.codes, f"{task.path}: was not done")
@@ -398,9 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     show_list("bad lines:", problems)
     show_list("much shorter than their manifest says (truncated?):", truncated)
     show_list("failed (repair them or take their lines out):", [failed[codes] for codes in sorted(failed)])
-    show_list(
-        "no same_speaker voice, which training with same_speaker needs:", [voiceless[p] for p in sorted(voiceless)]
-    )
+    show_list("no same_speaker voice, which training with same_speaker needs:", voiceless)
     show_list("dead shards:", dead)
     return int(bool(dead) or not durations or (args.strict and bool(failed or problems or voiceless)))
 

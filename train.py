@@ -15,9 +15,9 @@ from finetune.data.run_data import RunData
 from finetune.distributed import World, make_mesh, multiplies_bfloat16, session, shard
 from finetune.lora import add_adapters
 from finetune.metrics import Metrics
-from finetune.model.build import Origin, StoredWeights, build_lm, load_weights, set_trainable
+from finetune.model.build import StoredWeights, build_lm, load_weights, set_trainable
 from finetune.model.consolidated import Artefact, inference_config
-from finetune.model.pretrained import MOSHI, ModelSpec, lm_kwargs, open_pretrained
+from finetune.model.pretrained import MOSHI, ModelSpec, Pretrained, lm_kwargs
 from finetune.model.training_lm import TrainingLM
 from finetune.optim import build_optimizer
 from finetune.run_dir import check_run_dir, open_run
@@ -67,7 +67,7 @@ def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
 
     # 1. Find the files of the model. Only their headers are read for now.
     paths = vars(args.moshi_paths) | {"hf_repo_id": args.moshi_paths.hf_repo_id or spec.default_repo}
-    checkpoint = open_pretrained(**paths)
+    checkpoint = Pretrained(**paths)
     if checkpoint.raw_config.get("lora"):
         raise UserError(
             f"{checkpoint.source}: holds adapters, but training needs complete weights; merge them first with "
@@ -79,7 +79,7 @@ def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
     # 2. Open the data. A bad manifest or prompt ends the run here, before 16 GB of weights are read.
     data = RunData(args, spec.prompts, checkpoint, kwargs, weights.file.read, world)
     if world.is_main:
-        describe(args, spec, weights.origin, data, world)
+        describe(args, spec, weights, data, world)
 
     # 3. Build the model without memory and shard it first, so that each rank allocates and reads only its shard.
     dtype = getattr(torch, args.param_dtype)
@@ -124,12 +124,12 @@ def warn_of_changes(state: dict, args: TrainArgs, data: RunData, world: World) -
         logger.warning("the manifests had %s windows until now and have %s: this epoch repeats or skips some", old, new)
 
 
-def describe(args: TrainArgs, spec: ModelSpec, origin: Origin, data: RunData, world: World) -> None:
+def describe(args: TrainArgs, spec: ModelSpec, weights: StoredWeights, data: RunData, world: World) -> None:
     """Log what the run will do, with its arithmetic, so that a mistake shows before the first step."""
     log, frames, windows, steps = logger.info, data.window_frames, len(data.train), args.max_steps
     per_step = args.batch_size * args.num_microbatches * world.size
     what = "all parameters" if args.full_finetuning else f"LoRA rank {args.lora.rank}"
-    log("%s: %s", spec.name, origin)
+    log("%s: %s", spec.name, weights)
     log("training %s in %s, %d process(es) on %s", what, args.param_dtype, world.size, world.device.type)
     if args.param_dtype == "bfloat16" and not multiplies_bfloat16(world.device):
         logger.warning("this CPU has no bfloat16 products and emulates them slowly: set param_dtype: float32")

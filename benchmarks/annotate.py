@@ -1,5 +1,7 @@
 """Compare annotate.py with two workers of one thread against one worker of one thread, over the same eight files.
 
+    python -m benchmarks.annotate speech.wav whisper-tiny.en.pt
+
 Whole runs are timed, with the start of the workers and the loading of the models, and they take turns. The files hold
 one recording of speech in the left channel, shifted by a different time in each. Both runs must write the same words.
 """
@@ -16,10 +18,10 @@ import numpy as np
 import sphn
 
 from finetune.audio.files import SAMPLE_RATE, read_audio
-from finetune.cli import Parser, UserError, run
+from finetune.cli import UserError, run
+from finetune.parser import Parser
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared"
 FILES = 8
 
 
@@ -57,8 +59,8 @@ def annotate(manifest: Path, model: Path, workers: int) -> tuple[float, dict[str
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--whisper-model", type=Path, default=SHARED / "models" / "whisper-tiny.en.pt")
-    parser.add_argument("--speech", type=Path, default=SHARED / "audio" / "input_assistant.wav")
+    parser.add_argument("speech", type=Path, metavar="SPEECH", help="recording with speech in its first channel")
+    parser.add_argument("model", type=Path, metavar="WHISPER", help=".pt file of a Whisper model")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, taken in turns")
     args = parser.parse_args()
     speech = read_audio(args.speech, channel=0)[0]
@@ -69,7 +71,7 @@ def main() -> None:
         written = []
         for _ in range(args.repeats):
             for workers in times:
-                seconds, files = annotate(manifest, args.whisper_model.resolve(), workers)
+                seconds, files = annotate(manifest, args.model.resolve(), workers)
                 times[workers].append(seconds)
                 written.append(files)
     hours = FILES * len(speech) / SAMPLE_RATE / 3600

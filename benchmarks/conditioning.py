@@ -24,12 +24,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.toy_judges import detect_voice, detect_words
+from benchmarks.toy_judges import detect_voice, detect_words, synthesise
 from finetune.audio.codec import encode_audio
 from finetune.audio.codes import fingerprint_mimi
-from finetune.cli import Parser, run
+from finetune.cli import run
 from finetune.generate import Sampling, decode_codes, generate
 from finetune.model.stored import load_merged, open_stored
+from finetune.parser import Parser
 from finetune.prompts.hybrid import build_prompt
 from finetune.prompts.voices import load_voices
 from finetune.tools.toy.corpus import make_corpus
@@ -44,7 +45,6 @@ from finetune.tools.toy.language import (
     text_prompt,
 )
 from finetune.tools.toy.model import make_model
-from finetune.tools.toy.sound import synthesise
 
 SETTINGS = {
     "full_finetuning": "true", "lora.enable": "false", "duration_sec": 14, "batch_size": 8, "optim.lr": "2e-3",

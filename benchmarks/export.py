@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 from moshi.models import loaders
 
-from finetune.cli import Parser, UserError, run
+from finetune.cli import UserError, run
 from finetune.lora import add_adapters, is_adapter
 from finetune.model.build import build_lm
-from finetune.model.weights import fuse, write_safetensors
+from finetune.model.layout import fuse
+from finetune.model.weights import write_safetensors
+from finetune.parser import Parser
 from finetune.streams import DEP_Q
 from finetune.tools.toy.model import make_model
 

@@ -22,13 +22,14 @@ import torch
 from moshi.models import loaders
 from safetensors import safe_open
 
-from finetune.audio.codes import audio_fingerprint, audio_stamp, save_codes
+from finetune.audio.codes import audio_fingerprint, save_codes
 from finetune.audio.files import write_wav
-from finetune.cli import Parser, UserError, run
+from finetune.cli import UserError, run
 from finetune.data.interleaver import InterleavedTokenizer, Interleaver, PrecomputedTokenizer
 from finetune.data.manifest import Line
 from finetune.metrics import read_rows
-from finetune.model.pretrained import open_pretrained
+from finetune.model.pretrained import Pretrained
+from finetune.parser import Parser
 from finetune.tools.toy.corpus import make_corpus
 from finetune.tools.toy.model import make_model
 
@@ -51,7 +52,7 @@ def corpus(folder: Path, windows: int) -> list[Line]:
         words = [["hello", [0.4 * k, 0.4 * k + 0.3], "SPEAKER_MAIN"] for k in range(250 * windows)]
         path.with_suffix(".json").write_text(json.dumps({"alignments": words}))
         codes = torch.from_numpy(rng.integers(0, 2048, (2, 8, windows * WINDOW), dtype=np.int16))
-        stamp = audio_stamp(path)
+        stamp = {"audio_mtime_ns": path.stat().st_mtime_ns}
         save_codes(folder / f"{i}.pt", codes, 100.0 * windows, "none", audio_fingerprint(path), stamp)
         fields = {"path": path.name, "duration": 100.0 * windows, "codes_path": f"{i}.pt"}
         lines.append(Line(i + 1, path, fields, folder / "m.jsonl"))
@@ -83,7 +84,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_model(folder / "model")
-        interleaver = Interleaver(open_pretrained(str(folder / "model")).tokenizer())
+        interleaver = Interleaver(Pretrained(str(folder / "model")).tokenizer())
         short, long = corpus(folder / "short", 1), corpus(folder / "long", 6)
         stored, live = PrecomputedTokenizer(interleaver, WINDOW), InterleavedTokenizer(interleaver, WINDOW, mimi=mimi)
 

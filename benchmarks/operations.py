@@ -11,9 +11,10 @@ import torch
 from moshi.models import loaders
 
 from benchmarks.step import DELAYS, batch, build, stock_loss
-from finetune.cli import Parser, run
+from finetune.cli import run
 from finetune.model.targets import Targets, make_targets
 from finetune.model.training_lm import TrainingLM
+from finetune.parser import Parser
 from finetune.tools.plan.command import GIB
 from finetune.tools.plan.meter import GpuAttention, Meter
 

@@ -25,9 +25,11 @@ from safetensors.torch import save_file
 
 import precompute_codes
 from benchmarks.real_size import process
-from finetune.audio.codec import encode_streams, keep_freed_memory
+from finetune.audio.codec import encode_streams
 from finetune.audio.files import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, read_audio
-from finetune.cli import Parser, UserError, run
+from finetune.audio.memory import keep_freed_memory
+from finetune.cli import UserError, run
+from finetune.parser import Parser
 from finetune.streams import CODEBOOKS
 from finetune.tools.toy.model import make_model
 

@@ -23,11 +23,13 @@ from moshi.models import loaders
 
 import precompute_codes
 from benchmarks.export import _WITH_PEAK, forget, random_tensors
-from finetune.cli import Parser, UserError, run
+from finetune.cli import UserError, run
 from finetune.metrics import read_rows
 from finetune.model.build import build_lm
-from finetune.model.pretrained import open_pretrained
-from finetune.model.weights import fuse, write_safetensors
+from finetune.model.layout import fuse
+from finetune.model.pretrained import Pretrained
+from finetune.model.weights import write_safetensors
+from finetune.parser import Parser
 from finetune.tools.toy.corpus import make_corpus
 from finetune.tools.toy.model import make_model
 
@@ -113,7 +115,7 @@ def main() -> None:
         print("| | s | GB/s | peak GB |\n|---|---|---|---|")
         forget(moshi / "model.safetensors")
         _, seconds, peak = process("finetune.tools.export", "--expand", moshi, work / "base")
-        weights = open_pretrained(str(work / "base")).moshi_weights()
+        weights = Pretrained(str(work / "base")).moshi_weights()
         size = weights.stat().st_size / 1e9
         row(f"expanded and written ({size:.1f} GB)", seconds, size, peak)
         (moshi / "model.safetensors").unlink()

@@ -2,7 +2,8 @@
 
     make bench
 
-The longer ones are run by hand: benchmarks.conditioning, benchmarks.export, benchmarks.precompute --scale 1.
+Others are run by hand: benchmarks.conditioning, benchmarks.export and benchmarks.precompute --scale 1, which take
+longer, and benchmarks.annotate, which needs a recording and a Whisper model.
 """
 
 import datetime
@@ -16,8 +17,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import BUSY, busy_share, idle_note
-from finetune.cli import Parser, run
+from finetune.cli import run
 from finetune.distributed import multiplies_bfloat16
+from finetune.parser import Parser
 
 COMMANDS = {
     "Training step, long windows": ["benchmarks.step", "--no-stock", "--frames", "1250", "--dep-q", "16"],
@@ -25,7 +27,6 @@ COMMANDS = {
     "Operations": ["benchmarks.operations"],
     "Loading": ["benchmarks.loading"],
     "Encoding": ["benchmarks.precompute", "--scale", "0.2", "--only", "speed", "equality"],
-    "Word times": ["benchmarks.annotate", "--repeats", "1"],
 }
 
 

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file
 
 import precompute_codes
-from finetune.cli import Parser, UserError, run
+from finetune.cli import UserError, run
 from finetune.metrics import read_rows
+from finetune.parser import Parser
 from finetune.run_dir import list_checkpoints
 from finetune.tools.toy.corpus import make_corpus
 from finetune.tools.toy.model import make_model

@@ -22,10 +22,11 @@ from moshi.modules.lora import replace_all_linear_with_lora
 from torch import Tensor
 
 from benchmarks import idle_note
-from finetune.cli import Parser, run
+from finetune.cli import run
 from finetune.distributed import multiplies_bfloat16
 from finetune.model.targets import Targets, make_targets
 from finetune.model.training_lm import TrainingLM
+from finetune.parser import Parser
 from finetune.tools.plan.meter import GpuAttention, Meter
 
 BATCH = 2

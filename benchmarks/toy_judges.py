@@ -1,11 +1,19 @@
-"""What is said in the tiny world, and by whom: judges of wavs and codes."""
+"""Speech of the tiny world, and judges that say which words a wav or codes hold, and in whose voice."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from finetune.audio.files import FRAME_SIZE, SAMPLE_RATE
 from finetune.tools.toy.language import BANDS, PITCHES, TIMBRES, VOICES
 from finetune.tools.toy.mimi import BAND_ROWS, CODEBOOK_ROWS, PITCH_ROWS, TIMBRE_ROWS, codebook_classes
-from finetune.tools.toy.sound import LOUDNESS_RMS, word_parts
+from finetune.tools.toy.sound import LOUDNESS_RMS, Utterance, speak, word_parts
+
+
+def synthesise(words: Sequence[str], voice: str, lead_in: int = 0, tail: int = 1) -> np.ndarray:
+    """float32 [samples] at 24 kHz: `words` in one of VOICES, without noise. `lead_in`, `tail`: frames of silence."""
+    utterance = Utterance(words, VOICES[voice], lead_in)
+    return speak([utterance], utterance.stop + tail)
 
 
 def _levels(audio: np.ndarray) -> np.ndarray:

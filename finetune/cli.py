@@ -1,11 +1,9 @@
-"""What every command shares: how it reads its arguments, and how an error ends it."""
+"""How an error ends a command, and the command line of the training scripts."""
 
-import argparse
 import errno
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
 import fire
 
@@ -21,33 +19,7 @@ def no_room(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:  # the help text says what happens then
-            return action.help
-        return super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """`argparse` that reads `--text_prompt` as `--text-prompt`. `doc` (a docstring) is the text of --help."""
-
-    def __init__(self, doc: str, **kwargs):
-        super().__init__(description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
-
-    def parse_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else list(args)
-        words = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
-        # Intermixed: `config.yaml --workers 4 key=value` has positional arguments on both sides of an option.
-        return super().parse_intermixed_args(words, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        flag = message.removeprefix("unrecognized arguments: ")
-        if flag != message and any(action.metavar == "key=value" for action in self._actions):
-            message = _unknown_flag(flag.split()[0])
-        super().error(message)
-
-
-def _unknown_flag(flag: str, next_word: str = "...") -> str:
+def unknown_flag(flag: str, next_word: str = "...") -> str:
     name, equals, value = flag.partition("=")
     key = name.lstrip("-").replace("-", "_")
     setting = closest_setting(key) or "key"
@@ -70,7 +42,7 @@ def run_fire(command: Callable[..., int]) -> None:
             return fire.Fire(command, ["--", "--help"])
         for word, next_word in zip(words, [*words[1:], "..."]):
             if word.startswith("-") and word.partition("=")[0] != "--config":
-                raise UserError(_unknown_flag(word, next_word))
+                raise UserError(unknown_flag(word, next_word))
         return fire.Fire(command, words, serialize=lambda code: None)
 
     run(main)

@@ -3,6 +3,7 @@
 All problems of the file and the overrides are reported in one error, before a model is loaded or a folder touched.
 """
 
+import functools
 import importlib.util
 import re
 from itertools import takewhile
@@ -69,15 +70,14 @@ def read_settings(path: Path) -> dict:
     return raw
 
 
-def load_args(config: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainArgs:
-    """Read the settings of a run.
+def load_args(config: str | Path, overrides: list[str] | tuple[str, ...] = (), raw: dict | None = None) -> TrainArgs:
+    """Read the settings of a run; `overrides` are `key.subkey=value`, with the value in YAML.
 
-    Args:
-        overrides: `key.subkey=value`, with the value in YAML.
-    Raises:
-        UserError: lists every problem of the file and the overrides.
+    `raw` is the content of `config` if it has been read already; it is changed.
+
+    Raises UserError, which lists every problem of the file and the overrides.
     """
-    raw = read_settings(Path(config))
+    raw = read_settings(Path(config)) if raw is None else raw
     problems, faulty = _apply_overrides(raw, overrides)
     if isinstance(raw.get("data"), dict):
         raw.setdefault("do_eval", bool(raw["data"].get("eval_data")))
@@ -89,7 +89,8 @@ def load_args(config: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             key = ".".join(location)
             problems.append(_sentence(key, fault))
             faulty.add(closest_setting(key) or key)
-            _remove(raw, location)
+            *parents, last = location
+            functools.reduce(dict.__getitem__, parents, raw).pop(last, None)
         # With each faulty setting at its default the others can be checked together.
         args = TrainArgs.model_validate({"run_dir": "unset", "data": {}} | raw)
     caused = lambda problem: any(re.search(rf"\b{re.escape(key)}\b", problem) for key in faulty)
@@ -128,13 +129,6 @@ def _apply_overrides(raw: dict, overrides: list[str] | tuple[str, ...]) -> tuple
         else:
             node[last] = value
     return problems, faulty
-
-
-def _remove(raw: dict, location: list[str]) -> None:
-    *parents, last = location
-    for parent in parents:
-        raw = raw[parent]
-    raw.pop(last, None)
 
 
 def _sentence(key: str, fault: dict) -> str:

@@ -1,8 +1,8 @@
 """Measures of a free-running reply that need no judge model: silence, pace, repetition and turn-taking.
 
-Turn-taking follows Full-Duplex-Bench (Lin et al. 2025, arXiv 2503.04721, sections III and III-C, and its scripts
-eval_pause_handling.py, eval_smooth_turn_taking.py and eval_backchannel.py), extended from clips of one turn to whole
-conversations. It depends only on who speaks in each frame (80 ms) and on the text of the agent:
+Turn-taking follows Full-Duplex-Bench (Lin et al. 2025, arXiv 2503.04721, section III, and its evaluation scripts),
+extended from clips of one turn to whole conversations. It depends only on who speaks in each frame (80 ms) and on the
+text of the agent:
 
 - A *turn* of the user is their speech without a silence of more than 1 s; less than 1 s of speech that begins while the
   agent is speaking is not a turn. A *pause* is a silence of 0.4 to 1 s within a turn.
@@ -94,13 +94,10 @@ def measure_reply(
         text_ids: [T] text token of the agent in each frame.
         tokenizer: None: words are not counted, and a backchannel is recognised by its length alone.
     Returns:
-        seconds: length of the conversation.
-        silence, overlap: share of the time in which the agent is silent, or both speak.
-        words: number of words of the agent; words_per_minute, and words_per_minute_speaking of the time it speaks.
-        repetition: see `repetition`.
-        turns, tor_turn, pauses, tor_pause: counts and take-over rates.
-        latencies: seconds for each turn taken; latency: their median.
-        backchannels: count of the agent's, during turns of the user.
+        seconds; silence and overlap: share of the time in which the agent is silent, or both speak; words of the agent,
+        words_per_minute, and words_per_minute_speaking of the time it speaks; repetition; turns, tor_turn, pauses and
+        tor_pause: counts and take-over rates; latencies: seconds for each turn taken, and latency, their median;
+        backchannels of the agent during turns of the user.
     """
     agent, user = voice_activity(np.asarray(agent_pcm)), voice_activity(np.asarray(user_pcm))
     frames = max(len(agent), len(user))
@@ -131,21 +128,15 @@ def measure_reply(
     seconds, speaking = frames / FRAME_RATE, float(agent.sum()) / FRAME_RATE
     count = None if words is None else len(words)
     return {
-        "seconds": seconds,
-        "silence": _ratio(seconds - speaking, seconds),
+        "seconds": seconds, "silence": _ratio(seconds - speaking, seconds),
         "overlap": _ratio(float((agent & user).sum()) / FRAME_RATE, seconds),
-        "words": count,
-        "words_per_minute": _pace(count, seconds),
-        "words_per_minute_speaking": _pace(count, speaking),
+        "words": count, "words_per_minute": _pace(count, seconds), "words_per_minute_speaking": _pace(count, speaking),
         "repetition": repetition([token for token in np.asarray(text_ids).tolist() if _is_text(token)]),
-        "turns": len(ends),
-        "tor_turn": _ratio(len(latencies), len(ends)),
-        "latency": _median(latencies),
-        "latencies": latencies,
-        "pauses": len(pauses),
-        "tor_pause": _ratio(sum(taker(pause) is not None for pause in pauses), len(pauses)),
+        "turns": len(ends), "tor_turn": _ratio(len(latencies), len(ends)),
+        "latency": _median(latencies), "latencies": latencies,
+        "pauses": len(pauses), "tor_pause": _ratio(sum(taker(pause) is not None for pause in pauses), len(pauses)),
         "backchannels": sum(any(turn.first <= span.first < turn.last for turn in turns) for span in backchannels),
-    }
+    }  # fmt: skip
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -174,21 +165,16 @@ def summarise_replies(replies: Sequence[dict]) -> dict[str, float | int | None]:
     total = lambda key: sum(reply[key] for reply in replies)
     weighted = lambda rate, weight: sum((reply[rate] or 0) * reply[weight] for reply in replies)
     return {
-        "replies": len(replies),
-        "seconds": seconds,
-        "silence": _ratio(seconds - speaking, seconds),
+        "replies": len(replies), "seconds": seconds, "silence": _ratio(seconds - speaking, seconds),
         "overlap": _ratio(weighted("overlap", "seconds"), seconds),
-        "words_per_minute": _pace(count, seconds),
-        "words_per_minute_speaking": _pace(count, speaking),
+        "words_per_minute": _pace(count, seconds), "words_per_minute_speaking": _pace(count, speaking),
         "repetition": _ratio(total("repetition"), len(replies)),
         "looping": _ratio(sum(reply["repetition"] >= LOOP_REPETITION for reply in replies), len(replies)),
-        "turns": total("turns"),
-        "tor_turn": _ratio(weighted("tor_turn", "turns"), total("turns")),
+        "turns": total("turns"), "tor_turn": _ratio(weighted("tor_turn", "turns"), total("turns")),
         "latency": _median([latency for reply in replies for latency in reply["latencies"]]),
-        "pauses": total("pauses"),
-        "tor_pause": _ratio(weighted("tor_pause", "pauses"), total("pauses")),
+        "pauses": total("pauses"), "tor_pause": _ratio(weighted("tor_pause", "pauses"), total("pauses")),
         "backchannels_per_minute": _pace(total("backchannels"), seconds),
-    }
+    }  # fmt: skip
 
 
 def reply_verdict(summary: dict) -> str | None:

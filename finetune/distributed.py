@@ -137,10 +137,9 @@ def fresh_store(rank: int, size: int) -> tuple[dist.Store, str]:
     """Return the store at MASTER_ADDR and MASTER_PORT under a prefix that is new in each start of the processes, and
     the name of the launch, which is the same in all starts that share the store.
 
-    torchrun keeps its store over restarts (torch 2.9, `_create_c10d_store`), with the addresses of dead processes in
-    it. No variable numbers the starts alike on all nodes: only the torchrun whose worker failed counts a restart. So
-    rank 0 draws a new prefix and offers it to the process that is currently registered for each rank, until all have
-    acknowledged it; a registration that a dead process left is never acknowledged.
+    torchrun keeps its store over restarts (torch 2.9, `_create_c10d_store`), with the addresses of dead processes, and
+    no variable numbers the starts alike on all nodes. So rank 0 draws a new prefix and offers it to the process that is
+    registered for each rank, until all have acknowledged it; a dead process never does.
     """
     store = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))[0]
     store.set_timeout(TIMEOUT)

@@ -92,12 +92,9 @@ def free_run(
 
 
 def judge_replies(
-    conversations: list[tuple[Tensor, Reply]],
-    samples: list[Sample],
-    mimi: MimiModel,
-    tokenizer: sentencepiece.SentencePieceProcessor,
-    folder: Path,
-) -> tuple[dict, str | None]:
+    conversations: list[tuple[Tensor, Reply]], samples: list[Sample], mimi: MimiModel,
+    tokenizer: sentencepiece.SentencePieceProcessor, folder: Path,
+) -> tuple[dict, str | None]:  # fmt: skip
     """Return measures over all replies (finetune.dialogue; keys get the prefix `free_`), and a warning if they are mute
     or loop. Write each conversation to `folder`: a wav (agent left, user right) and JSON (prompt, words, measures)."""
     with no_cuda_graph():  # a data loader's thread may pin memory in the meantime, which would break a capture

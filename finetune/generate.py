@@ -55,13 +55,9 @@ def generation_mode(lm: LMModel) -> Iterator[None]:
 
 @torch.no_grad()
 def generate(
-    lm: LMModel,
-    prompts: Sequence[SystemPrompt | None],
-    users: Sequence[Tensor],
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
-    each_second: Callable[[], None] = lambda: None,
-) -> list[Reply]:
+    lm: LMModel, prompts: Sequence[SystemPrompt | None], users: Sequence[Tensor], sampling: Sampling = Sampling(),
+    seed: int = 0, each_second: Callable[[], None] = lambda: None,
+) -> list[Reply]:  # fmt: skip
     """Generate the replies to several users at once. Apart from random draws, each is what it would be alone.
 
     Args:

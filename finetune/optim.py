@@ -21,12 +21,9 @@ def build_optimizer(lm: nn.Module, args: OptimArgs) -> torch.optim.AdamW:
     for name, parameter in lm.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((is_depth(name), not name.endswith("alpha")), []).append(parameter)
+    rates, decay = {False: args.lr, True: args.depformer_lr or args.lr}, {False: 0.0, True: args.weight_decay}
     settings = [
-        {
-            "params": parameters,
-            "peak_lr": (args.depformer_lr or args.lr) if depth else args.lr,
-            "weight_decay": args.weight_decay if decays else 0.0,
-        }
+        {"params": parameters, "peak_lr": rates[depth], "weight_decay": decay[decays]}
         for (depth, decays), parameters in groups.items()
     ]
     return torch.optim.AdamW(settings, lr=args.lr, betas=args.betas, eps=args.eps, fused=True)

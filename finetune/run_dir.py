@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from finetune.args import CHANGEABLE, TrainArgs
+from finetune.args import CHANGEABLE, SETTINGS, TrainArgs
 from finetune.cli import UserError
 from finetune.config import dump_args, flatten, parse_yaml, read_settings
 from finetune.distributed import World
@@ -90,12 +90,24 @@ def check_run_dir(args: TrainArgs) -> None:
         _changed_settings(folder, args)
 
 
+def stored_settings(folder: Path) -> dict:
+    """Return the settings of a run as they are nested in its args.yaml, without those that no longer exist."""
+
+    def existing(values: dict, section: str = "") -> dict:
+        return {
+            key: existing(value, f"{section}{key}.") if isinstance(value, dict) else value
+            for key, value in values.items() if section + key in SETTINGS
+        }  # fmt: skip
+
+    return existing(read_settings(folder / "args.yaml"))
+
+
 def _changed_settings(folder: Path, args: TrainArgs) -> dict[str, tuple]:
     """Return {setting: (old, new)} where the run in `folder` has another value; settings that no longer exist are
     ignored. Raises UserError if a setting differs that must not change during a run."""
     if not (folder / "args.yaml").is_file():
         return {}
-    old = flatten(read_settings(folder / "args.yaml"))
+    old = flatten(stored_settings(folder))
     new = flatten(parse_yaml(dump_args(args)))
     changed = {key: (old.get(key), value) for key, value in sorted(new.items()) if old.get(key) != value}
     fixed = [key for key in changed if key not in CHANGEABLE and key.split(".")[0] not in CHANGEABLE]

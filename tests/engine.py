@@ -8,7 +8,7 @@ import torch
 from moshi.models import LMModel, loaders
 from moshi.utils.compile import no_compile
 
-from finetune.model.weights import fuse
+from finetune.model.layout import fuse
 
 # NVIDIA/personaplex, moshi/models/lm.py: SILENCE_TOKENS, SINE_TOKENS and the delays of moshi's loaders.
 SILENCE_TOKENS = [948, 243, 1178, 546, 1736, 1030, 1978, 2008]
@@ -67,6 +67,11 @@ def embed(lm, columns):
     return lm.text_emb(columns[:, 0]) + sum(e(columns[:, i + 1]) for i, e in enumerate(lm.emb))
 
 
+def embedder(lm):
+    """Return a function that embeds one delayed column [17] -> [dim]."""
+    return lambda column: embed(lm, column.view(1, 17, 1))[0, 0]
+
+
 def random_frames(rng, length):
     return [[rng.randrange(4, 60)] + [rng.randrange(2048) for _ in range(16)] for _ in range(length)]
 
@@ -74,6 +79,17 @@ def random_frames(rng, length):
 def voice_frames(voice):
     """The frames of a voice prompt of agent codes [[8], ...]."""
     return [[3, *codes, *SINE_TOKENS] for codes in voice]
+
+
+def random_voice(rng, length):
+    """Agent codes [[8], ...]."""
+    return [frame[1:9] for frame in random_frames(rng, length)]
+
+
+def save_voice(path, lm, voice, **changes):
+    """Write a .pt as the engine does after a voice prompt of agent codes [[8], ...], with some entries changed."""
+    torch.save(Runtime().run(voice_frames(voice)).save_voice(lm) | changes, path)
+    return path
 
 
 @torch.no_grad()

@@ -101,15 +101,20 @@ def hub_cache(home, repo, files):
         shutil.copy(path, base / "snapshots/abc" / path.name)
 
 
+def write_riff(path, form, data):
+    """A wav file of a format and its data, header and all."""
+    head = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data))
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(head) + len(data)) + head + data)
+
+
 def write_wav(path, pcm, sample_rate, float32=False):
-    """[channels, samples] as 16-bit or float wav, header and all."""
+    """[channels, samples] as 16-bit or float wav."""
     pcm = np.asarray(pcm)
     kind, width = (3, 4) if float32 else (1, 2)
     data = pcm.T.astype("<f4").tobytes() if float32 else (pcm.T * 32767).round().astype("<i2").tobytes()
     block = len(pcm) * width
     form = struct.pack("<HHIIHH", kind, len(pcm), sample_rate, sample_rate * block, block, 8 * width)
-    head = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data))
-    path.write_bytes(b"RIFF" + struct.pack("<I", len(head) + len(data)) + head + data)
+    write_riff(path, form, data)
 
 
 def write_adpcm(path, sample_rate, blocks):
@@ -119,8 +124,7 @@ def write_adpcm(path, sample_rate, blocks):
     heads[:, [2, 6]] = rng.integers(40, 60, (blocks, 2))
     data = np.concatenate([heads, rng.integers(0, 256, (blocks, 504), dtype=np.uint8)], axis=1).tobytes()
     form = struct.pack("<HHIIHHHH", 0x11, 2, sample_rate, sample_rate * 512 // 505, 512, 4, 2, 505)
-    head = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data))
-    path.write_bytes(b"RIFF" + struct.pack("<I", len(head) + len(data)) + head + data)
+    write_riff(path, form, data)
 
 
 def write_panic(path):

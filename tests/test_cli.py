@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounter
 import train
 import train_personaplex
 from finetune import cli
-from finetune.cli import Parser, UserError
+from finetune.cli import UserError
+from finetune.parser import Parser
 from tests.support import ROOT, rows, script, train_here, write_config
 
 # --- Errors ----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def test_a_wheel_holds_every_module(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy]
     subprocess.run(list(map(str, build)), check=True, capture_output=True)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    wanted = ("*.py", "*.html", "*.css", "*.js")
+    wanted = ("*.py", "*.html", "*.css", "*.js", "*.md")
     modules = {str(p.relative_to(ROOT)) for name in wanted for p in (ROOT / "finetune").rglob(name)}
     scripts = {"annotate.py", "precompute_codes.py", "train.py", "train_personaplex.py"}
     assert modules | scripts <= names

@@ -19,7 +19,7 @@ from finetune.lora import add_adapters
 from finetune.model.build import StoredWeights, build_lm, load_weights, set_trainable
 from finetune.model.consolidated import Artefact
 from finetune.model.expansion import expand_moshiko_to_personaplex
-from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs, open_pretrained
+from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.model.training_lm import TrainingLM
 from finetune.optim import build_optimizer
 from tests.support import live, rows, run_ranks, script, train_here, write_config
@@ -147,7 +147,7 @@ def test_stock_moshi_gives_the_trained_logits(world, personaplex_run, tmp_path):
     folder = consolidated(run, 2)
     config = json.loads((folder / "config.json").read_text())
     assert (config["lora"], config["lora_rank"], config["dep_q"]) == (True, 4, 16)
-    checkpoint = open_pretrained(str(world / "model"))
+    checkpoint = Pretrained(str(world / "model"))
     kwargs = lm_kwargs(checkpoint, PERSONAPLEX)
     trained = build_lm(kwargs, torch.float32)
     add_adapters(trained, 4, 2.0)

@@ -4,18 +4,16 @@ A server encodes one stream frame by frame, 1,920 samples a call, from a fresh s
 streaming batch. A slot whose stream ends is reset and takes the next one, so that all slots stay busy and memory does
 not depend on the length of a stream.
 
-Floating-point sums depend on the shapes of the matrices they are part of. A batch therefore differs from a single
-stream in its last bits, and where two codes are about equally near, in a code: up to one code in a thousand, as on a
-server with another number of threads or another processor (NOTES.md). On a GPU a batch is in full float32, because TF32
-changes far more codes. `exact` avoids the difference: sums are computed slot by slot, in the very calls that a single
-stream would make. Each code then equals that of a server with one stream on the same machine, whatever else is in the
-batch. This takes four times as long on a CPU; a GPU would spend its time launching the calls.
+Floating-point sums depend on the shapes of their matrices. A batch therefore differs from a single stream in its last
+bits and, where two codes are about equally near, in a code: up to one in a thousand, as on a server with another number
+of threads (NOTES.md). On a GPU a batch is in full float32, because TF32 changes far more codes. `exact` avoids the
+difference: sums are computed slot by slot, in the very calls that a single stream would make. This takes four times as
+long on a CPU; a GPU would spend its time launching the calls.
 """
 
-import ctypes
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
 import torch
@@ -28,36 +26,11 @@ from torch.overrides import TorchFunctionMode
 from finetune.audio.files import FRAME_SIZE
 from finetune.cli import UserError
 
-_SLOTS = {"cpu": 32, "cuda": 64}  # more do not make it faster
+SLOTS = {"cpu": 32, "cuda": 64}  # more do not make it faster
 _TRAINING_SLOTS = 32  # on a GPU that also trains: 1.3 GB. A constant, so that codes depend on the audio alone
-_SLOT_BYTES = 40 * 2**20  # GPU memory per slot with the real Mimi: 16 MB of keys and values, activations
 _COLLECT_FRAMES = 32  # codes stay on the device this long: fetching them makes the host wait for the GPU
 # How often free slots are filled. On a GPU a reset takes some 250 launches, half the time of a frame: share them.
 _REFILL_FRAMES = {"cpu": 1, "cuda": 8}
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
-
-
-def default_slots(device: torch.device | str) -> int:
-    """Return how many channels to encode at once: on a GPU, no more than fit its free memory."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return _SLOTS["cpu"]
-    # Memory that torch keeps for later use is not free for others, but it is for torch.
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + kept
-    return max(2, min(_SLOTS["cuda"], free // _SLOT_BYTES // 2 * 2))
-
-
-def keep_freed_memory() -> None:
-    """Make malloc keep the memory that this process frees; without glibc, do nothing.
-
-    Each frame asks for the same few large blocks. Returned to the system in between, they come back page by page,
-    which takes a quarter of the time on a CPU.
-    """
-    with suppress(TypeError, OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def encode_audio(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | None = None) -> list[Tensor]:
@@ -78,7 +51,7 @@ def encode_audio(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bo
     order = sorted(range(len(wavs)), key=lambda i: -len(wavs[i]))  # so that slots end together
     on_cuda = _device(mimi).type == "cuda"
     exact = not on_cuda if exact is None else exact
-    slots = _TRAINING_SLOTS if on_cuda and not exact else min(len(wavs), _SLOTS["cpu"])
+    slots = _TRAINING_SLOTS if on_cuda and not exact else min(len(wavs), SLOTS["cpu"])
     codes = {}
     # To record a CUDA graph, which each call would do twice, torch first gives back all memory that it keeps.
     with no_cuda_graph(), closing(encode_streams(mimi, ([wavs[i]] for i in order), slots, exact)) as results:
@@ -165,12 +138,8 @@ def encode_streams(
 
 
 class _Recording:
-    """A source while it is encoded.
-
-    Attributes:
-        frame: the current frame [channels, 1920]; None after the last one.
-        start, stop: range of its codes among those not collected yet.
-    """
+    """A source while it is encoded: `frame` is the current one [channels, 1920], None after the last; its codes are
+    those from `start` to `stop` among the ones that are not collected yet."""
 
     def __init__(self, index: int, source: Iterable[Tensor | np.ndarray]):
         self.index = index
@@ -254,8 +223,7 @@ _SUMS = {F.linear: 0, F.conv1d: 0, F.scaled_dot_product_attention: 0, torch.cdis
 class _SlotBySlot(TorchFunctionMode):
     """Call functions that sum over channels, positions or weights once per slot, with tensors of one stream's shape.
 
-    Elementwise operations and norms do not depend on the other rows. Slots that are not `busy` get the result of one
-    that is.
+    Other operations do not depend on the other rows. Slots that are not `busy` get the result of one that is.
     """
 
     def __init__(self, busy: list[int]):

@@ -24,13 +24,10 @@ _BLOCK, _BLOCKS = 8192, 64  # size in bytes and number of the blocks in the fing
 # Older names in weight files -> names in MimiModel.state_dict (moshi/modules/transformer.py: _load_hook;
 # moshi/quantization/core_vq.py: _load_from_state_dict).
 _RENAMED = {
-    ".in_proj_weight": ".in_projs.0.weight",
-    ".in_proj.weight": ".in_projs.0.weight",
-    ".out_proj.weight": ".out_projs.0.weight",
-    "._codebook.cluster_size": "._codebook.cluster_usage",
-    "._codebook.embed_avg": "._codebook.embedding_sum",
-    "._codebook.embed_sum": "._codebook.embedding_sum",
-}
+    ".in_proj_weight": ".in_projs.0.weight", ".in_proj.weight": ".in_projs.0.weight",
+    ".out_proj.weight": ".out_projs.0.weight", "._codebook.cluster_size": "._codebook.cluster_usage",
+    "._codebook.embed_avg": "._codebook.embedding_sum", "._codebook.embed_sum": "._codebook.embedding_sum",
+}  # fmt: skip
 
 
 def fingerprint_mimi(mimi: MimiModel) -> str:
@@ -87,11 +84,10 @@ def _affects_codes(name: str, codebooks: int) -> bool:
 def audio_fingerprint(path: Path) -> str:
     """Return a digest of a file's size and of 64 blocks of 8 kB spread evenly over it (of all of a smaller file).
 
-    The cost does not grow with the file, so that training can check each file it opens. The name and the date of the
-    file do not matter. An edit that keeps the size and falls between the blocks is noticed by
-    `check_codes(thorough=True)` only. Raises UserError if the file cannot be read.
+    The cost does not grow with the file, so that training can check each file it opens. Only precompute_codes.py, which
+    reads all of a file, notices an edit between the blocks. Raises UserError if the file cannot be read.
     """
-    with _open_audio(path) as file:
+    with open_audio(path) as file:
         size = file.seek(0, os.SEEK_END)
         starts = range(0, size, _BLOCK)
         if size > _BLOCKS * _BLOCK:
@@ -103,21 +99,8 @@ def audio_fingerprint(path: Path) -> str:
         return digest.hexdigest()[:16]
 
 
-def audio_stamp(path: Path) -> dict[str, str | int]:
-    """Return the date (ns) of a file and a digest of all of it, to be saved with its codes.
-
-    Raises UserError if the file cannot be read.
-    """
-    with _open_audio(path) as file:
-        date = os.fstat(file.fileno()).st_mtime_ns  # before reading: a file that changes meanwhile gets a later date
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-        return {"audio_mtime_ns": date, "audio_sha256": digest.hexdigest()}
-
-
 @contextmanager
-def _open_audio(path: Path) -> Iterator[BinaryIO]:
+def open_audio(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
             yield file
@@ -135,20 +118,14 @@ def save_codes(
 
     The file is `torch.save` of a dictionary: "codes" as int16, "frame_rate" and "sample_rate" (Hz), "duration" (of the
     audio, seconds), "mimi" and "audio" (fingerprints), "format", "exact" (see finetune.audio.codec), and the entries of
-    `audio_stamp`.
+    `stamp`.
     """
     entry = {
-        "codes": codes.to(torch.int16).contiguous(),
-        "frame_rate": FRAME_RATE,
-        "sample_rate": SAMPLE_RATE,
-        "duration": float(duration_sec),
-        "mimi": mimi_fingerprint,
-        "audio": audio_fingerprint,
-        "format": FORMAT,
+        "codes": codes.to(torch.int16).contiguous(), "frame_rate": FRAME_RATE, "sample_rate": SAMPLE_RATE,
+        "duration": float(duration_sec), "mimi": mimi_fingerprint, "audio": audio_fingerprint, "format": FORMAT,
         "exact": exact,
-        **(stamp or {}),
-    }
-    save_tensors(path, entry)
+    }  # fmt: skip
+    save_tensors(path, entry | (stamp or {}))
 
 
 def save_tensors(path: Path, entry: object) -> None:
@@ -184,16 +161,13 @@ def load_codes(path: Path) -> dict:
     return entry
 
 
-def check_codes(
-    entry: dict, path: Path, mimi_fingerprint: str | None, audio_path: Path | None = None, thorough: bool = False
-) -> None:
+def check_codes(entry: dict, path: Path, mimi_fingerprint: str | None, audio_path: Path | None = None) -> None:
     """Raise UserError if the codes from `path` were made by another codec, or of audio that has changed since.
 
     Args:
         mimi_fingerprint: of the model's codec; None is not checked.
         audio_path: not checked if None or missing, as training on codes does not need the audio. Audio of the same
             date is unchanged, unless its file system counts in whole seconds.
-        thorough: read all of a file of another date: an edit may fall between the blocks of its fingerprint.
     """
     if mimi_fingerprint is not None and entry["mimi"] != mimi_fingerprint:
         raise UserError(
@@ -204,14 +178,10 @@ def check_codes(
         date = None if audio_path is None else os.stat(audio_path).st_mtime_ns
     except OSError:
         return
-    then = entry.get("audio_mtime_ns")
-    if date is None or (date == then and date % 10**9):
+    if date is None or (date == entry.get("audio_mtime_ns") and date % 10**9):
         return
     now = audio_fingerprint(audio_path)
-    changed = entry["audio"] != now
-    if thorough and not changed and then not in (None, date):
-        changed = entry["audio_sha256"] != audio_stamp(audio_path)["audio_sha256"]
-    if changed:
+    if entry["audio"] != now:
         raise UserError(
             f"{path}: made of audio {entry['audio']}, and {audio_path} is now {now}: it has changed since; "
             "run precompute_codes.py again"

@@ -1,13 +1,11 @@
-"""Read audio files as float32 arrays [channels, samples]: whole, a segment, or piece by piece. Write 16-bit wavs.
+"""Read audio files as float32 arrays [channels, samples], whole or in part, and write 16-bit wavs.
 
-A segment or a piece is bit for bit that part of the whole file. sphn decodes; it seeks to the exact sample only in
-plain wav, flac and aiff, so files of other formats (mp3, ogg, m4a, ADPCM) are decoded whole first. Resampling is a
-finite filter: an output sample depends on its position in the file and on the sound around it, and on nothing else.
-(`sphn.resample` is not used: it delays the sound by tens of milliseconds, loses the end, and its output depends on
-where it starts.)
+A segment is bit for bit that part of the whole file. sphn decodes; it seeks to the exact sample only in plain wav, flac
+and aiff, so files of other formats (mp3, ogg, m4a, ADPCM) are decoded whole first. Resampling is a finite filter: an
+output sample depends on its position in the file and on the sound around it. (`sphn.resample` delays the sound by tens
+of milliseconds, loses the end, and its output depends on where it starts.)
 """
 
-import itertools
 import os
 import tempfile
 import threading
@@ -28,9 +26,7 @@ from finetune.files import replacing
 SAMPLE_RATE = 24_000  # Hz, Mimi (moshi/models/loaders.py: SAMPLE_RATE)
 FRAME_RATE = 12.5  # frames per second, Mimi (moshi/models/loaders.py: FRAME_RATE)
 FRAME_SIZE = 1920  # samples of one frame: SAMPLE_RATE / FRAME_RATE
-HEADER_TOLERANCE_SEC = 0.1  # the duration in a header may differ this much from what can be decoded
 SAME_SOUND = 0.98  # correlation above which two channels hold one recording
-PIECE_SEC = 20  # length of the pieces in which a file is streamed: 7 MB at 44.1 kHz stereo
 _EXPORT = "export it again as wav or flac"
 _MAX_AMPLITUDE = 100.0  # full scale is 1; samples 40 dB above it are in another scale or garbage
 _KEPT_FILES = 2  # decoded files that are kept, of formats without exact seeking
@@ -56,7 +52,7 @@ class AudioInfo(NamedTuple):
 
 def probe_audio(path: str | Path) -> AudioInfo:
     """Return what the header says. Raises UserError if the file is missing or is not audio."""
-    return _AudioFile(path).info
+    return AudioFile(path).info
 
 
 def read_audio(
@@ -71,11 +67,11 @@ def read_audio(
     Raises:
         UserError: the file is missing, is not audio, or does not have the channel.
     """
-    file = _AudioFile(path)
+    file = AudioFile(path)
     rate = file.info.sample_rate
     if channel is not None and channel >= file.info.channels:
         raise UserError(f"{path}: has {file.info.channels} channel(s), so there is no channel {channel}")
-    resampler = _resampler(rate, sample_rate)
+    resampler = get_resampler(rate, sample_rate)
     start = stop = round(start_sec * sample_rate)
     if duration_sec is not None:
         stop += max(0, round(duration_sec * sample_rate))
@@ -86,43 +82,6 @@ def read_audio(
         pcm = pcm[channel : channel + 1]
     end = resampler.outputs(first_sec * rate + pcm.shape[1])
     return resampler.convert(pcm, first_sec * rate, start, end if duration_sec is None else min(stop, end))
-
-
-def stream_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> Iterator[np.ndarray]:
-    """Yield a file in pieces [channels, samples] that join to what `read_audio` returns.
-
-    Memory does not grow with the file if its format has exact seeking. Raises UserError as `read_audio` does.
-    """
-    file = _AudioFile(path)
-    rate = file.info.sample_rate
-    resampler = _resampler(rate, sample_rate)
-    pcm = np.zeros((file.info.channels, 0), dtype=np.float32)
-    first = done = 0  # source samples before `pcm`, target samples yielded
-    for second in itertools.count(0, PIECE_SEC):
-        piece = file.decode(second, PIECE_SEC)
-        pcm = np.concatenate([pcm, piece], axis=1)
-        end = first + pcm.shape[1]
-        ended = piece.shape[1] < PIECE_SEC * rate
-        stop = resampler.outputs(end) if ended else (end - resampler.reach) * resampler.up // resampler.down
-        if stop > done:
-            yield resampler.convert(pcm, first, done, stop)
-            done = stop
-        if ended:
-            return
-        keep = max(first, resampler.inputs(done, done)[0])
-        pcm, first = pcm[:, keep - first :], keep
-
-
-def decodable_sec(path: Path, info: AudioInfo) -> float:
-    """Return how many seconds of a file can be decoded: the header's duration if the file ends there.
-
-    Raises UserError if the file cannot be decoded.
-    """
-    start = max(0, int(info.duration_sec) - 1)
-    tail = read_audio(path, start, 4.0, info.sample_rate)
-    if abs(start + tail.shape[1] / info.sample_rate - info.duration_sec) <= HEADER_TOLERANCE_SEC:
-        return info.duration_sec
-    return sum(piece.shape[1] for piece in stream_audio(path, info.sample_rate)) / info.sample_rate
 
 
 def to_int16(pcm: np.ndarray) -> np.ndarray:
@@ -155,7 +114,7 @@ def write_conversation(path: Path, agent: np.ndarray, user: np.ndarray) -> None:
     write_wav(path, (both.clip(-1, 1) * 32767).astype(np.int16))
 
 
-class _AudioFile:
+class AudioFile:
     """An open audio file, decoded in segments that start at whole seconds: there sphn finds the exact sample.
 
     Raises UserError if the file is missing or is not audio.
@@ -236,7 +195,7 @@ def _decode_to_disk(path: str, size: int, mtime_ns: int) -> np.ndarray:
     `size` and `mtime_ns` are the file's, so that a file that has changed is decoded again.
     """
     with _one_at_a_time:
-        pcm = _AudioFile(path).decode_all()
+        pcm = AudioFile(path).decode_all()
         if pcm.size == 0:
             return pcm
         try:
@@ -251,7 +210,7 @@ def _decode_to_disk(path: str, size: int, mtime_ns: int) -> np.ndarray:
             ) from None
 
 
-class _Resampler:
+class Resampler:
     """Resample from `source` to `target` Hz: target sample n is at n * down / up source samples.
 
     `reach` source samples on each side of that point affect it.
@@ -296,4 +255,4 @@ class _Resampler:
         return made[:, start + offset : stop + offset]
 
 
-_resampler = lru_cache(_Resampler)
+get_resampler = lru_cache(Resampler)

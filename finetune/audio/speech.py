@@ -74,30 +74,11 @@ def detect_speech(levels: np.ndarray, level_sec: float, threshold: float | None 
     frames = np.arange(len(levels))
     begun = np.maximum.accumulate(np.where(levels > begin, frames, -1))
     ended = np.maximum.accumulate(np.where(levels > begin - HYSTERESIS_DB, -1, frames))
-    active = begun > ended
     pause, click = int(PAUSE_SEC / level_sec), int(CLICK_SEC / level_sec)  # frames
-    for span in find_spans(~active):
-        if span.frames <= pause and span.first > 0 and span.last < len(active):
-            active[span.first : span.last] = True
-    for span in find_spans(active):
-        if span.frames <= click:
-            active[span.first : span.last] = False
-    return active
-
-
-def speech_segments(
-    active: np.ndarray, level_sec: float, margin_sec: float, duration_sec: float
-) -> list[tuple[float, float]]:
-    """Return the seconds (start, end) of speech with margins of silence, joined where the margins touch.
-
-    Args:
-        active: bool [n], from `detect_speech`.
-        duration_sec: of the channel, where the last margin ends at the latest.
-    """
-    return [
-        (max(0.0, first * level_sec - margin_sec), min(duration_sec, last * level_sec + margin_sec))
-        for first, last in find_spans(active, gap=round(2 * margin_sec / level_sec) + 1)
-    ]
+    speech = np.zeros(len(levels), dtype=bool)
+    for span in find_spans(begun > ended, gap=pause + 1):
+        speech[span.first : span.last] = span.frames > click
+    return speech
 
 
 def voice_activity(pcm: np.ndarray) -> np.ndarray:

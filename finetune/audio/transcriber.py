@@ -19,7 +19,7 @@ import whisper_timestamped
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 
 from finetune.audio.files import read_audio
-from finetune.audio.speech import detect_speech, frame_levels, speech_segments, speech_threshold
+from finetune.audio.speech import detect_speech, find_spans, frame_levels, speech_threshold
 from finetune.audio.words import Word
 from finetune.cli import UserError
 from finetune.jobs.workers import WorkerBroken
@@ -62,30 +62,36 @@ def read_blocks(path: Path, channel: int) -> Iterator[tuple[float, np.ndarray]]:
     The file ends where no more can be decoded: headers of piped wavs, mp3s and truncated files have wrong lengths.
     Raises UserError as `read_audio` does, and if the file has no samples.
     """
+    tail, second = round(TAIL_SEC / LEVEL_SEC), round(1 / LEVEL_SEC)
     start, ended = 0.0, False
     while not ended:
         pcm = read_audio(path, start, BLOCK_SEC, WHISPER_RATE, channel)[0]
-        if not len(pcm) and start == 0.0:
+        if not len(pcm):
             raise UserError(f"{path}: holds no audio")
         ended = len(pcm) < round(BLOCK_SEC * WHISPER_RATE)
-        if not ended:
-            pcm = pcm[: _quiet_sample(pcm)]
+        if not ended:  # up to the middle of the quietest second
+            levels = frame_levels(pcm, LEVEL_SAMPLES)
+            loudness = np.convolve(levels[-tail:], np.ones(second), mode="valid")
+            pcm = pcm[: (len(levels) - tail + int(np.argmin(loudness)) + second // 2) * LEVEL_SAMPLES]
         yield start, pcm
         start += len(pcm) / WHISPER_RATE
-
-
-def _quiet_sample(pcm: np.ndarray) -> int:
-    """Return the sample in the middle of the quietest second of the end of a block."""
-    levels = frame_levels(pcm, LEVEL_SAMPLES)
-    tail, second = round(TAIL_SEC / LEVEL_SEC), round(1 / LEVEL_SEC)
-    loudness = np.convolve(levels[-tail:], np.ones(second), mode="valid")
-    return (len(levels) - tail + int(np.argmin(loudness)) + second // 2) * LEVEL_SAMPLES
 
 
 def find_speech(pcm: np.ndarray) -> np.ndarray:
     """Return bool [frames of 20 ms]: where a channel at 16 kHz (float32 [samples]) has speech."""
     levels = frame_levels(pcm, LEVEL_SAMPLES)
-    return detect_speech(levels, LEVEL_SEC, speech_threshold(levels, OVER_FLOOR_DB) if len(levels) else None)
+    return detect_speech(levels, LEVEL_SEC, speech_threshold(levels, OVER_FLOOR_DB))
+
+
+def speech_segments(speech: np.ndarray, margin_sec: float, duration_sec: float) -> list[tuple[float, float]]:
+    """Return the (start, end) in seconds of what `find_speech` found in a channel of `duration_sec` seconds.
+
+    Each segment has margins of silence; segments whose margins touch are joined.
+    """
+    return [
+        (max(0.0, first * LEVEL_SEC - margin_sec), min(duration_sec, last * LEVEL_SEC + margin_sec))
+        for first, last in find_spans(speech, gap=round(2 * margin_sec / LEVEL_SEC) + 1)
+    ]
 
 
 def download_whisper(name: str) -> None:
@@ -111,24 +117,17 @@ def load_whisper(name: str, device: str) -> whisper.model.Whisper:
     known model (`whisper-tiny.en.pt`), it gets the heads of that model. Raises UserError if it cannot be loaded.
     """
     try:
-        model = whisper_timestamped.load_model(name, device=device)
+        model = whisper.load_model(name, device)
     except pickle.UnpicklingError:
         raise UserError(f"cannot load the Whisper model {name!r}: it is not a file of weights") from None
     except (RuntimeError, OSError, KeyError, ValueError, TypeError, EOFError) as error:
         reason = f"{type(error).__name__}, {error}".splitlines()[0]
         raise UserError(f"cannot load the Whisper model {name!r}: {reason}") from None
-    known = known_model(name)
-    if known is not None and Path(name).exists():
-        with suppress(ValueError, RuntimeError):  # not of the size in its name: the generic heads still work
-            model.set_alignment_heads(whisper._ALIGNMENT_HEADS[known])
+    for known, heads in whisper._ALIGNMENT_HEADS.items():
+        if f"-{Path(name).name}".removesuffix(".pt").endswith(f"-{known}"):
+            with suppress(ValueError, RuntimeError):  # not of the size in its name: the generic heads still work
+                model.set_alignment_heads(heads)
     return model
-
-
-def known_model(name: str) -> str | None:
-    """Return the OpenAI model that a file name ends with: "x/whisper-tiny.en.pt" -> "tiny.en"."""
-    stem = Path(name).name.removesuffix(".pt")
-    matches = [known for known in whisper.available_models() if stem == known or stem.endswith(f"-{known}")]
-    return max(matches, key=len, default=None)
 
 
 class Transcriber:
@@ -159,7 +158,7 @@ class Transcriber:
         for offset, pcm in read_blocks(path, channel):
             length = len(pcm) / WHISPER_RATE
             speech = find_speech(pcm)
-            segments = speech_segments(speech, LEVEL_SEC, self.margin_sec, length)
+            segments = speech_segments(speech, self.margin_sec, length)
             if segments:
                 raw, language = self._transcribe(pcm, segments, language, repairs)
                 for text, *times in repair_words(raw, speech, length, repairs):
@@ -174,21 +173,19 @@ class Transcriber:
     def _transcribe(self, pcm, segments, language, repairs) -> tuple[list[dict], str | None]:
         """Return (words, language) of all segments. They are transcribed in one call, as Whisper works best on full 30
         seconds; after an error of whisper-timestamped one by one, so that it costs one segment and not the file."""
-        try:
+        with suppress(*ENGINE_ERRORS):
             return self._whisper(pcm, segments, language)
-        except ENGINE_ERRORS as error:
-            failure = error
-        words, failed = [], 0
+        words, failures = [], []
         for segment in segments:
             try:
                 more, language = self._whisper(pcm, [segment], language)
                 words += more
-            except ENGINE_ERRORS:
-                failed += 1
-        if failed == len(segments):
-            raise failure
-        if failed:
-            repairs["given up: segments"] += failed
+            except ENGINE_ERRORS as error:
+                failures.append(error)
+        if len(failures) == len(segments):
+            raise failures[0]
+        if failures:
+            repairs["given up: segments"] += len(failures)
         return words, language
 
     def _whisper(self, pcm, segments, language) -> tuple[list[dict], str | None]:

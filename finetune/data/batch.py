@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from finetune.model.targets import Targets, count_targets, make_targets
+from finetune.model.targets import Targets, make_targets
 from finetune.streams import N_STREAMS, ZERO
 
 
@@ -51,7 +51,7 @@ class Batch:
 
     codes: [B, 17, T] int64, padded with ZERO to the longest sample; loss_mask: [B, T] bool.
     embeddings: [B, E, dim] with lengths [B], or None (see Sample).
-    targets: the frames with loss; counts: [2 + dep_q] int64, how many of each group (see count_targets).
+    targets: the frames with loss; counts: [2 + dep_q] int64, how many of each group.
     """
 
     codes: Tensor
@@ -76,10 +76,8 @@ class Batch:
         return self._moved(Tensor.pin_memory)
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {"codes": self.codes, "loss_mask": self.loss_mask}
-        if self.embeddings is not None:
-            tensors |= {"embeddings": self.embeddings, "lengths": self.lengths}
-        moved = {name: move(tensor) for name, tensor in tensors.items()}
+        moved = {name: getattr(self, name) for name in ("codes", "loss_mask", "embeddings", "lengths")}
+        moved = {name: tensor if tensor is None else move(tensor) for name, tensor in moved.items()}
         return replace(self, **moved, targets=Targets(*map(move, self.targets)))
 
 
@@ -98,8 +96,8 @@ def collate(samples: list[Sample], problems: list[str], delays: list[int], dep_q
     if with_embeddings:
         each = [with_embeddings[0][:0] if s.embeddings is None else s.embeddings for s in samples]
         embeddings, lengths = pad_sequence(each, batch_first=True), torch.tensor([len(e) for e in each])
+    targets = make_targets(codes, mask, delays, dep_q)
     return Batch(
-        codes, mask, embeddings, lengths, make_targets(codes, mask, delays, dep_q),
-        count_targets(codes, mask, delays, dep_q), [s.name for s in samples], problems, text,
+        codes, mask, embeddings, lengths, targets, targets.counts(), [s.name for s in samples], problems, text,
         sum(s.voiceless for s in samples), int((codes != ZERO).sum()), int(mask.sum()),
     )  # fmt: skip

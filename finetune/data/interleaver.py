@@ -39,11 +39,8 @@ class Interleaver:
     """Places the tokens of words on frames.
 
     A word is due in the first frame t with `start * 12.5 < t + 1`; its tokens follow one per frame; the padding frame
-    before it becomes EPAD. Each word is stripped and encoded alone, without BOS or EOS.
-
-    Args:
-        keep_and_shift: delay a word until the tokens of the previous one are out (nothing is lost, but text may be
-            late). False, the default of moshi-finetune, truncates the previous word.
+    before it becomes EPAD. Each word is stripped and encoded alone, without BOS or EOS. With `keep_and_shift` it waits
+    until the previous one is out; without, as is moshi-finetune's default, the previous one is truncated.
     """
 
     tokenizer: sentencepiece.SentencePieceProcessor
@@ -63,8 +60,7 @@ class Interleaver:
     def __call__(self, words: Sequence[Word], start_sec: float, frames: int) -> tuple[Tensor, TextStats]:
         """Return the text of a window of `frames` frames that begins at `start_sec`: ([frames] int64, statistics).
 
-        Args:
-            words: of the file, in the order of their starts; those outside the window are left out.
+        `words` are all of the file, in the order of their starts.
         """
         out = [TEXT_PAD] * frames
         found = self._in_window(words, start_sec, frames)
@@ -82,11 +78,9 @@ class Interleaver:
                 due = 0
             first = due
             if self.keep_and_shift:
-                limit = frames
-                if cursor > due:
-                    first = cursor
-                    late += 1
-                    late_frames += first - due
+                first, limit = max(due, cursor), frames
+                late += first > due
+                late_frames += first - due
             count = min(count, limit - first)
             if count > 0:
                 if first > 0 and out[first - 1] == TEXT_PAD:
@@ -98,10 +92,7 @@ class Interleaver:
         return torch.from_numpy(np.array(out, dtype=np.int64)), stats
 
     def _in_window(self, words: Sequence[Word], start_sec: float, frames: int) -> list[tuple[list[int], int, int]]:
-        """Return (token ids, due frame, frames until its end) of the words that overlap the window.
-
-        Frames count from the start of the window.
-        """
+        """Return (ids, due frame, frames until its end), from the window's start, of the words that overlap it."""
         found = []  # binary search, because an hour has 10,000 words, and a window a hundred
         first = bisect.bisect_left(words, start_sec - LONGEST_WORD_SEC, key=_start)
         last = bisect.bisect_right(words, start_sec + (frames + 1) / self.frame_rate, lo=first, key=_start)
@@ -147,12 +138,9 @@ class Tokenizer(abc.ABC):
         self.prompter, self.cache = prompter, LRUCache(cache_mb)
 
     def read(self, line: Line, index: int, generator: np.random.Generator | None = None) -> Draft:
-        """Read the `index`-th window of a file, without Mimi.
+        """Read the `index`-th window of a file, without Mimi. `generator` draws the prompt dropout, None drops nothing.
 
-        Args:
-            generator: draws the prompt dropout; None: prompts are never dropped.
-        Raises:
-            UserError: the window cannot be read; names the file and says why.
+        Raises UserError if the window cannot be read.
         """
         start = index * self.window_frames
         start_sec = start / FRAME_RATE
@@ -204,11 +192,7 @@ class Tokenizer(abc.ABC):
 
 
 class InterleavedTokenizer(Tokenizer):
-    """Makes samples of audio: Mimi runs in the training process, on whole batches.
-
-    Args:
-        mimi: on the training device; None if only `read` is called.
-    """
+    """Makes samples of audio: `mimi` runs in the training process, on whole batches. None: only `read` is called."""
 
     def __init__(self, *args, mimi: MimiModel | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -232,13 +216,10 @@ class InterleavedTokenizer(Tokenizer):
 
 
 class PrecomputedTokenizer(Tokenizer):
-    """Makes samples of the codes that precompute_codes.py wrote, without Mimi.
+    """Makes samples of the codes that precompute_codes.py wrote, unless with another Mimi than `mimi_fingerprint`.
 
     Except in the first window of a file, the codes differ from those made in training: they depend on the audio before
     the window, as in a running server.
-
-    Args:
-        mimi_fingerprint: of the codec of the model; the codes of another are refused. None: not checked.
     """
 
     def __init__(self, *args, mimi_fingerprint: str | None = None, **kwargs):

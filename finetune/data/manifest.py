@@ -24,6 +24,7 @@ class Line(NamedTuple):
     path: Path  # of the audio, resolved
     fields: dict  # everything the line holds, unchanged
     manifest: Path
+    offset: int = 0  # in bytes, where the line begins
 
     @property
     def duration(self) -> float | None:
@@ -55,13 +56,13 @@ def resolve_path(manifest: Path, value: str) -> Path:
     return manifest.parent / path
 
 
-def parse_line(manifest: Path, number: int, raw: bytes) -> Line:
+def parse_line(manifest: Path, number: int, raw: bytes, offset: int = 0) -> Line:
     """Parse a line of a manifest. Raises UserError naming manifest and line."""
     try:
         fields = json.loads(raw.decode().removeprefix("\ufeff"))  # the mark with which editors on Windows begin a file
         if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
             raise UserError(f'needs {{"path": ..., "duration": seconds}}, found {json.dumps(fields)[:60]}')
-        return Line(number, resolve_path(manifest, fields["path"]), fields, manifest)
+        return Line(number, resolve_path(manifest, fields["path"]), fields, manifest, offset)
     except (ValueError, RecursionError) as error:
         problem = f'not JSON ({error}); needs {{"path": ..., "duration": seconds}}'
     except UserError as error:
@@ -91,10 +92,10 @@ def read_manifest(manifest: Path, problems: list[str], timed: bool = False) -> I
     `timed` requires durations. Without it a line may lack one, and if it has a bad one it is reported and yielded.
     Raises UserError if the file is missing or damaged.
     """
-    for number, _, raw in raw_lines(manifest):
+    for number, offset, raw in raw_lines(manifest):
         line = None
         try:
-            line = parse_line(manifest, number, raw)
+            line = parse_line(manifest, number, raw, offset)
             if timed or line.fields.get("duration") is not None:
                 check_duration(line)
         except UserError as error:

@@ -37,8 +37,7 @@ class RunData:
         lm_kwargs: of the model: its delays, depformer steps and context.
         read: returns rows of the model's embedding tables, `read(name, start, stop)`, to check `.pt` voices against.
         voices_archive: returns the archive of shipped voices; None: take that of the checkpoint.
-    Raises:
-        UserError: manifests, prompts or codec cannot be used.
+    Raises UserError if manifests, prompts or codec cannot be used.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ windows; a checkpoint stores the position that the run has reached.
 
 import bisect
 import itertools
+import json
 import math
 import os
 from array import array
@@ -19,14 +20,13 @@ import numpy as np
 from finetune.audio.files import to_frames
 from finetune.audio.words import PROMPT_FIELDS, read_prompt_fields
 from finetune.cli import UserError
-from finetune.data.manifest import Line, check_duration, parse_line, parse_sources, raw_lines
+from finetune.data.manifest import Line, parse_line, parse_sources, read_manifest
 
 
 class ManifestIndex:
     """The windows of one manifest, file by file; lines stay on disk, so that each costs a few bytes of memory.
 
-    `codes` is the number of lines with pre-computed codes. Raises UserError if the manifest is missing or empty, or has
-    bad lines (names three).
+    `codes` counts lines with pre-computed codes. Raises UserError if it is missing, empty or has bad lines.
     """
 
     def __init__(self, path: Path, window_frames: int):
@@ -36,26 +36,20 @@ class ManifestIndex:
         # Kept open: if precompute_codes.py replaces the manifest, this run goes on with the old one.
         self._file = path.open("rb", buffering=0) if path.is_file() else None
         windows = 0
-        for number, offset, raw in raw_lines(path):
-            try:
-                line = parse_line(path, number, raw)
-                check_duration(line)
-            except UserError as error:
-                problems.append(str(error))
-                continue
+        for line in read_manifest(path, problems, timed=True):
             self.codes += "codes_path" in line.fields
             windows += count_windows(line.duration, window_frames)
             ends.append(windows)
-            numbers.append(number)
-            offsets.append(offset)
+            numbers.append(line.number)
+            offsets.append(line.offset)
             if self._lines is not None:
-                self._lines.append(raw)
+                self._lines.append(json.dumps(line.fields).encode())
         if problems:
             more = f" (and {len(problems) - 3} more such lines)" if len(problems) > 3 else ""
             raise UserError("; ".join(problems[:3]) + more)
         if not ends:
             raise UserError(f"{path}: the manifest is empty")
-        offsets.append(offset + len(raw))
+        offsets.append(os.fstat(self._file.fileno()).st_size)
         self._ends, self._numbers = np.array(ends, np.int64), np.array(numbers, np.int64)
         self._offsets = np.array(offsets, np.int64)
 

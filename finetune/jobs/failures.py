@@ -4,11 +4,15 @@ import os
 import sys
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
+from finetune.cli import no_room
 from finetune.files import replacing
+
+tqdm.set_lock(threading.RLock())  # tqdm's default is shared between processes, and a killed one leaks it
 
 
 def error_file(output: Path) -> Path:
@@ -16,47 +20,37 @@ def error_file(output: Path) -> Path:
     return output.with_name(output.name + ".err")
 
 
-class Failures:
-    """One sentence for each output that could not be made, also written to its `.err` so that later runs know of it.
+class Failures(dict[str, str]):
+    """{output that could not be made: why}, also written to the `.err` of each so that later runs know of it."""
 
-    `sentences` maps the path of the output to the sentence.
-    """
+    def add(self, output: Path, source: Path | str, error: Exception) -> str:
+        """Add an error, and return it as one sentence that begins with the path of the source or of its `.json`.
 
-    def __init__(self):
-        self.sentences: dict[str, str] = {}
-
-    def __len__(self) -> int:
-        return len(self.sentences)
-
-    def add(self, output: Path, sentence: str) -> None:
-        """Add a failure and write its `.err`."""
-        sentence = " ".join(sentence.split())
-        self.sentences[str(output)] = sentence
-        try:
-            with replacing(error_file(output)) as temporary:
-                temporary.write_text(sentence + "\n", encoding="utf-8")
-        except OSError:
-            # The folder may be missing or read-only, which is often the failure itself. The summary still lists it.
-            pass
+        Raises `error` if the disk is full: then nothing else can be written either.
+        """
+        if no_room(error):
+            raise error
+        text = str(error)
+        named = text.startswith(os.path.splitext(source)[0])
+        sentence = " ".join((text if named else f"{source}: {text}").split())
+        self[str(output)] = sentence
+        # The folder may be missing or read-only, which is often the failure itself. The summary still lists it.
+        with suppress(OSError), replacing(error_file(output)) as temporary:
+            temporary.write_text(sentence + "\n", encoding="utf-8")
+        return sentence
 
     def add_earlier(self, output: Path) -> bool:
         """Add the failure that an earlier run wrote to the `.err`. Returns False if there is none."""
         path = error_file(output)
         if not path.exists():
             return False
-        self.sentences[str(output)] = path.read_text(encoding="utf-8", errors="replace").strip()
+        self[str(output)] = path.read_text(encoding="utf-8", errors="replace").strip()
         return True
 
 
 def forget_error(output: Path) -> None:
     """Remove the `.err` of an output that has been made."""
     error_file(output).unlink(missing_ok=True)
-
-
-def error_sentence(path: str | Path, error: Exception) -> str:
-    """Return the message of an error, with `path` in front unless it begins with that path or its `.json`."""
-    text = str(error)
-    return text if text.startswith(os.path.splitext(path)[0]) else f"{path}: {text}"
 
 
 def show_list(title: str, lines: list[str], limit: int = 20) -> None:
@@ -94,6 +88,3 @@ class HoursBar(tqdm):
         values["hours"] = f"{hours} h" if self.total is None else f"{hours}/{self.total / 3600:.2f} h"
         values["speed"] = f"{values['n'] / values['elapsed']:.1f}x real time" if values["elapsed"] else "?"
         return values
-
-
-HoursBar.set_lock(threading.RLock())  # tqdm's default is shared between processes, and a killed one leaks it

@@ -3,10 +3,10 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -14,19 +14,8 @@ from submitit.slurm.slurm import SlurmInfoWatcher
 
 from finetune.cli import UserError
 
-T = TypeVar("T")
 SHARD_MINUTES = 24 * 60  # time limit of a SLURM job; SBATCH_TIMELIMIT in the environment takes precedence
 LOCAL_MINUTES = 365 * 24 * 60  # submitit requires a limit, and on this machine nothing else waits for the job to end
-
-
-def take_shard(items: Sequence[T], index: int, count: int) -> list[T]:
-    """Return every `count`-th item from `index` on; of items sorted by length, each shard gets about as much."""
-    return list(items[index::count])
-
-
-class ShardResults(NamedTuple):
-    results: dict[int, Any]  # by shard index, of the shards that succeeded
-    dead: list[str]  # one sentence for each of the others
 
 
 class SlurmQueue(SlurmInfoWatcher):
@@ -55,8 +44,11 @@ class SlurmQueue(SlurmInfoWatcher):
 def run_shards(
     function: Callable[[int, int], Any], count: int, folder: Path, name: str, partition: str | None = None,
     cpus: int = 1, gpus: int = 0,
-) -> ShardResults:  # fmt: skip
+) -> tuple[list[Any], list[str]]:  # fmt: skip
     """Call `function(index, count)` for every index in a job of its own, and wait for all jobs. Ctrl-C cancels them.
+
+    Returns the results of the jobs that succeeded, and a sentence for each of the others, both in order. A single job
+    without a partition runs in this process, and its exceptions are not caught.
 
     With a `partition` the jobs are a SLURM array. Account, quality of service and time limit are set by sbatch's own
     environment variables (SBATCH_ACCOUNT, SBATCH_QOS, SBATCH_TIMELIMIT, ...). Without, they are processes of this
@@ -69,6 +61,8 @@ def run_shards(
     Raises:
         UserError: SLURM refuses the jobs or is not installed.
     """
+    if count == 1 and not partition:
+        return [function(0, 1)], []
     # A job starts in this working directory but without this sys.path, and has to import the module of `function`.
     paths = [p for p in sys.path if p] + [os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in paths if p))
@@ -99,13 +93,12 @@ def _restore_gpus(visible: str | None, function: Callable[[int, int], Any], inde
     return function(index, count)
 
 
-def _collect_jobs(jobs: Sequence[submitit.Job], name: str) -> ShardResults:
-    indices = {job.job_id: index for index, job in enumerate(jobs)}
+def _collect_jobs(jobs: list[submitit.Job], name: str) -> tuple[list[Any], list[str]]:
     results, dead = {}, {}
     print(f"{name}: {len(jobs)} shards, jobs {jobs[0].job_id} to {jobs[-1].job_id}", file=sys.stderr)
     try:
         for finished, job in enumerate(submitit.helpers.as_completed(jobs, poll_frequency=1), start=1):
-            index, state, error = indices[job.job_id], job.state, job.exception()
+            index, state, error = jobs.index(job), job.state, job.exception()
             if error is None:
                 results[index] = job.result()
             else:
@@ -116,7 +109,7 @@ def _collect_jobs(jobs: Sequence[submitit.Job], name: str) -> ShardResults:
         for job in jobs:
             job.cancel(check=False)
         raise
-    return ShardResults(results, [dead[index] for index in sorted(dead)])
+    return [results[index] for index in sorted(results)], [dead[index] for index in sorted(dead)]
 
 
 def _death_reason(state: str, text: str) -> str:

@@ -181,7 +181,7 @@ def _serve(connection: Connection, start: Callable, rank: int, verbose: bool) ->
             connection.send((None, _describe_error(error, verbose), False))
 
 
-def _describe_error(error: BaseException, verbose: bool = False) -> str:
+def _describe_error(error: Exception, verbose: bool = False) -> str:
     if isinstance(error, UserError):
         return str(error)
     if verbose:
@@ -202,8 +202,6 @@ def run_tasks(
     for task in tasks:
         try:
             result, error = work(task), None
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as caught:  # a panic inside the decoder is not an Exception
+        except Exception as caught:
             result, error = None, _describe_error(caught)
         yield TaskOutcome(task, result, error)

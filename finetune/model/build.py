@@ -1,7 +1,6 @@
 """Building a model on the meta device, and filling it from its weight file."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,22 +17,8 @@ from finetune.streams import CODEBOOKS, DEP_Q
 READERS = 2  # one waits for the disk while the kernel clears the memory that the other reads into
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where the weights of a model came from."""
-
-    weights: Path
-    stored_dep_q: int
-    expanded: bool  # from 8 depformer steps to 16, on loading
-
-    def __str__(self) -> str:
-        family = "PersonaPlex" if self.stored_dep_q == DEP_Q else "Moshi"
-        change = f"expanded to {DEP_Q}" if self.expanded else "loaded unchanged"
-        return f"{self.weights}: {family} weights ({self.stored_dep_q} codebooks), {change}"
-
-
 class StoredWeights:
-    """A weight file as a model with `dep_q` depformer steps needs it: split names, 8 steps expanded to 16."""
+    """A weight file as a model with `dep_q` depformer steps needs it: split names, 8 steps `expanded` to 16."""
 
     def __init__(self, path: Path, dep_q: int):
         self.file = WeightFile(path)
@@ -47,7 +32,12 @@ class StoredWeights:
                 raise UserError(f"{path}: {error}") from None
         else:
             raise UserError(f"{path}: has {stored} depformer steps, but the model has {dep_q}; check moshi_paths")
-        self.origin = Origin(path, stored, expanded=stored != dep_q)
+        self.expanded = stored != dep_q
+
+    def __str__(self) -> str:
+        family = "PersonaPlex" if self.file.dep_q == DEP_Q else "Moshi"
+        change = f"expanded to {DEP_Q}" if self.expanded else "loaded unchanged"
+        return f"{self.file.path}: {family} weights ({self.file.dep_q} codebooks), {change}"
 
     def check(self, shapes: dict[str, torch.Size]) -> None:
         """Raise UserError unless the file holds exactly these parameters, in these shapes."""
@@ -62,13 +52,6 @@ class StoredWeights:
                 f"{self.file.path}: does not fit the model's config: it has {'; '.join(problems[:4])}{more}; weights "
                 "and config.json must come from the same model"
             )
-
-    def read(self, name: str, start: int, stop: int, shape: torch.Size) -> Tensor:
-        """Rows [start, stop) of a parameter with this shape."""
-        source = self.sources[name]
-        if source is None:
-            return torch.zeros(max(0, min(stop, shape[0]) - start), *shape[1:])
-        return self.file.read(source, start, stop)
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Fill `out` with the rows of a parameter from `start` on."""

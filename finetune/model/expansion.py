@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finetune.cli import UserError
-from finetune.model.weights import fuse, split_names, to_split
+from finetune.model.weights import attention_steps, split_names
 from finetune.streams import CODEBOOKS, DEP_Q
 
 _STEP_KEY = re.compile(
@@ -24,12 +24,9 @@ NEW_EMBEDDING = f"depformer_emb.{CODEBOOKS - 1}.weight"
 
 
 def expansion_sources(names: set[str]) -> dict[str, str | None]:
-    """Map each PersonaPlex name to the Moshiko name that it copies, or to None for zeros.
+    """Map each PersonaPlex name to the one of an 8-step Moshi (with split `names`) that it copies, or None for zeros.
 
-    Args:
-        names: split names of a model with 8 steps.
-    Raises:
-        UserError: names that an 8-step Moshi does not have, or missing ones.
+    Raises UserError if `names` has some that an 8-step Moshi does not have, or lacks some.
     """
     sources: dict[str, str | None] = {}
     unexpected, missing = [], _REQUIRED - names
@@ -65,12 +62,15 @@ def expand_moshiko_to_personaplex(state_dict: Mapping[str, Tensor]) -> dict[str,
     codebooks stay exactly the same, because the depformer is causal over codebooks. No tensors share memory.
 
     Args:
-        state_dict: with fused or split attention names (the result has the same).
+        state_dict: with fused or split attention names (the result has the same, in NVIDIA's spelling).
     Raises:
         UserError: tensors that an 8-step Moshi does not have, or missing ones.
     """
-    split = dict(to_split(state_dict, CODEBOOKS))
-    sources = expansion_sources(set(split))
-    out = {name: split[source].clone() for name, source in sources.items() if source is not None}
-    out[NEW_EMBEDDING] = torch.zeros_like(split["depformer_emb.0.weight"], memory_format=torch.contiguous_format)
-    return fuse(out, DEP_Q) if any(split_names(key, 1) for key in state_dict) else out
+    fused = {key: split_names(key, attention_steps(key, CODEBOOKS)) for key in state_dict}
+    sources = expansion_sources({name for key, names in fused.items() for name in names or [key]})
+    out = {name: state_dict[source].clone() for name, source in sources.items() if source in state_dict}
+    for key in filter(fused.get, state_dict):  # the rows of all steps in turn
+        copies = DEP_Q // CODEBOOKS if len(fused[key]) == CODEBOOKS else 1
+        out[key.replace("in_proj.weight", "in_proj_weight")] = torch.cat([state_dict[key]] * copies)
+    zero = torch.zeros_like(state_dict["depformer_emb.0.weight"], memory_format=torch.contiguous_format)
+    return out | {NEW_EMBEDDING: zero}

@@ -42,7 +42,9 @@ class Unreachable(UserError):
 class Pretrained:
     """The files of a pretrained model in a local folder or a hub repository (its local cache without a network).
 
-    A file is fetched when it is first asked for, so that Mimi alone does not cost 16 GB.
+    A file is fetched when it is first asked for, so that Mimi alone does not cost 16 GB; what does not exist raises
+    UserError then. The arguments are moshi-finetune's `moshi_paths`: a repository or folder, and files in place of its
+    own (a path or `hf://owner/repository/file`).
 
     Attributes:
         source: repository id or folder.
@@ -50,10 +52,13 @@ class Pretrained:
         lm_config: arguments of LMModel, before `lm_kwargs` adapts them to a ModelSpec.
     """
 
-    def __init__(self, source: str, given: dict[str, str | None], config_path: str | None):
-        self.source = source
-        self._given = given  # {key of config.json: path or hf:// address of a file in place of the one named there}
-        self._folder = Path(source) if Path(source).is_dir() else None
+    def __init__(
+        self, hf_repo_id: str, moshi_path: str | None = None, mimi_path: str | None = None,
+        tokenizer_path: str | None = None, config_path: str | None = None,
+    ):  # fmt: skip
+        self.source = hf_repo_id
+        self._given = {"moshi_name": moshi_path, "mimi_name": mimi_path, "tokenizer_name": tokenizer_path}
+        self._folder = Path(hf_repo_id) if Path(hf_repo_id).is_dir() else None
         self._config_path = config_path
 
     @cached_property
@@ -196,16 +201,6 @@ def _from_hub(repo: str, name: str, required: bool = True) -> Path | None:
         raise UserError(f"{repo}: neither a local folder nor a repository of the hub") from None
     except OSError as error:
         raise Unreachable(f"{repo}: {name} could not be fetched ({error})") from None
-
-
-def open_pretrained(
-    hf_repo_id: str, moshi_path: str | None = None, mimi_path: str | None = None, tokenizer_path: str | None = None,
-    config_path: str | None = None,
-) -> Pretrained:  # fmt: skip
-    """Open a checkpoint by moshi-finetune's `moshi_paths`: a hub repository or local folder, and files in place of its
-    own (a path or `hf://owner/repository/file`). What does not exist raises UserError when it is first needed."""
-    given = {"moshi_name": moshi_path, "mimi_name": mimi_path, "tokenizer_name": tokenizer_path}
-    return Pretrained(hf_repo_id, given, config_path)
 
 
 def lm_kwargs(checkpoint: Pretrained, spec: ModelSpec) -> dict:

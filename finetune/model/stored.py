@@ -15,7 +15,7 @@ from finetune.config import flatten, read_settings
 from finetune.lora import is_embedding, merge_adapter
 from finetune.metrics import read_rows
 from finetune.model.build import StoredWeights, build_lm
-from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs, open_pretrained
+from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.model.weights import WeightFile, attention_steps, split_names
 from finetune.run_dir import list_checkpoints
 from finetune.streams import CODEBOOKS, DEP_Q
@@ -82,7 +82,7 @@ class StoredModel:
     def voices_archive(self) -> Path | None:
         """`voices.tgz` of the model or of its origin; None if neither has one or it cannot be reached."""
         sources = (self.checkpoint.source, self.settings.get("moshi_paths.hf_repo_id"), self.lineage.get("base"))
-        archives = (open_pretrained(source).voices_archive() for source in sources if source)
+        archives = (Pretrained(source).voices_archive() for source in sources if source)
         return next(filter(None, archives), None)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -91,7 +91,10 @@ class StoredModel:
         stop = shape[0] if stop is None else stop
         if self.adapters is not None and name in self.adapters.slots:
             return self.adapters.read(name, start, stop)
-        values = self.weights.read(name, start, stop, shape)
+        source = self.weights.sources[name]
+        if source is None:  # new in an expanded model
+            return torch.zeros(max(0, min(stop, shape[0]) - start), *shape[1:])
+        values = self.weights.file.read(source, start, stop)
         prefix = name.removesuffix("weight")
         if self.adapters is None or f"{prefix}lora_A.weight" not in self.adapters.slots:
             return values
@@ -120,7 +123,7 @@ def open_stored(name: str, base: str | None = None, expand: bool = False) -> Sto
     Raises:
         UserError: the model does not exist, or its files do not fit together.
     """
-    checkpoint = open_pretrained(_inference_folder(name))
+    checkpoint = Pretrained(_inference_folder(name))
     kwargs = lm_kwargs(checkpoint, MOSHI)
     adapted = checkpoint.raw_config.get("lora", False)
     if expand and adapted:
@@ -223,20 +226,20 @@ def _lineage(name: str) -> dict:
     """The lineage of a repository, which is an origin itself, or of a folder, as its config.json records it."""
     if not Path(name).is_dir():
         return {"base": name, "trained_tables": False}
-    return open_pretrained(name).raw_config.get("model_id", {})
+    return Pretrained(name).raw_config.get("model_id", {})
 
 
 def _find_base(name: str, checkpoint: Pretrained, run_paths: dict | None, given: str | None) -> tuple[str, Path, dict]:
     """(address, file, lineage) of the base of adapters: as given, else by config.json, else by the run's settings."""
     if given is not None:
-        base = open_pretrained(_inference_folder(given))
+        base = Pretrained(_inference_folder(given))
         lineage = _lineage(base.source)
         if base.raw_config.get("lora"):
             raise UserError(f"{given}: holds adapters, and --base must hold all weights")
     elif "moshi_name" in checkpoint.raw_config:
         base, lineage = checkpoint, {}
     elif run_paths is not None:
-        base, lineage = open_pretrained(**run_paths), _run_lineage(run_paths)
+        base, lineage = Pretrained(**run_paths), _run_lineage(run_paths)
     else:
         raise UserError(f"{name}: holds adapters without naming their base; give it as --base")
     try:

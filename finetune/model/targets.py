@@ -22,6 +22,10 @@ class Targets(NamedTuple):
     audio_rows: Tensor  # [N] int64
     audio_targets: Tensor  # [dep_q, N] int64
 
+    def counts(self) -> Tensor:
+        """Count the targets of each group of `Losses`, [2 + dep_q] int64."""
+        return torch.cat([(tokens != ZERO).sum(1) for tokens in self[1::2]])
+
 
 def make_targets(codes: Tensor, loss_mask: Tensor, delays: Sequence[int], dep_q: int) -> Targets:
     """Find the rows with loss. codes: [B, K, T] int64, not delayed; loss_mask: [B, T] bool; delays: frames per stream.
@@ -29,19 +33,11 @@ def make_targets(codes: Tensor, loss_mask: Tensor, delays: Sequence[int], dep_q:
     The number of rows depends on the data: on a CUDA device this waits for the GPU."""
     targets = _delayed_targets(codes, loss_mask, delays, dep_q).transpose(0, 1).flatten(1)  # [1 + dep_q, B * T]
     text, audio = targets[:1], targets[1:]
-    is_padding = _is_text_padding(text)
+    is_padding = (text == TEXT_EPAD) | (text == TEXT_PAD)
     parts = (text.masked_fill(is_padding, ZERO), text.masked_fill(~is_padding, ZERO), audio)
     rows = [(part != ZERO).any(0).nonzero()[:, 0] for part in parts]
     rows = [row if len(row) else row.new_zeros(1) for row in rows]
     return Targets(*(tensor for row, part in zip(rows, parts) for tensor in (row, part[:, row])))
-
-
-def count_targets(codes: Tensor, loss_mask: Tensor, delays: Sequence[int], dep_q: int) -> Tensor:
-    """Count the targets of each group of `Losses`, [2 + dep_q] int64. Arguments as in `make_targets`."""
-    targets = _delayed_targets(codes, loss_mask, delays, dep_q)
-    valid = (targets != ZERO).sum((0, 2))
-    padding = _is_text_padding(targets[:, 0]).sum()
-    return torch.cat([(valid[0] - padding)[None], padding[None], valid[1:]])
 
 
 def delay_streams(codes: Tensor, delays: Sequence[int], first: Tensor) -> Tensor:
@@ -58,7 +54,3 @@ def _delayed_targets(codes: Tensor, loss_mask: Tensor, delays: Sequence[int], de
     codes = torch.where(loss_mask[:, None], codes[:, : 1 + dep_q], ZERO)
     delayed = delay_streams(codes, delays[: 1 + dep_q], torch.full_like(codes[:1, :, :1], ZERO))
     return delayed.masked_fill(padding, ZERO)
-
-
-def _is_text_padding(text: Tensor) -> Tensor:
-    return (text == TEXT_EPAD) | (text == TEXT_PAD)

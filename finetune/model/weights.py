@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,6 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FUSED = {"in_proj_weight": "in_projs.{}.weight", "in_proj.weight": "in_projs.{}.weight",
           "out_proj.weight": "out_projs.{}.weight"}  # fmt: skip
 _FUSED_KEY = re.compile(r"^(.*self_attn\.)(in_proj_weight|in_proj\.weight|out_proj\.weight)$")
-_SPLIT_KEY = re.compile(r"^(.*self_attn\.)(in|out)_projs\.(\d+)\.weight$")
 
 
 class Slot(NamedTuple):
@@ -45,12 +44,6 @@ def split_names(key: str, steps: int) -> list[str] | None:
     """The split names of a fused attention key with `steps` weight sets, in row order; None for any other key."""
     match = _FUSED_KEY.match(key)
     return match and [match[1] + _FUSED[match[2]].format(i) for i in range(steps)]
-
-
-def fused_name(key: str) -> tuple[str, int] | None:
-    """(fused name in NVIDIA's spelling, step) of a split attention key; None for any other key."""
-    match = _SPLIT_KEY.match(key)
-    return match and (match[1] + ("in_proj_weight" if match[2] == "in" else "out_proj.weight"), int(match[3]))
 
 
 def attention_steps(key: str, dep_q: int) -> int:
@@ -166,25 +159,3 @@ def write_safetensors(
             raise ValueError("the tensors ended before the layout did")
         file.flush()
         os.fsync(file.fileno())
-
-
-def to_split(state: Mapping[str, Tensor], dep_q: int) -> Iterator[tuple[str, Tensor]]:
-    """(split name, tensor) pairs of a state dict in either layout; fused tensors give views of their rows."""
-    for key, tensor in state.items():
-        names = split_names(key, attention_steps(key, dep_q))
-        if names is None:
-            yield key, tensor
-        else:
-            yield from zip(names, tensor.chunk(len(names), dim=0))
-
-
-def fuse(state: Mapping[str, Tensor], dep_q: int) -> dict[str, Tensor]:
-    """A state dict in the fused layout, as NVIDIA spells it, from split names."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        target = fused_name(name)
-        if target is None:
-            out[name] = tensor
-        elif target[1] == 0:
-            out[target[0]] = torch.cat([state[n] for n in split_names(target[0], attention_steps(name, dep_q))])
-    return out

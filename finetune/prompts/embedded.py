@@ -1,4 +1,4 @@
-"""`.pt` voices in NVIDIA's format, read and written."""
+"""`.pt` voices in NVIDIA's format. `finetune.tools.make_voice` writes them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from finetune.cli import UserError
 from finetune.prompts.hybrid import VoicePrompt
-from finetune.streams import N_STREAMS, SINE_TOKENS, TEXT_PAD, stack_streams
+from finetune.streams import N_STREAMS
 
 RING = 4  # token columns that a .pt keeps
 ReadRows = Callable[[str, int, int], Tensor]  # (name, start, stop) -> rows [start, stop) of a parameter
@@ -62,54 +62,12 @@ def load_embedded(path: Path, delays: list[int], embed: Callable[[Tensor], Tenso
     return VoicePrompt(path.name, embeddings=embeddings[:, 0, 0], tail=tail)
 
 
-def make_embedded(read: ReadRows, lm_kwargs: dict, codes: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return what the runtime saves after it has stepped through a voice prompt.
-
-    Args:
-        read: reads rows of the model's embedding tables.
-        lm_kwargs: of the model: its delays and token counts.
-        codes: [8, N] int64, the agent's.
-        dtype: in which the runtime holds the tables.
-    Returns:
-        "embeddings" [N - 1, 1, 1, dim], the transformer's inputs at columns 0..N-2, and "cache" [1, 17, 4] int64, the
-        last four columns written to each stream, column c at c modulo 4.
-    Raises:
-        UserError: fewer frames than the runtime keeps.
-    """
-    length, delays = codes.shape[1], lm_kwargs["delays"]
-    if length < RING:
-        raise UserError(f"a voice prompt needs at least {RING} frames of 80 ms, and this one has {length}")
-    frames = stack_streams([TEXT_PAD] * length, codes, torch.tensor(SINE_TOKENS).view(-1, 1))
-    columns = torch.full((N_STREAMS, length + max(delays)), lm_kwargs["card"])
-    columns[0] = lm_kwargs["text_card"]
-    cache = torch.empty(1, N_STREAMS, RING, dtype=torch.int64)
-    for stream, delay in enumerate(delays):
-        # Frame t goes to column t + delay. Earlier columns hold the initial token, which also overwrites frame 0.
-        columns[stream, delay + 1 : delay + length] = frames[stream, 1:]
-        last = torch.arange(length + delay - RING, length + delay)
-        cache[0, stream, last % RING] = columns[stream, last]
-    return {"embeddings": _embed_columns(read, columns[:, : length - 1], dtype)[:, None, None], "cache": cache}
-
-
 def embed_column(read: ReadRows, tokens: Tensor) -> Tensor:
     """Return the temporal transformer's input [dim] float32 for one delayed column [17]; token -1 adds nothing."""
-    rows = [read(_table(k), token, token + 1)[0].float() for k, token in enumerate(tokens.tolist()) if token >= 0]
-    return torch.stack(rows).sum(0)
+    used = [(embedding_table(stream), token) for stream, token in enumerate(tokens.tolist()) if token >= 0]
+    return torch.stack([read(table, token, token + 1)[0].float() for table, token in used]).sum(0)
 
 
-def _embed_columns(read: ReadRows, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the temporal transformer's inputs [T, dim] for columns [17, T], reading only the rows of their tokens.
-
-    Streams are added one by one, audio before text, as LMModel does: in bf16 the order changes the sum.
-    """
-    total = None
-    for stream in (*range(1, N_STREAMS), 0):
-        tokens, index = columns[stream].unique(return_inverse=True)
-        rows = torch.cat([read(_table(stream), token, token + 1) for token in tokens.tolist()]).to(dtype)[index]
-        total = rows if total is None else total + rows
-    return total
-
-
-def _table(stream: int) -> str:
-    """Name of a stream's embedding table in LMModel."""
+def embedding_table(stream: int) -> str:
+    """Return the name of a stream's embedding table in LMModel."""
     return f"emb.{stream - 1}.weight" if stream else "text_emb.weight"

@@ -1,18 +1,13 @@
 """`same_speaker` voices: the agent's own speech from elsewhere in the recording."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from moshi.models import MimiModel
 
-from finetune.audio.codec import encode_audio
-from finetune.audio.codes import save_tensors
-from finetune.audio.files import probe_audio, read_audio
-from finetune.audio.words import MAIN_SPEAKER, Word, read_words
+from finetune.audio.files import read_audio
+from finetune.audio.words import Word
 from finetune.cli import UserError
 from finetune.prompts.recordings import normalise
 
@@ -58,40 +53,6 @@ def same_speaker_file(codes: Path) -> Path:
     return codes.with_name(codes.name + ".voices")
 
 
-def save_same_speaker(
-    files: Sequence[tuple[Path, Path]], mimi: MimiModel, fingerprint: str,
-    speakers: Sequence[str] = (MAIN_SPEAKER,), exact: bool = False,
-) -> dict[Path, str]:  # fmt: skip
-    """Encode the `same_speaker` segments of recordings, and save them next to their codes.
-
-    A recording without enough speech, or whose words are where it is silent, gets an empty list of segments.
-
-    Args:
-        files: (recording, its file of codes) pairs.
-        fingerprint: of the codec; `exact`: see finetune.audio.codec.
-        speakers: whose words show where the agent speaks.
-    Returns:
-        {recording: reason} for recordings that could not be read.
-    """
-    problems: dict[Path, str] = {}
-    for i in range(0, len(files), 16):
-        found = []  # (file to write, digest of the words, [(start, end, sound)]) for each recording
-        for recording, codes in files[i : i + 16]:
-            try:
-                words, _ = read_words(recording, speakers)
-                spans = voice_segments(words, probe_audio(recording).duration_sec)
-                audio = [(*span, segment_audio(recording, *span)) for span in spans]
-                found.append((same_speaker_file(codes), _digest(words), [a for a in audio if a[2] is not None]))
-            except UserError as error:
-                problems[recording] = str(error)
-        encoded = iter(encode_audio(mimi, [pcm for *_, audio in found for *_, pcm in audio], exact))
-        for target, words, audio in found:
-            segments = [{"start": a, "end": b, "codes": next(encoded).to(torch.int16)} for a, b, _ in audio]
-            entry = {"mimi": fingerprint, "speakers": list(speakers), "words": words, "exact": exact}
-            save_tensors(target, entry | {"stretches": segments})  # the name that existing files have
-    return problems
-
-
 def load_same_speaker(path: Path, fingerprint: str | None, speakers: Sequence[str]) -> list[dict]:
     """Return the segments that `save_same_speaker` wrote: [{"start", "end" (sec), "codes": [8, N] int16}].
 
@@ -111,19 +72,3 @@ def load_same_speaker(path: Path, fingerprint: str | None, speakers: Sequence[st
         difference = f"holds the speech of {', '.join(found)}, and data.speakers is {', '.join(speakers)}"
         raise UserError(f"{path}: {difference}; {remedy} --speakers {' '.join(speakers)}")
     return segments
-
-
-def has_same_speaker(recording: Path, codes: Path, fingerprint: str, speakers: Sequence[str], exact: bool) -> bool:
-    """Return whether valid segments of the recording's present words exist; if `exact`, exactly encoded ones."""
-    path = same_speaker_file(codes)
-    try:
-        load_same_speaker(path, fingerprint, speakers)
-        entry = torch.load(path, weights_only=True)
-        current = entry.get("words") == _digest(read_words(recording, speakers)[0])
-        return current and (bool(entry.get("exact")) or not exact)
-    except UserError:
-        return False
-
-
-def _digest(words: list[Word]) -> str:
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.cli import Parser, UserError, run
+from finetune.cli import UserError, run
 from finetune.config import load_args
 from finetune.data.run_data import RunData
 from finetune.distributed import session
@@ -21,6 +21,8 @@ from finetune.files import replacing
 from finetune.loss import group_weights
 from finetune.model.stored import load_merged, open_stored
 from finetune.model.training_lm import TrainingLM
+from finetune.parser import Parser
+from finetune.run_dir import stored_settings
 from finetune.streams import DEP_Q
 
 
@@ -31,9 +33,10 @@ def main() -> None:
     given = parser.parse_args()
     if not (given.run / "args.yaml").is_file():
         raise UserError(f"{given.run}: not a run folder (it has no args.yaml)")
-    if not load_args(given.run / "args.yaml", ["do_eval=false", *given.overrides]).data.eval_data:
+    load = lambda *changes: load_args(given.run / "args.yaml", [*changes, *given.overrides], stored_settings(given.run))
+    if not load("do_eval=false").data.eval_data:
         raise UserError(f"{given.run}: the run has no held-out data; name some: data.eval_data=held_out.jsonl")
-    args = load_args(given.run / "args.yaml", ["do_eval=true", *given.overrides])
+    args = load("do_eval=true")
     source = open_stored(str(given.run))
     kwargs, step = source.kwargs, source.training.step if source.training else 0
     with session(args.device) as world:

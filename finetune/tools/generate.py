@@ -8,6 +8,7 @@ agent is the left channel and the user the right one.
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from moshi.models import MimiModel
 from finetune.audio.codec import encode_audio
 from finetune.audio.codes import fingerprint_mimi
 from finetune.audio.files import SAMPLE_RATE, probe_audio, read_audio, write_conversation
-from finetune.cli import Parser, UserError, run
+from finetune.cli import UserError, run
 from finetune.dialogue import spoken_words
 from finetune.distributed import multiplies_bfloat16, pick_device
 from finetune.files import replacing
 from finetune.generate import Sampling, decode_codes, generate
 from finetune.model.stored import INFERENCE_DTYPES, StoredModel, load_merged, open_stored
+from finetune.parser import Parser
 from finetune.prompts.embedded import embed_column
 from finetune.prompts.hybrid import SystemPrompt, build_prompt
 from finetune.prompts.text import wrap_system_prompt
@@ -112,13 +114,13 @@ def _build_prompt(
         if text or args.voice:
             raise UserError(f"{args.checkpoint}: a Moshi of 8 codebooks has no prompts; drop --voice and --text-prompt")
         return None
-    book = VoiceBook(args.voices_dir, source.voices_archive, setting="--voices-dir")
-    files = [book.find(args.voice, base=Path.cwd())] if args.voice else []
-    embed = lambda column: embed_column(source.read, column)
-    fingerprint = lambda: fingerprint_mimi(mimi)
-    voices = load_voices(files, lambda: mimi, fingerprint, embed, source.kwargs["delays"], trains_embeddings=False)
-    ids = tokenizer.encode(text, add_bos=False, add_eos=False)
-    return build_prompt(voices[files[0]] if files else None, ids)
+    voice = None
+    if args.voice:
+        path = VoiceBook(args.voices_dir, source.voices_archive, setting="--voices-dir").find(args.voice, Path.cwd())
+        embed, delays = functools.partial(embed_column, source.read), source.kwargs["delays"]
+        fingerprint = lambda: fingerprint_mimi(mimi)
+        voice = load_voices([path], lambda: mimi, fingerprint, embed, delays, trains_embeddings=False)[path]
+    return build_prompt(voice, tokenizer.encode(text, add_bos=False, add_eos=False))
 
 
 if __name__ == "__main__":

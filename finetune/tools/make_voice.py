@@ -9,13 +9,18 @@ becomes stale when they are trained (full fine-tuning, lora.ft_embed). LoRA with
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from finetune.audio.codes import fingerprint_mimi, save_tensors
 from finetune.audio.files import FRAME_RATE
-from finetune.cli import Parser, UserError, run
+from finetune.cli import UserError, run
 from finetune.distributed import pick_device
 from finetune.model.stored import INFERENCE_DTYPES, open_stored
-from finetune.prompts.embedded import make_embedded
+from finetune.parser import Parser
+from finetune.prompts.embedded import RING, ReadRows, embedding_table
 from finetune.prompts.recordings import encode_recordings
+from finetune.streams import N_STREAMS, SINE_TOKENS, TEXT_PAD, stack_streams
 
 
 def main() -> None:
@@ -40,6 +45,49 @@ def main() -> None:
     save_tensors(args.out, make_embedded(source.read, source.kwargs, codes, INFERENCE_DTYPES[args.dtype]))
     seconds = codes.shape[1] / FRAME_RATE
     print(f"wrote {args.out}: {seconds:.1f} s, for models with the embedding tables of {args.weights}")
+
+
+def make_embedded(read: ReadRows, lm_kwargs: dict, codes: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what the runtime saves after it has stepped through a voice prompt.
+
+    Args:
+        read: reads rows of the model's embedding tables.
+        lm_kwargs: of the model: its delays and token counts.
+        codes: [8, N] int64, the agent's.
+        dtype: in which the runtime holds the tables.
+    Returns:
+        "embeddings" [N - 1, 1, 1, dim], the transformer's inputs at columns 0..N-2, and "cache" [1, 17, 4] int64, the
+        last four columns written to each stream, column c at c modulo 4.
+    Raises:
+        UserError: fewer frames than the runtime keeps.
+    """
+    length, delays = codes.shape[1], lm_kwargs["delays"]
+    if length < RING:
+        raise UserError(f"a voice prompt needs at least {RING} frames of 80 ms, and this one has {length}")
+    frames = stack_streams([TEXT_PAD] * length, codes, torch.tensor(SINE_TOKENS).view(-1, 1))
+    columns = torch.full((N_STREAMS, length + max(delays)), lm_kwargs["card"])
+    columns[0] = lm_kwargs["text_card"]
+    cache = torch.empty(1, N_STREAMS, RING, dtype=torch.int64)
+    for stream, delay in enumerate(delays):
+        # Frame t goes to column t + delay. Earlier columns hold the initial token, which also overwrites frame 0.
+        columns[stream, delay + 1 : delay + length] = frames[stream, 1:]
+        last = torch.arange(length + delay - RING, length + delay)
+        cache[0, stream, last % RING] = columns[stream, last]
+    return {"embeddings": _embed_columns(read, columns[:, : length - 1], dtype)[:, None, None], "cache": cache}
+
+
+def _embed_columns(read: ReadRows, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the temporal transformer's inputs [T, dim] for columns [17, T], reading only the rows of their tokens.
+
+    Streams are added one by one, audio before text, as LMModel does: in bf16 the order changes the sum.
+    """
+    total = None
+    for stream in (*range(1, N_STREAMS), 0):
+        tokens, index = columns[stream].unique(return_inverse=True)
+        rows = torch.cat([read(embedding_table(stream), token, token + 1) for token in tokens.tolist()])
+        rows = rows.to(dtype)[index]
+        total = rows if total is None else total + rows
+    return total
 
 
 if __name__ == "__main__":

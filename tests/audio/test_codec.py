@@ -1,7 +1,6 @@
+"""Codes of many streams at once: those of a single stream, of bounded memory, and on a GPU."""
+
 import ctypes
-import gc
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,10 +9,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from finetune.audio import codec
-from finetune.audio.codec import default_slots, encode_audio, encode_streams
+from finetune.audio.codec import encode_audio, encode_streams
+from finetune.audio.memory import default_slots
 from finetune.cli import UserError
 from tests.audio.tiny_mimi import encode_by_hand, make_mimi
-from tests.support import ROOT
+from tests.support import script
 
 FRAME = 1920
 
@@ -47,16 +47,18 @@ def alone(mimi, wavs):
     return [encode_by_hand(mimi, wav) for wav in wavs]
 
 
-# --- encode_streams ---
-
-
-@pytest.mark.parametrize("slots", [1, 2, 3, 8, 20])
-def test_exact_codes_are_those_of_a_single_stream(mimi, wavs, alone, slots):
+@pytest.mark.parametrize("slots, refill_frames", [(1, 1), (2, 1), (3, 1), (20, 1), (3, 8)])
+def test_exact_codes_are_those_of_a_single_stream(mimi, wavs, alone, slots, refill_frames, monkeypatch):
+    """However a stream is cut in pieces; also if free slots wait for others, as on a GPU."""
+    monkeypatch.setitem(codec._REFILL_FRAMES, "cpu", refill_frames)
     assert min(len(codebook.unique()) for codebook in torch.cat(alone, dim=1)) > 20
-    ended = dict(encode_streams(mimi, ([wav] for wav in wavs), slots, exact=True))
-    for i, codes in enumerate(alone):
-        assert ended[i].dtype == torch.int16 and ended[i].shape == (1, 8, -(-LENGTHS[i] // FRAME))
-        assert torch.equal(ended[i][0].long(), codes), i
+    rng = np.random.default_rng(0)
+    pieces = lambda wav: np.split(wav, np.sort(rng.integers(0, len(wav) + 1, 6)))
+    for cut in (lambda wav: [wav], pieces):
+        ended = dict(encode_streams(mimi, map(cut, wavs), slots, exact=True))
+        for i, codes in enumerate(alone):
+            assert ended[i].dtype == torch.int16 and ended[i].shape == (1, 8, -(-LENGTHS[i] // FRAME))
+            assert torch.equal(ended[i][0].long(), codes), i
 
 
 def test_batch_codes_do_not_depend_on_the_other_streams(mimi, wavs):
@@ -84,20 +86,7 @@ def test_exact_sums_are_computed_slot_by_slot(mimi, wavs, exact):
     assert not others & {function for function, _ in calls}
 
 
-def test_slots_may_wait_for_each_other(mimi, wavs, alone, monkeypatch):
-    monkeypatch.setitem(codec._REFILL_FRAMES, "cpu", 8)  # as on a GPU
-    ended = dict(encode_streams(mimi, ([wav] for wav in wavs), slots=3, exact=True))
-    assert all(torch.equal(ended[i][0].long(), codes) for i, codes in enumerate(alone))
-
-
-def test_lengths_of_pieces_do_not_matter(mimi, wavs, alone):
-    rng = np.random.default_rng(0)
-    pieces = lambda wav: np.split(wav, np.sort(rng.integers(0, len(wav) + 1, 6)))
-    for i, codes in encode_streams(mimi, (pieces(wav) for wav in wavs), slots=4, exact=True):
-        assert torch.equal(codes[0].long(), alone[i])
-
-
-@pytest.mark.parametrize("slots", [2, 3, 5])
+@pytest.mark.parametrize("slots", [2, 5])
 def test_each_channel_of_a_recording_takes_a_slot(mimi, slots):
     stereo = [np.stack(make_wavs([n, n], seed=n)) for n in (5 * FRAME, 100, 12 * FRAME + 3)]
     for i, codes in list(encode_streams(mimi, ([pcm] for pcm in stereo), slots, exact=True)):
@@ -137,31 +126,17 @@ def test_recordings_and_pieces_are_requested_as_they_are_needed(mimi):
     assert not mimi.is_streaming
 
 
-def test_codes_of_a_long_recording_are_not_kept_as_a_tensor_per_frame(mimi):
-    """A frame's codes take 16 bytes per channel; a tensor takes some hundred more."""
-    tensors = lambda: sum(type(each) is torch.Tensor for each in gc.get_objects())
-    counts = []
-
-    def source():
-        for frame in range(321):
-            if frame in (160, 320):
-                counts.append(tensors())
-            yield np.zeros(FRAME, dtype=np.float32)
-
-    [(_, codes)] = encode_streams(mimi, [source()], slots=1)
-    assert codes.shape == (1, 8, 321) and counts[1] - counts[0] <= 160 / 16
-
-
-# --- encode_audio ---
-
-
-def test_encode_audio_keeps_the_order_and_the_state_of_mimi(mimi, wavs, alone):
+def test_encode_audio_is_exact_on_a_cpu_unless_told_otherwise(mimi, wavs, alone):
+    """It keeps the order of recordings, and the state of Mimi."""
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
             codes = encode_audio(mimi, [torch.from_numpy(wav) for wav in wavs])
         assert not mimi.is_streaming
         for made, wanted in zip(codes, alone, strict=True):
             assert made.dtype == torch.int64 and torch.equal(made, wanted)
+    batch = dict(encode_streams(mimi, ([wav] for wav in wavs), len(wavs)))
+    for i, made in enumerate(encode_audio(mimi, wavs, exact=False)):
+        assert torch.equal(made, batch[i][0].long())
     # Inference tensors could not be embedded where gradients are needed.
     table = torch.nn.Embedding(2048, 2)
     table(codes[0]).sum().backward()
@@ -171,23 +146,7 @@ def test_encode_audio_keeps_the_order_and_the_state_of_mimi(mimi, wavs, alone):
     assert not mimi.is_streaming
 
 
-@pytest.mark.parametrize("exact, wanted", [(None, True), (True, True), (False, False)])
-def test_encode_audio_is_exact_on_a_cpu_unless_told_otherwise(mimi, monkeypatch, exact, wanted):
-    calls = []
-
-    def spy(mimi, sources, slots, exact):
-        sources = list(sources)
-        calls.append(([len(wav) for [wav] in sources], slots, exact))
-        return encode_streams(mimi, sources, slots, exact)
-
-    monkeypatch.setattr(codec, "encode_streams", spy)
-    for lengths, slots in (([5, 9, 7], 3), (range(1, 36), 32)):
-        codes = encode_audio(mimi, [np.ones(length, dtype=np.float32) for length in lengths], exact)
-        assert len(codes) == len(lengths)
-        assert calls.pop() == (sorted(lengths, reverse=True), slots, wanted)
-
-
-# --- Slots and memory ---
+# --- slots and memory -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -206,7 +165,7 @@ def test_default_slots_fit_the_free_memory_of_a_gpu(monkeypatch, free, reserved,
 def test_freed_memory_is_not_requested_from_the_system_again():
     program = """
 import resource, sys, torch
-from finetune.audio.codec import keep_freed_memory
+from finetune.audio.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 faults = []
@@ -216,15 +175,11 @@ for _ in range(24):  # the first ones arrange the blocks so that they can be use
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(min(faults))
 """
-    faults = {}
-    for how in ("kept", "returned"):
-        command = [sys.executable, "-c", program, how]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-        faults[how] = int(done.stdout)
-    assert faults["kept"] < 10 < faults["returned"], faults  # 16,384 pages, or 32 huge ones
+    kept, returned = (int(script("-c", program, how).stdout) for how in ("kept", "returned"))
+    assert kept < 10 < returned  # 16,384 pages, or 32 huge ones
 
 
-# --- GPU ---
+# --- GPU --------------------------------------------------------------------------------------------------------
 
 needs_gpus = lambda count: pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} GPU(s)")
 

@@ -1,9 +1,12 @@
+"""Reading segments, pieces and whole files of any format and rate, and writing wavs."""
+
 import errno
 import os
 import struct
 import tempfile
 import tracemalloc
 import wave
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +15,19 @@ import scipy.signal
 import sphn
 from moshi.models import loaders
 
-from finetune.audio import files
-from finetune.audio.files import (
-    decodable_sec,
-    probe_audio,
-    read_audio,
-    stream_audio,
-    to_frames,
-    to_int16,
-    wav_writer,
-    write_conversation,
-    write_wav,
-)
+from finetune.audio import files, stream
+from finetune.audio.files import probe_audio, read_audio, to_frames, to_int16, wav_writer, write_conversation, write_wav
+from finetune.audio.stream import decodable_sec, stream_audio
 from finetune.cli import UserError
 from tests import support
-from tests.support import write_adpcm, write_panic
+from tests.support import write_adpcm, write_panic, write_riff
 
 SOUNDS = Path(__file__).parent / "sounds"
+
+
+def streamed(path):
+    """The pieces of a file, joined."""
+    return np.concatenate(list(stream_audio(path)), axis=1)
 
 
 @pytest.fixture
@@ -42,19 +41,15 @@ def noise(tmp_path):
     return make
 
 
-def test_constants_are_those_of_mimi():
+def test_frames_are_those_of_mimi():
     assert (files.SAMPLE_RATE, files.FRAME_RATE) == (loaders.SAMPLE_RATE, loaders.FRAME_RATE) == (24_000, 12.5)
     assert files.FRAME_SIZE == 1920
-
-
-def test_frames_of_a_duration():
-    """0.56 * 12.5 is 7.000000000000001 in floating point."""
-    for frames in range(3000):
+    for frames in range(3000):  # 0.56 * 12.5 is 7.000000000000001
         assert to_frames(frames * 0.08) == frames
         assert to_frames((1920 * frames + 1) / 24_000) == frames + 1
 
 
-# --- Reading ---
+# --- reading ----------------------------------------------------------------------------------------------------
 
 
 def resampled(pcm, source, target, positions):
@@ -78,8 +73,8 @@ def assert_parts_equal_whole(path, source, segments, monkeypatch):
         wanted = resampled(decoded[:, :source], source, 24_000, positions)
         assert np.abs(whole[:, positions] - wanted).max() < 1e-5
     for seconds in (1, 2, 9, 20):
-        monkeypatch.setattr(files, "PIECE_SEC", seconds)
-        assert np.array_equal(np.concatenate(list(stream_audio(path)), axis=1), whole)
+        monkeypatch.setattr(stream, "PIECE_SEC", seconds)
+        assert np.array_equal(streamed(path), whole)
     for start, duration in segments:
         first = round(start * 24_000)
         stop = None if duration is None else first + round(duration * 24_000)
@@ -88,8 +83,8 @@ def assert_parts_equal_whole(path, source, segments, monkeypatch):
     return whole
 
 
-@pytest.mark.parametrize("sample_rate", [8_000, 11_025, 24_000, 44_056, 44_100, 48_000])
-@pytest.mark.parametrize("extra", [0, 17])
+@pytest.mark.parametrize("sample_rate, extra", [(8_000, 17), (11_025, 0), (24_000, 0), (44_056, 17), (44_100, 0),
+                                                (48_000, 17)])  # fmt: skip
 def test_segments_and_pieces_are_bit_for_bit_those_of_the_whole_file(noise, sample_rate, extra, monkeypatch):
     path = noise(sample_rate, 9, extra)
     segments = (0, 2.5), (1.28, 3.333), (7.04, 30), (8.9999, 1), (9.5, 1), (40, 1), (2.00004, None)
@@ -126,9 +121,7 @@ def write_extensible(path, pcm):
     block = 2 * len(pcm)
     form = struct.pack("<HHIIHHHHIH", 0xFFFE, len(pcm), 24_000, 24_000 * block, block, 16, 22, 16, 3, 1)
     form += bytes.fromhex("000000001000800000aa00389b71")
-    data = pcm.T.astype("<i2").tobytes()
-    chunks = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data)) + data
-    path.write_bytes(b"RIFF" + struct.pack("<I", len(chunks)) + chunks)
+    write_riff(path, form, pcm.T.astype("<i2").tobytes())
 
 
 def test_formats_with_exact_seeking_are_not_decoded_whole(tmp_path, monkeypatch):
@@ -144,7 +137,7 @@ def test_formats_with_exact_seeking_are_not_decoded_whole(tmp_path, monkeypatch)
 
 
 def test_other_formats_are_decoded_once_even_if_many_are_read_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE_SEC", 1)
+    monkeypatch.setattr(stream, "PIECE_SEC", 1)
     for name in "abc":
         write_adpcm(tmp_path / f"{name}.wav", 16_000, 140)
     before = files._decode_to_disk.cache_info().misses
@@ -178,7 +171,7 @@ def test_a_full_temporary_folder_is_named(tmp_path, monkeypatch):
 
 
 def test_memory_does_not_grow_with_a_streamed_file(noise, monkeypatch):
-    monkeypatch.setattr(files, "PIECE_SEC", 1)
+    monkeypatch.setattr(stream, "PIECE_SEC", 1)
     path = noise(8_000, 60)
     next(stream_audio(path))  # imports scipy
     tracemalloc.start()
@@ -188,7 +181,7 @@ def test_memory_does_not_grow_with_a_streamed_file(noise, monkeypatch):
     assert samples == 60 * 24_000 and peak < 60 * 8_000 * 8 / 3  # a third of the decoded file
 
 
-@pytest.mark.parametrize("source", [8_000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000])
+@pytest.mark.parametrize("source", [8_000, 22_050, 44_100, 48_000])
 @pytest.mark.parametrize("target", [16_000, 24_000])
 def test_resampling_keeps_tones_in_place_and_removes_what_the_target_cannot_hold(tmp_path, source, target):
     tone = lambda hertz, rate: np.sin(2 * np.pi * hertz * np.arange(rate) / rate).astype(np.float32)
@@ -226,25 +219,22 @@ def test_a_truncated_file_gives_what_is_left(noise, monkeypatch):
     whole = read_audio(path)
     path.write_bytes(path.read_bytes()[: 44 + 44_100 * 4 * 2])
     assert probe_audio(path).duration_sec > 4.9
-    monkeypatch.setattr(files, "PIECE_SEC", 1)
-    left = np.concatenate(list(stream_audio(path)), axis=1)
+    monkeypatch.setattr(stream, "PIECE_SEC", 1)
+    left = streamed(path)
     assert left.shape == (2, 48_000) and np.array_equal(left[:, :-100], whole[:, :47_900])
 
 
-# --- What cannot be read ---
+# --- what cannot be read ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -3e4, 100.0, 99.9])
-def test_samples_that_are_not_sound_are_refused(tmp_path, bad):
+@pytest.mark.parametrize("sample, fits", [(np.nan, False), (-np.inf, False), (100.0, False), (99.9, True)])
+def test_samples_that_are_not_sound_are_refused(tmp_path, sample, fits):
     pcm = np.zeros((2, 30_000), dtype=np.float32)
-    pcm[1, 29_000] = bad
-    support.write_wav(tmp_path / "bad.wav", pcm, 24_000, float32=True)
-    if bad == 99.9:
-        assert read_audio(tmp_path / "bad.wav").max() == np.float32(99.9)
-        return
-    for use in (read_audio, lambda path: list(stream_audio(path))):
-        with pytest.raises(UserError, match=r"bad\.wav: .*not finite"):
-            use(tmp_path / "bad.wav")
+    pcm[1, 29_000] = sample
+    support.write_wav(tmp_path / "a.wav", pcm, 24_000, float32=True)
+    for use in (read_audio, streamed):
+        with nullcontext() if fits else pytest.raises(UserError, match=r"a\.wav: .*not finite"):
+            use(tmp_path / "a.wav")
 
 
 def test_a_panic_of_the_decoder_is_a_user_error(tmp_path):
@@ -256,20 +246,23 @@ def test_a_panic_of_the_decoder_is_a_user_error(tmp_path):
         read_audio(tmp_path / "panic.wav")
 
 
-def test_unreadable_files_are_user_errors(tmp_path, noise):
+def test_unreadable_files_are_user_errors(tmp_path):
     (tmp_path / "text.wav").write_text("not a wav")
     support.write_wav(tmp_path / "slow.wav", np.zeros((1, 999)), 999)
     for name, words in (("none", "no such file"), ("text", "not readable as audio"), ("slow", "at 999 Hz")):
-        for use in (probe_audio, read_audio, lambda path: list(stream_audio(path))):
+        for use in (probe_audio, read_audio, streamed):
             with pytest.raises(UserError, match=rf"{name}\.wav: .*{words}"):
                 use(tmp_path / f"{name}.wav")
+
+
+def test_a_channel_that_does_not_exist_is_a_user_error(noise):
     path = noise(24_000, 1)
     assert np.array_equal(read_audio(path, channel=0), read_audio(path)[:1])
     with pytest.raises(UserError, match=r"noise\.wav: .*channel 2"):
         read_audio(path, channel=2)
 
 
-# --- Writing ---
+# --- writing ----------------------------------------------------------------------------------------------------
 
 
 def test_floats_are_rounded_to_16_bits_and_clipped():
@@ -278,26 +271,16 @@ def test_floats_are_rounded_to_16_bits_and_clipped():
     assert samples.dtype == np.int16 and samples.tolist() == [0, 32767, -32767, 32767, -32767, 0, 1, -1, 16384]
 
 
-@pytest.mark.parametrize("channels, sample_rate", [(1, 24_000), (2, 8_000), (3, 44_100)])
-def test_a_wav_in_pieces_is_the_wav_in_one(tmp_path, channels, sample_rate):
-    pcm = np.random.default_rng(0).integers(-32767, 32767, (channels, 1000), dtype=np.int16)
-    support.write_wav(tmp_path / "wanted.wav", pcm / 32767, sample_rate)
-    write_wav(tmp_path / "whole.wav", pcm, sample_rate)
-    with wav_writer(tmp_path / "pieces.wav", channels, sample_rate) as append:
+def test_a_wav_in_pieces_is_the_wav_in_one(tmp_path):
+    pcm = np.random.default_rng(0).integers(-32767, 32767, (3, 1000), dtype=np.int16)
+    support.write_wav(tmp_path / "wanted.wav", pcm / 32767, 44_100)
+    write_wav(tmp_path / "whole.wav", pcm, 44_100)
+    with wav_writer(tmp_path / "pieces.wav", 3, 44_100) as append:
         for piece in np.split(pcm, [1, 1, 700], axis=1):
             append(piece)
         assert not (tmp_path / "pieces.wav").exists()
     for name in ("whole", "pieces"):
         assert (tmp_path / f"{name}.wav").read_bytes() == (tmp_path / "wanted.wav").read_bytes()
-
-
-def test_a_wav_that_fails_leaves_the_old_file(tmp_path):
-    write_wav(tmp_path / "a.wav", np.ones((1, 5), dtype=np.int16))
-    before = (tmp_path / "a.wav").read_bytes()
-    with pytest.raises(ZeroDivisionError), wav_writer(tmp_path / "a.wav", 2, 8_000) as append:
-        append(np.zeros((2, 9), dtype=np.int16))
-        raise ZeroDivisionError
-    assert (tmp_path / "a.wav").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("longer", ["agent", "user"])

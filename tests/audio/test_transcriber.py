@@ -3,7 +3,6 @@
 import urllib.error
 from collections import Counter
 from itertools import islice, pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +17,10 @@ from finetune.audio.transcriber import (
     Transcriber,
     download_whisper,
     find_speech,
-    known_model,
     load_whisper,
     read_blocks,
     repair_words,
+    speech_segments,
 )
 from finetune.cli import UserError
 from finetune.jobs.workers import WorkerBroken
@@ -36,23 +35,19 @@ def scripted(tmp_path_factory) -> str:
 # --- Models -----------------------------------------------------------------------------------------------------------
 
 
-def test_models_are_recognised_by_the_ends_of_their_names():
-    assert known_model("/models/whisper-tiny.en.pt") == known_model("tiny.en") == "tiny.en"
-    assert known_model("large-v3.pt") == "large-v3"
-    assert known_model("mine.pt") is None and known_model("notiny.pt") is None
-
-
 def test_a_file_gets_the_alignment_heads_of_the_model_in_its_name(tmp_path):
+    model = whisper.model.Whisper(whisper.model.ModelDimensions(80, 1500, 24, 6, 1, 51864, 448, 24, 6, 4))
+    content = {"dims": vars(model.dims), "model_state_dict": model.half().state_dict()}
     heads = {}
-    for name in ("mine.pt", "my-tiny.en.pt", "my-large-v3.pt"):  # the file is of the size of none of them
-        model = whisper.model.Whisper(whisper.model.ModelDimensions(80, 1500, 24, 6, 1, 51864, 448, 24, 6, 4))
-        weights = {key: value.half() for key, value in model.state_dict().items()}
-        torch.save({"dims": vars(model.dims), "model_state_dict": weights}, tmp_path / name)
-        heads[name] = load_whisper(str(tmp_path / name), "cpu").alignment_heads.to_dense()
+    for name in ("mine", "notiny.en", "tiny.en", "my-tiny.en", "my-large-v3"):  # of the size of none of them
+        torch.save(content, tmp_path / f"{name}.pt")
+        heads[name] = load_whisper(str(tmp_path / f"{name}.pt"), "cpu").alignment_heads.to_dense()
+    generic = heads["mine"]
     model.set_alignment_heads(whisper._ALIGNMENT_HEADS["tiny.en"])
-    assert torch.equal(heads["my-tiny.en.pt"], model.alignment_heads.to_dense())
-    assert not torch.equal(heads["mine.pt"], heads["my-tiny.en.pt"])
-    assert torch.equal(heads["mine.pt"], heads["my-large-v3.pt"]), "the heads of another size are not taken"
+    for name in ("tiny.en", "my-tiny.en"):
+        assert torch.equal(heads[name], model.alignment_heads.to_dense()) and not torch.equal(heads[name], generic)
+    for name in ("notiny.en", "my-large-v3"):  # the heads of another size are not taken
+        assert torch.equal(heads[name], generic)
 
 
 def test_models_and_languages_that_cannot_be_used_are_refused(scripted, tmp_path):
@@ -90,42 +85,18 @@ def test_a_model_is_downloaded_by_name_into_whispers_cache(monkeypatch, tmp_path
 
 
 def test_blocks_of_a_long_file_end_in_silence_and_join_to_the_file(tmp_path):
-    """Every block but the last ends in a pause, nothing is lost or read twice, and memory does not grow."""
-    rate, seconds = 16_000, 1800
-    rng = np.random.default_rng(0)
+    """Every block but the last is shorter than 10 minutes and ends in a pause, and nothing is lost or read twice."""
+    rate, seconds = 16_000, 1300
     time = np.arange(seconds * rate) / rate
-    pcm = (0.1 * rng.standard_normal(len(time)) * (time % 30 < 25)).astype(np.float32)
+    pcm = (0.1 * np.random.default_rng(0).standard_normal(len(time)) * (time % 30 < 25)).astype(np.float32)
     sphn.write_wav(str(tmp_path / "long.wav"), pcm, rate)
-    sphn.write_wav(str(tmp_path / "start.wav"), pcm[: 11 * 60 * rate], rate)
-    del time
-
-    def read(name: str) -> tuple[list, float]:
-        reset_peak_memory()
-        before, blocks = peak_memory(), []
-        for start, block in read_blocks(tmp_path / name, 0):
-            blocks.append((start, len(block) / 16_000, float(np.square(block, dtype=np.float64).sum())))
-        return blocks, peak_memory() - before
-
-    read("start.wav")
-    _, short = read("start.wav")
-    blocks, long = read("long.wav")
-    ends = [start + length for start, length, _ in blocks]
-    assert [start for start, _, _ in blocks] == pytest.approx([0.0, *ends[:-1]]) and ends[-1] == pytest.approx(1800)
+    blocks = list(read_blocks(tmp_path / "long.wav", 0))
+    ends = [start + len(block) / rate for start, block in blocks]
+    assert [start for start, _ in blocks] == pytest.approx([0.0, *ends[:-1]]) and ends[-1] == pytest.approx(seconds)
+    assert len(blocks) == 3 and all(480 * rate < len(block) < 600 * rate for _, block in blocks[:-1])
     assert all(25.2 < end % 30 < 29.8 for end in ends[:-1])
-    assert len(blocks) == 4 and all(480 < length < 600 for _, length, _ in blocks[:-1])
-    whole = np.square(read_audio(tmp_path / "long.wav", sample_rate=rate), dtype=np.float64).sum()
-    assert sum(energy for _, _, energy in blocks) == pytest.approx(float(whole), rel=1e-9)
-    assert long < short + 60, f"{long:.0f} MB for half an hour, {short:.0f} MB for eleven minutes"
-
-
-def reset_peak_memory() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> float:
-    """Return the peak in megabytes."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    whole = read_audio(tmp_path / "long.wav", sample_rate=rate)[0]
+    assert np.array_equal(np.concatenate([block for _, block in blocks]), whole)
 
 
 @pytest.fixture
@@ -136,8 +107,7 @@ def short_blocks(monkeypatch):
 
 
 def test_a_block_ends_in_the_middle_of_the_quietest_second_of_its_end(tmp_path, short_blocks):
-    rng = np.random.default_rng(0)
-    pcm = (0.1 * rng.standard_normal(15 * RATE)).astype(np.float32)
+    pcm = (0.1 * np.random.default_rng(0).standard_normal(15 * RATE)).astype(np.float32)
     pcm[3 * RATE : 5 * RATE] = 0  # before the end of the block
     pcm[round(6.8 * RATE) : round(7.8 * RATE)] *= 0.1
     write_stereo(tmp_path / "a.wav", pcm)
@@ -146,15 +116,11 @@ def test_a_block_ends_in_the_middle_of_the_quietest_second_of_its_end(tmp_path, 
 
 def test_words_of_later_blocks_have_the_times_of_the_file(tmp_path, scripted, short_blocks):
     """A file of three blocks gives the words of its parts, each at its place."""
-    parts = [
-        np.concatenate([murmur(6.0, seed=1, lead=0.7), silence(2)]),
-        np.concatenate([silence(1), murmur(5.0, seed=2, lead=0.3), silence(2)]),
-        murmur(4.0, seed=3, lead=0.9),
-    ]
-    write_stereo(tmp_path / "long.wav", np.concatenate(parts))
+    parts = [murmur(6.0, seed=1, lead=0.7), silence(3), murmur(5.0, seed=2, lead=0.3), silence(2), murmur(4.0, seed=3)]
+    whole = np.concatenate(parts)
+    write_stereo(tmp_path / "long.wav", whole)
     starts = [start for start, _ in read_blocks(tmp_path / "long.wav", 0)]
     assert len(starts) == 3
-    whole = np.concatenate(parts)
     expected, sound_sec, engine = [], 0.0, Transcriber(scripted, "cpu")
     for start, end in pairwise([*starts, len(whole) / RATE]):
         write_stereo(tmp_path / "part.wav", whole[round(start * RATE) : round(end * RATE)])
@@ -173,11 +139,12 @@ def test_one_language_is_detected_and_kept_for_all_blocks(tmp_path, short_blocks
     french = scripted_whisper(tmp_path / "fr.pt", " bonjour tout le monde", language="fr")
     given = []
     original = whisper_timestamped.transcribe
-    monkeypatch.setattr(
-        whisper_timestamped,
-        "transcribe",
-        lambda *args, language, **rest: given.append(language) or original(*args, language=language, **rest),
-    )
+
+    def transcribe(*args, language, **options):
+        given.append(language)
+        return original(*args, language=language, **options)
+
+    monkeypatch.setattr(whisper_timestamped, "transcribe", transcribe)
     write_stereo(tmp_path / "a.wav", np.concatenate([murmur(6), silence(2), murmur(4)]))
     done = Transcriber(french, "cpu")(tmp_path / "a.wav", 0)
     assert done.language == "fr" and "bonjour" in [text for text, _, _ in done.words]
@@ -185,7 +152,7 @@ def test_one_language_is_detected_and_kept_for_all_blocks(tmp_path, short_blocks
     Transcriber(french, "cpu", "German")(tmp_path / "a.wav", 0)
     assert given[2:] == ["de", "de"]
     write_stereo(tmp_path / "b.wav", silence(1))
-    assert Transcriber(french, "cpu")(tmp_path / "b.wav", 0).language is None
+    assert Transcriber(french, "cpu")(tmp_path / "b.wav", 0) == ([], None, 1.0, 0.0, {})
 
 
 def mp3_frame(bitrate_index: int) -> bytes:
@@ -194,19 +161,13 @@ def mp3_frame(bitrate_index: int) -> bytes:
     return bytes([0xFF, 0xFB, bitrate_index << 4, 0]).ljust(144_000 * kbps // 44_100, b"\0")
 
 
-@pytest.mark.parametrize("gap", [0.01, 0.05, 0.19, 0.25, 1.0])
-def test_a_truncated_file_is_read_to_its_end(tmp_path, gap):
-    path = tmp_path / "a.wav"
-    write_stereo(path, murmur(3))
-    path.write_bytes(path.read_bytes()[: -4 * round(gap * RATE)])
-    found = [(start, len(pcm)) for start, pcm in islice(read_blocks(path, 0), 3)]
-    assert found == [(0.0, round((3 - gap) * 16_000))]
-
-
-def test_a_piped_wav_and_an_mp3_without_a_length_are_read_to_their_ends(tmp_path):
+def test_a_file_whose_header_is_wrong_is_read_to_its_end(tmp_path):
+    """A truncated wav, one from a pipe, and an mp3 without a length."""
     path = tmp_path / "a.wav"
     write_stereo(path, murmur(3))
     raw = bytearray(path.read_bytes())
+    path.write_bytes(raw[: -4 * round(0.19 * RATE)])
+    assert [(start, len(pcm)) for start, pcm in islice(read_blocks(path, 0), 3)] == [(0.0, round(2.81 * 16_000))]
     raw[4:8] = raw[40:44] = b"\xff\xff\xff\xff"  # as ffmpeg writes into a pipe
     path.write_bytes(raw)
     assert probe_audio(path).duration_sec > 20_000
@@ -232,9 +193,9 @@ def test_a_file_that_ends_with_a_block_is_read_to_its_end(tmp_path, scripted, sh
 SECOND = 50  # levels of 20 ms
 
 
-def room(speech_db: float, noise_db: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def room(speech_db: float, noise_db: float) -> tuple[np.ndarray, np.ndarray]:
     """20 s at 16 kHz with steady speech from 4 to 6 s and from 14 to 16 s, and bool [1000]: where it is."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     time = np.arange(20 * 16_000) / 16_000
     speech = np.where((time % 10 > 4) & (time % 10 < 6), rng.standard_normal(len(time)), 0.0)
     noise = rng.standard_normal(len(time))
@@ -242,19 +203,10 @@ def room(speech_db: float, noise_db: float, seed: int = 0) -> tuple[np.ndarray, 
     return speech * 10 ** (speech_db / 20) + noise * 10 ** (noise_db / 20), truth
 
 
-@pytest.mark.parametrize(
-    ("speech_db", "noise_db"),
-    [(-20, -120), (-20, -60), (-20, -45), (-40, -75), (-40, -52), (-40, -48.5), (-50, -58), (-12, -42)],
-)
+@pytest.mark.parametrize(("speech_db", "noise_db"), [(-20, -120), (-20, -45), (-40, -48.5), (-50, -58), (-12, -42)])
 def test_speech_is_found_at_any_level_in_any_room(speech_db, noise_db):
     pcm, truth = room(speech_db, noise_db)
     assert (find_speech(pcm) == truth).mean() > 0.995
-
-
-def test_in_loud_noise_no_speech_is_lost():
-    for speech_db, noise_db in ((-15, -20), (-20, -35), (-30, -36), (-41, -48)):
-        pcm, truth = room(speech_db, noise_db)
-        assert find_speech(pcm)[truth].all(), (speech_db, noise_db)
 
 
 def test_a_soft_voice_over_loud_noise_is_found():
@@ -270,24 +222,16 @@ def test_a_soft_voice_over_loud_noise_is_found():
 
 
 def test_a_channel_without_a_voice_is_silent():
-    for noise_db in (-120, -75, -60, -50, -42):
-        pcm, _ = room(-200, noise_db)
-        assert not find_speech(pcm).any(), noise_db
-    assert len(find_speech(np.zeros(0))) == 0
+    for noise_db in (-120, -60, -42):
+        assert not find_speech(room(-200, noise_db)[0]).any(), noise_db
 
 
-def test_the_other_speaker_in_the_headphones_is_not_heard():
-    pcm, truth = room(-20, -120)
-    other = np.roll(pcm, 3 * 16_000) * 10 ** (-38 / 20)
-    assert (find_speech(pcm + other) == truth).mean() > 0.995
-
-
-def test_clicks_are_not_transcribed(tmp_path, scripted):
-    pcm = silence(4)
-    pcm[RATE : RATE + RATE // 20] = 0.5  # 50 ms
-    write_stereo(tmp_path / "a.wav", pcm)
-    done = Transcriber(scripted, "cpu")(tmp_path / "a.wav", 0)
-    assert (done.words, done.language, done.sound_sec, done.duration) == ([], None, 0.0, 4.0)
+def test_segments_have_margins_inside_the_file_and_are_joined_where_these_touch():
+    speech = np.zeros(1000, dtype=bool)  # 20 s
+    speech[5:30] = speech[79:90] = speech[141:150] = speech[200:210] = speech[990:] = True  # with 49, 51, 50 between
+    expected = [(0.0, 2.3), (2.32, 4.7), (19.3, 20.0)]
+    assert np.allclose(speech_segments(speech, 0.5, 20.0), expected)
+    assert np.allclose(speech_segments(speech[:100], 0.0, 2.0), [(0.1, 0.6), (1.58, 1.8)])
 
 
 @pytest.mark.parametrize(("keep_silence", "segment"), [(False, (3.5, 6.5)), (True, (2.5, 7.5))])
@@ -346,20 +290,14 @@ def repaired(*words, speech=((1.0, 2.0),), duration=4.0) -> tuple[list, dict]:
     return [(text, round(a, 6), round(b, 6)) for text, a, b in repair_words(words, active, duration, repairs)], repairs
 
 
-@pytest.mark.parametrize(
-    ("times", "kept"),
-    # 0.2 s before and after the word may hold its sound.
-    [((0.4, 0.79), False), ((0.4, 0.81), True), ((2.19, 2.5), True), ((2.21, 2.5), False)],
-)
-def test_a_word_near_speech_is_kept(times, kept):
-    words, repairs = repaired(raw_word("a", *times))
-    assert len(words) == kept and repairs["dropped: in silence"] == (not kept)
+# 0.2 s before and after the word may hold its sound.
+@pytest.mark.parametrize(("start", "end", "kept"), [(0.4, 0.79, 0), (0.4, 0.81, 1), (2.19, 2.5, 1), (2.21, 2.5, 0)])
+def test_a_word_near_speech_is_kept(start, end, kept):
+    words, repairs = repaired(raw_word("a", start, end))
+    assert len(words) == kept and repairs["dropped: in silence"] == 1 - kept
 
 
-@pytest.mark.parametrize(
-    ("confidence", "phrase", "kept"),
-    [(0.02, 0.2, True), (0.019, 1.0, False), (1.0, 0.199, False)],
-)
+@pytest.mark.parametrize(("confidence", "phrase", "kept"), [(0.02, 0.2, True), (0.019, 1, False), (1, 0.199, False)])
 def test_words_of_low_confidence_are_dropped(confidence, phrase, kept):
     assert len(repaired(raw_word("a", 1.0, 1.5, confidence, phrase))[0]) == kept
 

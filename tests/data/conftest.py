@@ -9,14 +9,14 @@ from finetune.audio.codec import encode_audio
 from finetune.audio.codes import audio_fingerprint, fingerprint_mimi, save_codes
 from finetune.audio.files import read_audio
 from finetune.data.manifest import read_manifest
-from finetune.model.pretrained import open_pretrained
+from finetune.model.pretrained import Pretrained
 from tests.data.support import write_lines
 
 
 @pytest.fixture(scope="session")
 def parts(world):
     """(Mimi, SentencePiece tokenizer)."""
-    checkpoint = open_pretrained(str(world / "model"))
+    checkpoint = Pretrained(str(world / "model"))
     return checkpoint.mimi("cpu"), checkpoint.tokenizer()
 
 

@@ -18,14 +18,12 @@ def write_lines(path, lines, opener=open):
     return path
 
 
-def tokenizers(parts, window_frames=40):
-    """Both tokenizers, without prompts."""
+def tokenizers(parts, window_frames=40, prompter=None):
+    """Both tokenizers: of audio and of codes."""
     mimi, pieces = parts
-    interleaver = Interleaver(pieces)
-    return (
-        InterleavedTokenizer(interleaver, window_frames, mimi=mimi),
-        PrecomputedTokenizer(interleaver, window_frames, mimi_fingerprint=fingerprint_mimi(mimi)),
-    )
+    settings = (Interleaver(pieces), window_frames, ["SPEAKER_MAIN"], prompter)
+    live = InterleavedTokenizer(*settings, mimi=mimi)
+    return live, PrecomputedTokenizer(*settings, mimi_fingerprint=fingerprint_mimi(mimi))
 
 
 def prompted(parts, world, windows=None, **settings):
@@ -36,6 +34,4 @@ def prompted(parts, world, windows=None, **settings):
     if windows is not None:
         wanted = prompter.check([prompter.scan(windows.prompts())])
         prompter.voices = load_voices(wanted, lambda: mimi, lambda: fingerprint_mimi(mimi), None, DELAYS, False)
-    common = (Interleaver(pieces), 40, ["SPEAKER_MAIN"], prompter)
-    live = InterleavedTokenizer(*common, mimi=mimi)
-    return prompter, live, PrecomputedTokenizer(*common, mimi_fingerprint=fingerprint_mimi(mimi))
+    return prompter, *tokenizers(parts, prompter=prompter)

@@ -1,50 +1,48 @@
 """Failures on disk, lists for the user, and progress."""
 
+import errno
 import re
 import time
 
 import pytest
 
 from finetune.cli import UserError
-from finetune.jobs.failures import Failures, HoursBar, error_file, error_sentence, forget_error, show_list
+from finetune.jobs.failures import Failures, HoursBar, error_file, forget_error, show_list
 
 
 def test_a_failure_is_one_sentence_on_disk_until_it_is_forgotten(tmp_path):
+    output, sentence = tmp_path / "a.json", f"{tmp_path / 'a.wav'}: first line second line"
+    failures, later = Failures(), Failures()
+    assert failures.add(output, tmp_path / "a.wav", UserError("first line\n  second line")) == sentence
+    assert (tmp_path / "a.json.err").read_text() == sentence + "\n"
+    assert later.add_earlier(output) and not later.add_earlier(tmp_path / "b.json")
+    assert later == failures == {str(output): sentence}
+    forget_error(output)
+    forget_error(output)
+    assert not error_file(output).exists() and not Failures().add_earlier(output)
+
+
+def test_a_failure_whose_folder_is_missing_still_counts_and_names_its_file_once(tmp_path):
     failures = Failures()
-    failures.add(tmp_path / "a.json", "first line\n  second line")
-    assert (tmp_path / "a.json.err").read_text() == "first line second line\n"
-    later = Failures()
-    assert later.add_earlier(tmp_path / "a.json") and not later.add_earlier(tmp_path / "b.json")
-    assert later.sentences == failures.sentences == {str(tmp_path / "a.json"): "first line second line"}
-    assert len(later) == 1
-    forget_error(tmp_path / "a.json")
-    forget_error(tmp_path / "a.json")
-    assert not error_file(tmp_path / "a.json").exists() and not Failures().add_earlier(tmp_path / "a.json")
+    for sentence in ("nowhere/1.wav: too short", "nowhere/1.json: not JSON"):
+        failures.add(tmp_path / "nowhere/1.json", "nowhere/1.wav", UserError(sentence))
+        assert failures == {str(tmp_path / "nowhere/1.json"): sentence}
 
 
-def test_a_failure_whose_folder_is_missing_still_counts(tmp_path):
-    failures = Failures()
-    failures.add(tmp_path / "nowhere" / "a.json", "no such file")
-    assert failures.sentences == {str(tmp_path / "nowhere" / "a.json"): "no such file"}
-
-
-def test_an_error_names_its_file_once():
-    assert error_sentence("calls/1.wav", UserError("too short")) == "calls/1.wav: too short"
-    for sentence in ("calls/1.wav: too short", "calls/1.json: not JSON"):
-        assert error_sentence("calls/1.wav", UserError(sentence)) == sentence
+def test_a_full_disk_is_not_a_failure_of_one_file(tmp_path):
+    with pytest.raises(OSError, match="full"):
+        Failures().add(tmp_path / "a.json", "a.wav", OSError(errno.ENOSPC, "the disk is full"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_list_shows_its_first_lines(capsys):
     show_list("bad:", [])
     show_list("bad:", ["a", "b", "c"], limit=3)
-    assert capsys.readouterr().out == "bad:\n  a\n  b\n  c\n"
     show_list("bad:", ["a", "b", "c", "d"], limit=2)
-    assert capsys.readouterr().out == "bad:\n  a\n  b\n  ... and 2 more\n"
-    show_list("bad:", [str(i) for i in range(21)])
-    assert capsys.readouterr().out.endswith("\n  19\n  ... and 1 more\n")
+    assert capsys.readouterr().out == "bad:\n  a\n  b\n  c\nbad:\n  a\n  b\n  ... and 2 more\n"
 
 
-def test_progress_is_shown_in_hours_and_multiples_of_real_time(capsys):
+def test_progress_is_shown_in_hours_and_multiples_of_real_time():
     with HoursBar([1800.0, 1800.0], "annotating") as bar:
         time.sleep(0.05)
         bar.update(1800)

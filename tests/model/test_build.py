@@ -20,7 +20,7 @@ from finetune.distributed import World, make_mesh, shard
 from finetune.lora import add_adapters, initial_adapter, is_adapter, stock_name
 from finetune.model.build import StoredWeights, build_lm, load_weights, local_rows, set_trainable
 from finetune.model.expansion import expand_moshiko_to_personaplex
-from finetune.model.pretrained import MOSHI, PERSONAPLEX, lm_kwargs, open_pretrained
+from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.model.training_lm import TrainingLM
 from finetune.model.weights import write_safetensors
 from tests.engine import TINY, fused, tiny_lm
@@ -30,7 +30,7 @@ from tests.support import PEAK, ROOT
 def folder_with(path, lm):
     save_file({k: v.contiguous() for k, v in fused(lm).items()}, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(TINY | {"dep_q": lm.dep_q}))
-    return open_pretrained(str(path))
+    return Pretrained(str(path))
 
 
 def filled(checkpoint, spec, rank=None, seed=0):
@@ -42,7 +42,7 @@ def filled(checkpoint, spec, rank=None, seed=0):
     set_trainable(lm, full=rank is None, ft_embed=False)
     lm.to_empty(device="cpu")
     load_weights(lm, weights, seed)
-    return lm, weights.origin
+    return lm, weights
 
 
 class CpuTensors(TorchDispatchMode):
@@ -93,7 +93,7 @@ def test_trained_parameters_are_float32_and_frozen_ones_are_not(full, ft_embed):
 def test_moshi_weights_load_unchanged(tmp_path):
     lm = tiny_lm(8)
     loaded, origin = filled(folder_with(tmp_path, lm), MOSHI)
-    assert (origin.weights, origin.stored_dep_q, origin.expanded) == (tmp_path / "model.safetensors", 8, False)
+    assert (origin.file.path, origin.file.dep_q, origin.expanded) == (tmp_path / "model.safetensors", 8, False)
     assert "Moshi weights (8 codebooks), loaded unchanged" in str(origin)
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), lm.state_dict().values(), strict=True))
 
@@ -116,9 +116,6 @@ def test_rows_of_an_expanded_model(tmp_path):
     expected = expand_moshiko_to_personaplex(tiny_lm(8).state_dict())
     for name in ("linears.3.weight", "linears.11.weight", "depformer_emb.7.weight", "text_emb.weight"):
         shape = expected[name].shape
-        assert torch.equal(weights.read(name, 2, 9, shape), expected[name][2:9])
-        assert torch.equal(weights.read(name, 5, shape[0] + 3, shape), expected[name][5:])
-        assert weights.read(name, shape[0] + 1, shape[0] + 2, shape).shape == (0, shape[1])
         out = torch.full((4, shape[1]), 7.0)
         weights.read_into(name, 3, out)
         assert torch.equal(out, expected[name][3:7])
@@ -228,7 +225,7 @@ def test_loading_holds_one_copy_and_a_tensor(tmp_path):
         "import resource, sys, torch\n"
         "from finetune.model.build import *\nfrom finetune.model.pretrained import *\n"
         f"rss = lambda: {PEAK} * 1024\n"
-        "c = open_pretrained(sys.argv[1])\n"
+        "c = Pretrained(sys.argv[1])\n"
         "kwargs = lm_kwargs(c, PERSONAPLEX)\n"
         "weights = StoredWeights(c.moshi_weights(), 16)\n"
         "lm = build_lm(kwargs, torch.bfloat16)\n"

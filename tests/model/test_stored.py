@@ -13,8 +13,8 @@ from finetune.cli import UserError
 from finetune.config import dump_args
 from finetune.model.build import StoredWeights
 from finetune.model.expansion import expand_moshiko_to_personaplex
+from finetune.model.layout import fuse
 from finetune.model.stored import load_merged, open_stored
-from finetune.model.weights import fuse
 from tests.engine import TINY, tiny_lm
 from tests.tools.stored import RANK, SCALING, adapted, save_checkpoint, save_run, write_base
 
@@ -140,7 +140,7 @@ def test_a_model_for_inference_speaks_for_the_agent_alone_by_default(run):
 def test_expansion_on_reading(tmp_path, companions, base):
     moshi = write_base(tmp_path / "moshi", tiny_lm(8), companions)
     model = open_stored(str(moshi), expand=True)
-    assert model.kwargs["dep_q"] == 16 and model.weights.origin.expanded
+    assert model.kwargs["dep_q"] == 16 and model.weights.expanded
     for name, values in expand_moshiko_to_personaplex(tiny_lm(8).state_dict()).items():
         assert torch.equal(model.read(name), values), name
     with pytest.raises(UserError, match="16 codebooks already"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.model.targets import count_targets, delay_streams, make_targets
+from finetune.model.targets import delay_streams, make_targets
 from tests.engine import DELAYS
 from tests.model.stock import random_batch, stock_lm
 
@@ -36,8 +36,8 @@ def test_targets_of_a_window_worked_out_by_hand():
     for k in range(1, 8):
         start = 100 * (k + 1)
         assert targets.audio_targets[k].tolist() == [-1, start + 1, start + 2, -1, start, start + 1]
-    assert count_targets(codes, mask, DELAYS, 8).tolist() == [3, 3, 6, *[4] * 7]
-    assert count_targets(codes, mask, DELAYS, 16).tolist() == [3, 3, 6, *[4] * 7, 6, *[4] * 7]
+    assert make_targets(codes, mask, DELAYS, 8).counts().tolist() == [3, 3, 6, *[4] * 7]
+    assert make_targets(codes, mask, DELAYS, 16).counts().tolist() == [3, 3, 6, *[4] * 7, 6, *[4] * 7]
 
 
 def test_without_loss_each_part_has_one_row_without_a_target():
@@ -46,7 +46,7 @@ def test_without_loss_each_part_has_one_row_without_a_target():
     assert [part.shape[-1] for part in targets] == [1] * 6
     assert targets.word_targets.tolist() == targets.padding_targets.tolist() == [[-1]]
     assert targets.audio_targets.tolist() == [[-1]] * 16
-    assert count_targets(codes, torch.zeros_like(mask), DELAYS, 16).tolist() == [0] * 18
+    assert make_targets(codes, torch.zeros_like(mask), DELAYS, 16).counts().tolist() == [0] * 18
 
 
 @pytest.mark.parametrize("dep_q", [8, 16])
@@ -56,4 +56,4 @@ def test_counts_are_those_of_the_stock_masks(dep_q):
     padding = (codes[:, 0] == 0) | (codes[:, 0] == 3)
     text = out.text_mask[:, 0] & mask
     expected = [(text & ~padding).sum(), (text & padding).sum(), *(out.mask & mask[:, None]).sum((0, 2))]
-    assert count_targets(codes, mask, DELAYS, dep_q).tolist() == [int(n) for n in expected]
+    assert make_targets(codes, mask, DELAYS, dep_q).counts().tolist() == [int(n) for n in expected]

@@ -15,7 +15,7 @@ from benchmarks.step import peak_memory
 from finetune.cli import UserError
 from finetune.distributed import make_mesh, session, shard
 from finetune.model.products import GATED_PER_CHUNK, LOGITS_PER_CHUNK
-from finetune.model.targets import count_targets, make_targets
+from finetune.model.targets import make_targets
 from finetune.model.training_lm import TemporalAttention, TrainingLM, depformer_attention
 from finetune.tools.plan.meter import Meter
 from tests.engine import DELAYS
@@ -149,8 +149,8 @@ def test_padding_after_a_shorter_window_changes_nothing():
     training = TrainingLM(stock_lm(16), gradient_checkpointing=False)
     apart = [(codes[:1], mask[:1]), (codes[1:, :, :15], mask[1:, :15])]
     assert_same(training(codes, mask).ce, sum(training(*window).ce for window in apart))
-    counts = sum(count_targets(*window, DELAYS, 16) for window in apart)
-    assert torch.equal(count_targets(codes, mask, DELAYS, 16), counts)
+    counts = sum(make_targets(*window, DELAYS, 16).counts() for window in apart)
+    assert torch.equal(make_targets(codes, mask, DELAYS, 16).counts(), counts)
 
 
 def test_targets_made_in_advance_give_the_same():

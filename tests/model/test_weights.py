@@ -9,16 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.cli import UserError
-from finetune.model.weights import (
-    WeightFile,
-    attention_steps,
-    fuse,
-    fused_name,
-    read_header,
-    split_names,
-    to_split,
-    write_safetensors,
-)
+from finetune.model.layout import fuse, fused_name
+from finetune.model.weights import WeightFile, attention_steps, read_header, split_names, write_safetensors
 
 DEPFORMER, TEMPORAL = "depformer.layers.1.self_attn.", "transformer.layers.0.self_attn."
 
@@ -62,12 +54,9 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
         assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor), key
 
 
-def test_splitting_and_fusing_a_state_dict():
+def test_fusing_a_state_dict():
     state = fused_state()
-    split = dict(to_split(state, 2))
-    assert_equal(split, expected_split(state))
-    assert_equal(dict(to_split(split, 2)), split)
-    assert_equal(fuse(split, 2), state)
+    assert_equal(fuse(expected_split(state), 2), state)
 
 
 def test_a_file_is_read_under_split_names(tmp_path):

@@ -15,8 +15,8 @@ from finetune.config import dump_args
 from finetune.model.build import set_trainable
 from finetune.model.consolidated import Artefact, inference_config
 from finetune.model.expansion import expand_moshiko_to_personaplex
-from finetune.model.pretrained import MOSHI, PERSONAPLEX, lm_kwargs, open_pretrained
-from finetune.model.weights import fuse
+from finetune.model.layout import fuse
+from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from tests.engine import TINY
 
 RANK, SCALING = 3, 1.5
@@ -56,7 +56,7 @@ def adapted(lm: LMModel, tables: bool = False) -> LMModel:
 def save_checkpoint(folder: Path, base: Path, lm: LMModel, adapters: bool, spec=MOSHI) -> Path:
     """What a run leaves in `consolidated/`."""
     folder.mkdir(parents=True)
-    checkpoint = open_pretrained(str(base))
+    checkpoint = Pretrained(str(base))
     config = inference_config(checkpoint, lm_kwargs(checkpoint, spec))
     artefact = Artefact(config, (RANK, SCALING) if adapters else None, torch.float32)
     assert artefact.write(lm, folder, is_main=True) is None

@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
+import yaml
 from moshi.utils.compile import no_compile
 
-from finetune.cli import UserError
 from finetune.model.pretrained import PERSONAPLEX
 from finetune.tools.evaluate import main
 from tests.support import rows, script, train_here, write_config
@@ -47,6 +47,10 @@ def teacher_forced(row):
 
 
 def test_the_evaluation_equals_the_runs_own(run, evaluate, capsys):
+    """Also if the run was begun by a version with settings that no longer exist."""
+    settings = yaml.safe_load((run / "args.yaml").read_text())
+    settings["lora"]["alpha"] = settings["compile"] = 1
+    (run / "args.yaml").write_text(yaml.safe_dump(settings))
     found, own = evaluate(run), rows(run, "eval")
     assert [row["step"] for row in own] == [0, 2] and found["step"] == 2
     assert teacher_forced(found) == pytest.approx(teacher_forced(own[1]), rel=1e-4)
@@ -96,15 +100,3 @@ def test_a_verdict_on_the_replies_is_printed(run, evaluate, monkeypatch, capsys)
     monkeypatch.setattr("finetune.tools.evaluate.judge_replies", lambda *_: ({"free_silence": 1.0}, "all are silent"))
     assert evaluate(run)["free_silence"] == 1.0
     assert capsys.readouterr().out.splitlines()[-1].endswith("all are silent")
-
-
-def test_mistakes_are_one_sentence(run, call, tmp_path):
-    for arguments, part in (
-        ((tmp_path,), r"args\.yaml"),
-        ((run, "data.eval_data=''"), r"run: .*data\.eval_data="),
-        ((run, "data.eval_data=/gone.jsonl"), r"/gone\.jsonl"),
-        ((run, "lora.ranks=2"), r"lora\.ranks"),
-    ):
-        with pytest.raises(UserError, match=part):
-            call(main, *arguments)
-    assert not list(run.glob("evaluation*"))

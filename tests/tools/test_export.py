@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
-import sentencepiece
 import torch
 import yaml
 from moshi.models import LMModel
@@ -17,10 +16,11 @@ from safetensors.torch import load_file
 
 from finetune.cli import UserError
 from finetune.lora import add_adapters, is_adapter
-from finetune.model.build import StoredWeights, build_lm, load_weights
+from finetune.model.build import build_lm
 from finetune.model.expansion import expand_moshiko_to_personaplex
-from finetune.model.pretrained import MOSHI, PERSONAPLEX, lm_kwargs, open_pretrained
-from finetune.model.weights import fuse, write_safetensors
+from finetune.model.layout import fuse
+from finetune.model.stored import load_merged, open_stored
+from finetune.model.weights import write_safetensors
 from finetune.tools.export.command import main
 from tests.engine import TINY, tiny_lm
 from tests.support import script
@@ -34,6 +34,18 @@ CODES = torch.randint(0, 60, (2, 17, 12), generator=torch.Generator().manual_see
 def export(call):
     """Calls the command."""
     return lambda *arguments: call(main, *arguments)
+
+
+@pytest.fixture
+def base(tmp_path, companions) -> Path:
+    """The folder of a Moshi of 8 codebooks."""
+    return write_base(tmp_path / "base", tiny_lm(8), companions)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, base) -> Path:
+    """Adapters over `base`."""
+    return save_checkpoint(tmp_path / "checkpoint", base, adapted(tiny_lm(8)), adapters=True)
 
 
 @pytest.fixture
@@ -103,65 +115,47 @@ def test_separate_and_merged_adapters_give_the_trained_logits(dep_q, form, table
 
 @pytest.mark.parametrize("dep_q, form", [(8, "moshi"), (16, "personaplex")])
 def test_full_weights_keep_their_values_in_the_given_dtype(dep_q, form, tmp_path, companions, stock, export):
+    """Under the fused names, which are the only ones that NVIDIA's loader knows."""
     lm = tiny_lm(dep_q, seed=3)
     base = write_base(tmp_path / "base", tiny_lm(dep_q), companions)
     checkpoint = save_checkpoint(tmp_path / "checkpoint", base, lm, adapters=False)
     export(checkpoint, tmp_path / "out", "--format", form, "--dtype", "fp32")
     same(logits(stock(tmp_path / "out")[1]), logits(lm))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert [config[key] for key in ("model_type", "dep_q", "moshi_name")] == [form, dep_q, "model.safetensors"]
 
     export(checkpoint, tmp_path / "half", "--format", form)
     halved, full = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "out"))
-    assert halved.keys() == full.keys()
+    expected = fuse(LMModel(device="cpu", **TINY | {"dep_q": dep_q}).state_dict(), dep_q)
+    assert {key: values.shape for key, values in full.items()} == {key: v.shape for key, v in expected.items()}
+    assert not any("in_projs" in key or "lora" in key for key in full) and halved.keys() == full.keys()
     for key, values in full.items():
         assert values.dtype == torch.float32
         assert halved[key].dtype == torch.bfloat16 and torch.equal(halved[key], values.bfloat16())
 
 
-def test_adapters_are_written_in_the_given_dtype(tmp_path, companions, export):
-    base = write_base(tmp_path / "base", tiny_lm(8), companions)
-    checkpoint = save_checkpoint(tmp_path / "checkpoint", base, adapted(tiny_lm(8)), adapters=True)
+def test_adapters_are_written_in_the_given_dtype(tmp_path, base, checkpoint, export):
     for arguments, dtype in (((), torch.bfloat16), (("--dtype", "fp32"), torch.float32)):
         export(checkpoint, tmp_path / str(dtype), "--format", "moshi", "--base", base, *arguments)
         tensors = load_file(tmp_path / str(dtype) / "lora.safetensors")
         assert {values.dtype for values in tensors.values()} == {dtype}
 
 
-def test_personaplex_keys_are_nvidias(tmp_path, companions, export):
-    """NVIDIA's loader accepts only the fused names, all of them, in the shapes of 16 codebooks."""
-    lm = tiny_lm(16)
-    base = write_base(tmp_path / "base", lm, companions)
-    checkpoint = save_checkpoint(tmp_path / "checkpoint", base, lm, adapters=False)
-    export(checkpoint, tmp_path / "out", "--format", "personaplex", "--dtype", "fp32")
-    stored = load_file(tmp_path / "out/model.safetensors")
-    expected = fuse(LMModel(device="cpu", **TINY | {"dep_q": 16}).state_dict(), 16)
-    assert {k: v.shape for k, v in stored.items()} == {k: v.shape for k, v in expected.items()}
-    assert not any("in_projs" in key or "lora" in key for key in stored)
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["model_type"] == "personaplex" and config["dep_q"] == 16
-    assert config["moshi_name"] == "model.safetensors"
-
-
 # --- a run that expanded its base, and the base as a file --------------------------------------------------------
 
 
-def test_expand_writes_the_expansion_which_is_a_base(tmp_path, companions, stock, export):
-    base = write_base(tmp_path / "base", tiny_lm(8), companions)
+def test_expand_writes_the_expansion(tmp_path, base, stock, export):
     export("--expand", base, tmp_path / "base16", "--dtype", "fp32")
     stored = load_file(tmp_path / "base16/model.safetensors")
     expected = expand_moshiko_to_personaplex(load_file(base / "model.safetensors"))
     assert stored.keys() == expected.keys() and all(torch.equal(stored[key], expected[key]) for key in stored)
     assert stock(tmp_path / "base16")[1].dep_q == 16
-
-    opened = open_pretrained(str(tmp_path / "base16"))
-    weights = StoredWeights(opened.moshi_weights(), lm_kwargs(opened, PERSONAPLEX)["dep_q"])
-    assert not weights.origin.expanded
     with pytest.raises(UserError, match="base16: has 16 codebooks"):
         export("--expand", tmp_path / "base16", tmp_path / "again")
 
 
-def test_adapters_over_an_expanded_moshi(tmp_path, companions, stock, export, capsys):
+def test_adapters_over_an_expanded_moshi(tmp_path, base, stock, export, capsys):
     """The run folder names the base; merging expands it on the fly; separate adapters need the expanded file."""
-    base = write_base(tmp_path / "base", tiny_lm(8), companions)
     trained = adapted(expanded(base))
     run = save_run(tmp_path / "run", base, {2: adapted(tiny_lm(16)), 10: trained})
     export(run, tmp_path / "merged", "--format", "personaplex", "--dtype", "fp32")
@@ -184,41 +178,27 @@ def test_adapters_over_an_expanded_moshi(tmp_path, companions, stock, export, ca
 # --- the folder -------------------------------------------------------------------------------------------------
 
 
-def test_an_export_is_the_base_of_a_new_run(tmp_path, companions, export):
-    base = write_base(tmp_path / "base", tiny_lm(8), companions)
-    trained = adapted(tiny_lm(8))
-    checkpoint = save_checkpoint(tmp_path / "checkpoint", base, trained, adapters=True)
-    out = tmp_path / "out"
-    export(checkpoint, out, "--format", "moshi", "--merge", "--base", base, "--dtype", "fp32")
+def test_an_export_can_be_moved_and_needs_no_base(tmp_path, base, checkpoint, export):
+    export(checkpoint, tmp_path / "out", "--format", "moshi", "--merge", "--base", base, "--dtype", "fp32")
     shutil.rmtree(base)
-    moved = out.rename(tmp_path / "elsewhere")
-
-    opened = open_pretrained(str(moved))
-    kwargs = lm_kwargs(opened, MOSHI)
-    lm = build_lm(kwargs, torch.float32).to_empty(device="cpu")
-    weights = StoredWeights(opened.moshi_weights(), kwargs["dep_q"])
-    weights.check({name: p.shape for name, p in lm.named_parameters()})
-    load_weights(lm, weights, seed=0)
-    same(logits(lm), logits(trained))
-    assert opened.mimi().num_codebooks == 8
-    assert sentencepiece.SentencePieceProcessor(str(opened.tokenizer_path())).vocab_size() == 400
+    source = open_stored(str((tmp_path / "out").rename(tmp_path / "elsewhere")))
+    same(logits(load_merged(source, torch.device("cpu"), torch.float32, dep_q=8)), logits(adapted(tiny_lm(8))))
+    assert source.checkpoint.mimi().num_codebooks == 8
+    assert source.checkpoint.tokenizer_path().parent.name == "elsewhere"
 
 
-def test_generation_settings_are_kept(tmp_path, companions, export):
+def test_generation_settings_are_kept(tmp_path, base, export):
     (tmp_path / "out").mkdir()  # an empty folder may be the target
-    base = write_base(tmp_path / "base", tiny_lm(8), companions)
     config = json.loads((base / "config.json").read_text()) | {"lm_gen_config": {"temp": 0.5}}
     (base / "config.json").write_text(json.dumps(config))
     export(base, tmp_path / "out", "--format", "moshi")
     assert json.loads((tmp_path / "out/config.json").read_text())["lm_gen_config"] == {"temp": 0.5}
 
 
-def test_files_of_the_hub_are_referred_to(tmp_path, companions, hub, stock, export, monkeypatch):
+def test_files_of_the_hub_are_referred_to(tmp_path, base, checkpoint, hub, stock, export, monkeypatch):
     """Nothing is copied of a repository that a run was based on, and the card names it."""
-    base = write_base(tmp_path / "base", tiny_lm(8), companions)
     hub(base, "kyutai/moshi-tiny")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    checkpoint = save_checkpoint(tmp_path / "checkpoint", base, adapted(tiny_lm(8)), adapters=True)
     config = json.loads((checkpoint / "config.json").read_text())
     names = ("mimi_name", "mimi_config_name", "tokenizer_name")
     config |= {key: f"hf://kyutai/moshi-tiny/{Path(config[key]).name}" for key in names}
@@ -243,8 +223,7 @@ def test_files_of_the_hub_are_referred_to(tmp_path, companions, hub, stock, expo
     assert model_id["base"] == "kyutai/moshi-tiny" and "LoRA" in model_id["method"]
 
 
-def test_the_card_describes_the_run(tmp_path, companions, export):
-    base = write_base(tmp_path / "base", tiny_lm(8), companions)
+def test_the_card_describes_the_run(tmp_path, base, export):
     run = save_run(tmp_path / "run", base, {10: adapted(expanded(base))})
     export(run, tmp_path / "out", "--format", "personaplex")
     card = (tmp_path / "out/README.md").read_text()
@@ -291,7 +270,7 @@ def test_the_card_of_a_moshi_says_how_to_run_it(dep_q, command, tmp_path, compan
 # --- the hub ----------------------------------------------------------------------------------------------------
 
 
-def test_a_pushed_repository_is_private(tmp_path, companions, export, monkeypatch, capsys):
+def test_a_pushed_repository_is_private(tmp_path, base, export, monkeypatch, capsys):
     calls = []
 
     class Api:
@@ -303,7 +282,6 @@ def test_a_pushed_repository_is_private(tmp_path, companions, export, monkeypatc
             calls.append((Path(folder_path).name, repo_id, {path.name for path in Path(folder_path).iterdir()}))
 
     monkeypatch.setattr("finetune.tools.export.folder.HfApi", Api)
-    base = write_base(tmp_path / "base", tiny_lm(8), companions)
     export(base, tmp_path / "out", "--format", "moshi")
     assert calls == []
     shutil.rmtree(tmp_path / "out")
@@ -313,11 +291,10 @@ def test_a_pushed_repository_is_private(tmp_path, companions, export, monkeypatc
     assert "https://huggingface.co/owner/model" in capsys.readouterr().out
 
 
-def test_a_failed_upload_keeps_the_folder(tmp_path, companions, hub, export):
-    base, out = write_base(tmp_path / "base", tiny_lm(8), companions), tmp_path / "out"
+def test_a_failed_upload_keeps_the_folder(tmp_path, base, hub, export):
     with pytest.raises(UserError, match=r"out is written.* `huggingface-cli upload me/x .*out`"):
-        export(base, out, "--format", "moshi", "--push-to-hub", "me/x")
-    assert (out / "model.safetensors").is_file()
+        export(base, tmp_path / "out", "--format", "moshi", "--push-to-hub", "me/x")
+    assert (tmp_path / "out/model.safetensors").is_file()
 
 
 # --- memory and disk --------------------------------------------------------------------------------------------
@@ -372,62 +349,37 @@ def test_memory_does_not_grow_with_the_model(tmp_path, companions):
     shutil.rmtree(tmp_path / "out"), shutil.rmtree(base)
 
 
-def test_a_full_disk_is_noticed_before_writing(tmp_path, companions, export, monkeypatch):
-    base = write_base(tmp_path / "base", tiny_lm(8), companions)
+def test_a_full_disk_is_noticed_before_writing(tmp_path, base, export, monkeypatch):
     size = sum(p.stat().st_size for p in base.iterdir() if p.name != "config.json")
     weights = (base / "model.safetensors").stat().st_size
     header = 8 + int.from_bytes((base / "model.safetensors").read_bytes()[:8], "little")
     needed = size - weights + (weights - header) // 2  # in bf16
-    for free in (needed - 1, needed):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))  # noqa: B023
-        if free < needed:
-            with pytest.raises(UserError, match=r"out: needs 0\.\d GB"):
-                export(base, tmp_path / "out", "--format", "moshi")
-            assert {path.name for path in tmp_path.iterdir()} == {"base"}
-        else:
-            export(base, tmp_path / "out", "--format", "moshi")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(UserError, match=r"out: needs 0\.\d GB"):
+        export(base, tmp_path / "out", "--format", "moshi")
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+    export(base, tmp_path / "out", "--format", "moshi")
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, companions, hub, export):
-    lm = tiny_lm(8)
-    base = write_base(tmp_path / "base", lm, companions)
-    adapters = save_checkpoint(tmp_path / "adapters", base, adapted(lm), adapters=True)
-    other = shutil.copytree(adapters, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"lora_rank": 4}))
-    taken, empty_run, truncated = tmp_path / "taken", tmp_path / "empty_run", tmp_path / "truncated"
-    taken.mkdir()
-    (taken / "mine.txt").write_text("mine")
-    empty_run.mkdir()
-    (empty_run / "args.yaml").touch()
+def test_a_mistake_leaves_nothing(tmp_path, base, checkpoint, export):
+    out, taken, truncated = tmp_path / "out", tmp_path / "taken.txt", tmp_path / "truncated"
+    taken.write_text("mine")
     shutil.copytree(base, truncated)
     with (truncated / "model.safetensors").open("r+b") as file:
         file.truncate(20_000)
-    before = {p.name for p in tmp_path.iterdir()}
-    out = tmp_path / "out"
+    before = {path.name for path in tmp_path.iterdir()}
     for arguments, part in (
-        ((base, out), "--format moshi or --format personaplex"),
-        ((base, out, "--expand", "--merge"), "--expand"),
-        ((base, out, "--expand", "--format", "moshi"), "--expand"),
         ((base, out, "--expand", "--base", base), "--expand"),
-        ((base, taken, "--format", "moshi"), "taken: exists already"),
-        ((base, taken / "mine.txt", "--format", "moshi"), "mine.txt: exists already"),
-        ((base, out, "--format", "personaplex"), "base: has 8 codebooks"),
-        ((base, out, "--format", "moshi", "--base", base), "--base"),
-        ((adapters, out, "--format", "moshi", "--base", adapters), "adapters: .*--base"),
-        ((adapters, out, "--expand"), "--merge"),
-        ((other, out, "--format", "moshi", "--base", base), "adapters of rank 4"),
-        ((empty_run, out, "--format", "moshi"), "empty_run: "),
+        ((base, taken, "--format", "moshi"), "taken.txt: exists already"),
+        ((checkpoint, out, "--format", "moshi", "--base", checkpoint), "checkpoint: .*--base"),
+        ((checkpoint, out, "--expand"), "--merge"),
         ((truncated, out, "--format", "moshi"), r"truncated/model\.safetensors: "),
-        ((tmp_path / "nowhere", out, "--format", "moshi"), "nowhere"),
-        ((adapters, out, "--format", "moshi", "--base", base, "--push-to-hub", "me/x"), "adapters: .*--merge"),
-        ((base, out, "--format", "moshi", "--push-to-hub", "a/b/c"), "--push-to-hub a/b/c: "),
+        ((checkpoint, out, "--format", "moshi", "--base", base, "--push-to-hub", "me/x"), "checkpoint: .*--merge"),
     ):
-        with pytest.raises(UserError, match=part) as caught:
+        with pytest.raises(UserError, match=part):
             export(*arguments)
-        assert "\n" not in str(caught.value)
-        assert {p.name for p in tmp_path.iterdir()} == before, part
-    assert (taken / "mine.txt").read_text() == "mine"
+        assert {path.name for path in tmp_path.iterdir()} == before and taken.read_text() == "mine", part

@@ -1,25 +1,35 @@
-"""Check one line of a manifest and the files behind it."""
+"""Check one line of a manifest and the files behind it: codes, audio, duration, words and prompts."""
 
 import functools
+import hashlib
 import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
 
 from finetune.args import TrainArgs
 from finetune.audio.codes import fingerprint_file
-from finetune.audio.files import HEADER_TOLERANCE_SEC, to_frames
+from finetune.audio.files import SAME_SOUND, probe_audio, to_frames
+from finetune.audio.stream import HEADER_TOLERANCE_SEC, decodable_sec
+from finetune.audio.words import Word
 from finetune.cli import UserError
-from finetune.data.batch import TextStats
+from finetune.data.interleaver import load_dialogue_codes
 from finetune.model.pretrained import Pretrained
-from finetune.tools.check_data.audio_checks import check_audio, check_codes_of, check_sides
-from finetune.tools.check_data.facts import FileFacts
-from finetune.tools.check_data.kinds import UNREADABLE
+from finetune.tools.check_data.findings import FileFacts
 from finetune.tools.check_data.prompt_checks import PromptChecker
+from finetune.tools.check_data.talk import LEVEL_SEC, StereoSound, hear_stereo, response_gaps, words_on_the_right
 from finetune.tools.check_data.text_checks import TextChecker
 
 UNUSED_SEC = 1.0  # audio after the manifest's duration that may go unused
+QUIET_DB = -60.0  # dBFS; a channel that is never louder is silent
+CLIPPED_SHARE = 1e-4  # of the samples of a channel
+BLEEDING = 0.7  # correlation of the channels; separate microphones give about 0, a stereo microphone 0.8 and more
+SWAPPED_WORDS = 3  # the least number of words that must be louder on the right; and they must be a majority
 
 
 class Checker:
-    """Checks lines of manifests one at a time; whatever happens becomes a problem of the line.
+    """Checks lines of manifests one at a time.
 
     Args:
         kwargs: of LMModel.
@@ -44,18 +54,7 @@ class Checker:
 
     def __call__(self, facts: FileFacts) -> FileFacts:
         """Return the facts about a line, with all that the check finds out."""
-        try:
-            self._check(facts)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic inside the decoder is not an Exception
-            facts.add("failed", f"{type(error).__name__}: {error}")
-        if facts.has(*UNREADABLE):
-            facts.windows, facts.text = [0] * len(facts.windows), TextStats()
-        return facts
-
-    def _check(self, facts: FileFacts) -> None:
-        entry = check_codes_of(facts, self.mimi if "codes_path" in facts.line.fields else None)
+        entry = self._load_codes(facts)
         sound = check_audio(facts, entry is not None, self.share_sec)
         words, extra = self.text.read(facts)
         if facts.real_sec is not None:
@@ -69,6 +68,20 @@ class Checker:
             check_sides(sound, words, facts)
         if self.prompts is not None:
             self.prompts.check(facts, extra, words or [], entry)
+        return facts
+
+    def _load_codes(self, facts: FileFacts) -> dict | None:
+        """Return the pre-computed codes; None if the line names none or they cannot be used."""
+        if "codes_path" not in facts.line.fields:
+            return None
+        try:
+            entry = load_dialogue_codes(facts.line, self.mimi)
+        except UserError as error:
+            facts.add("codes", str(error))
+            return None
+        facts.real_sec, facts.mimi = entry["duration"], entry["mimi"]
+        facts.digest = hashlib.sha256(entry["codes"].numpy().tobytes()).hexdigest()
+        return entry
 
     def _check_duration(self, facts: FileFacts, frames: int) -> None:
         stated, duration = len(facts.windows), facts.line.duration
@@ -81,3 +94,57 @@ class Checker:
             facts.add("duration", f"{numbers}: the last {tail:.1f} s are never trained on")
         elif abs(tail) > HEADER_TOLERANCE_SEC:
             facts.add("off", numbers)
+
+
+def check_audio(facts: FileFacts, has_codes: bool, share_sec: float) -> StereoSound | None:
+    """Return up to `share_sec` of the audio, or None if it cannot be used; with codes it need not be there."""
+    path = facts.line.path
+    if not os.path.exists(path):
+        facts.add("codes only" if has_codes else "missing", "no such file")
+        return None
+    try:
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: is not a file")
+        info = probe_audio(path)
+        real_sec = decodable_sec(path, info)
+        if info.channels != 2:
+            facts.add("channels", f"has {info.channels} channel(s)")
+            return None
+        sound = hear_stereo(path, info, real_sec, share_sec)
+    except UserError as error:
+        facts.add("codes only" if has_codes else "unreadable", str(error))
+        return None
+    if not has_codes:
+        facts.real_sec = real_sec
+    if sound.samples:
+        facts.decoded_sec = int(sound.decoded.sum()) * LEVEL_SEC
+        _check_levels(sound, facts)
+        speech = sound.speech()
+        agent, user = np.concatenate(speech, axis=1)
+        facts.talk_sec = tuple(int(active.sum()) * LEVEL_SEC for active in (agent, user, agent & user))
+        facts.gaps = [gap for active in speech for gap in response_gaps(active)]
+    return sound
+
+
+def _check_levels(sound: StereoSound, facts: FileFacts) -> None:
+    whole = facts.decoded_sec >= (facts.real_sec or 0) - 1
+    scope = "" if whole else f" in the {facts.decoded_sec:.0f} s that were decoded"
+    levels = sound.levels[:, sound.decoded]
+    silent = levels.max(axis=1) < QUIET_DB
+    for i, name in enumerate(("agent", "user")):
+        if silent[i]:
+            facts.add(f"silent {name}", f"nothing over {QUIET_DB:g} dB{scope}")
+        elif sound.clipped[i] > CLIPPED_SHARE * sound.samples:
+            facts.add("clipping", f"{sound.clipped[i] / sound.samples:.2%} of the {name}'s samples{scope}")
+    if not silent.any() and abs(sound.correlation) > BLEEDING:
+        kind = "same channels" if sound.correlation > SAME_SOUND else "bleeding"
+        facts.add(kind, f"correlation {sound.correlation:.2f}{scope}")
+    if not silent.all():
+        facts.digest = hashlib.sha256(levels.tobytes()).hexdigest()
+
+
+def check_sides(sound: StereoSound, words: Sequence[Word], facts: FileFacts) -> None:
+    """Find out whether the agent's words are on the right."""
+    decoded, right = words_on_the_right(sound.levels, words)
+    if right >= SWAPPED_WORDS and right > decoded / 2:
+        facts.add("swapped", f"{right} of {decoded} of the agent's words are louder on the right")

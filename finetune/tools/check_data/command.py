@@ -16,8 +16,9 @@ import contextlib
 import sys
 from pathlib import Path
 
-from finetune.cli import Parser, UserError
+from finetune.cli import UserError
 from finetune.config import load_args
+from finetune.parser import Parser
 from finetune.tools.check_data.corpus import check_run, planned_memory
 from finetune.tools.check_data.summary import describe_check, draw_check
 
@@ -38,11 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     if given.report.suffix != ".png" or not given.report.parent.is_dir():
         raise UserError(f"--report {given.report}: must be a .png in a folder that exists")
     args = load_args(given.config, given.overrides)
-    result = check_run(args, given.personaplex, given.workers)
+    result, memory = check_run(args, given.personaplex, given.workers), None
     with contextlib.suppress(UserError):  # the model cannot be trained, but the report on the data is still useful
-        result = result._replace(memory=planned_memory(result))
-    encoding = sys.stdout.encoding or "utf-8"  # the terminal may be unable to show the names of files
-    print(describe_check(result).encode(encoding, "backslashreplace").decode(encoding))
+        memory = planned_memory(result)
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may be unable to show the names of files
+    print(describe_check(result, memory))
     draw_check(result, given.report)
     print(f"picture: {given.report}", file=sys.stderr)
     return int(result.failed)

@@ -21,7 +21,7 @@ from finetune.prompts.same_speaker import load_same_speaker, same_speaker_file, 
 from finetune.prompts.text import SYSTEM_TAG, wrap_system_prompt
 from finetune.prompts.voices import VoiceBook, load_voices
 from finetune.streams import CODEBOOKS
-from finetune.tools.check_data.facts import FileFacts
+from finetune.tools.check_data.findings import FileFacts
 
 
 class PromptChecker:
@@ -35,9 +35,8 @@ class PromptChecker:
     def __init__(self, args: TrainArgs, checkpoint: Pretrained, kwargs: dict, window_frames: int):
         self.args, self.kwargs, self.window_frames = args, kwargs, window_frames
         folder = Path(args.prompt.voices_dir) if args.prompt.voices_dir else None
-        self.prompter = Prompter(
-            args.prompt, checkpoint.tokenizer(), VoiceBook(folder, _remember(checkpoint.voices_archive))
-        )
+        book = VoiceBook(folder, _remember(checkpoint.voices_archive))
+        self.prompter = Prompter(args.prompt, checkpoint.tokenizer(), book)
         self.load_voice = _remember(self._load_voice)
 
     def check(self, facts: FileFacts, extra: dict, words: list[Word], entry: dict | None) -> None:
@@ -47,23 +46,30 @@ class PromptChecker:
             extra, words: prompt fields and words of the .json.
             entry: the pre-computed codes, if any.
         """
-        line, stored = facts.line, None
+        line, segments, voiceless = facts.line, [], 0
         text, voice = self.prompter.names(line, extra)
         self._check_text(facts, text, voice)
+        if voice is None:
+            facts.add("no voice prompt", "has no voice prompt")
         try:
             path = self.prompter.find_voice(voice, line.path.parent)
             if path is not None:
                 self.prompter.voices[path] = self.load_voice(path)
                 if os.path.exists(line.path) and path.samefile(line.path):
                     facts.add("own voice", f"its voice prompt is {voice}")
-            elif voice is None:
-                facts.add("no voice prompt", "has no voice prompt")
-            else:
+            elif voice is not None:
                 segments = self._same_speaker(facts, words, entry)
-                stored = lambda: segments
             facts.voice = voice if path is None else str(path)
-            if not facts.has("prompt"):
-                self._choose(facts, extra, words, stored)
+            if facts.has("prompt"):
+                return
+            for i, frames in enumerate(facts.windows):
+                start = i * self.window_frames
+                window = (start / FRAME_RATE, (start + frames) / FRAME_RATE)
+                parts = self.prompter(line, extra, words, window, None, lambda: segments)
+                facts.prompt_frames[i] = prompt_length(parts.voice.frames if parts.voice else 0, len(parts.text_ids))
+                voiceless += parts.voiceless and frames > 0
+            if voiceless:
+                facts.add("no segment", f"{voiceless} of its {len(facts.windows)} windows have no voice")
         except UserError as error:
             facts.add("voice", f"{line.path}: {error}")
 
@@ -82,29 +88,16 @@ class PromptChecker:
             elif not text.strip().startswith(SYSTEM_TAG):
                 facts.add("unwrapped", repr(text[:60]))
 
-    def _choose(
-        self, facts: FileFacts, extra: dict, words: list[Word], stored: Callable[[], list[dict]] | None
-    ) -> None:
-        """Choose the prompt of each window."""
-        voiceless = 0
-        for i, frames in enumerate(facts.windows):
-            start = i * self.window_frames
-            window = (start / FRAME_RATE, (start + frames) / FRAME_RATE)
-            parts = self.prompter(facts.line, extra, words, window, None, stored)
-            facts.prompt_frames[i] = prompt_length(parts.voice.frames if parts.voice else 0, len(parts.text_ids))
-            voiceless += parts.voiceless and frames > 0
-        if voiceless:
-            facts.add("no segment", f"{voiceless} of its {len(facts.windows)} windows have no voice")
-
     def _same_speaker(self, facts: FileFacts, words: list[Word], entry: dict | None) -> list[dict]:
         """Return the segments that training would take, in the form of `load_same_speaker`."""
         if entry is not None:
             path = same_speaker_file(resolve_path(facts.line.manifest, facts.line.fields["codes_path"]))
             return load_same_speaker(path, entry["mimi"], self.args.data.speakers)
-        segments = voice_segments(words, facts.real_sec or facts.line.duration)
-        lengths = [math.ceil((end - start) * FRAME_RATE) for start, end in segments]
-        codes = [torch.zeros(CODEBOOKS, length, dtype=torch.int16) for length in lengths]
-        return [{"start": start, "end": end, "codes": c} for (start, end), c in zip(segments, codes)]
+        segments = []
+        for start, end in voice_segments(words, facts.real_sec or facts.line.duration):
+            codes = torch.zeros(CODEBOOKS, math.ceil((end - start) * FRAME_RATE), dtype=torch.int16)
+            segments.append({"start": start, "end": end, "codes": codes})
+        return segments
 
     def _load_voice(self, path: Path) -> VoicePrompt:
         if path.suffix != ".pt":
@@ -127,14 +120,14 @@ def _remember(function: Callable) -> Callable:
     @functools.cache
     def outcome(*args):
         try:
-            return function(*args), None
+            return function(*args)
         except UserError as error:
-            return None, error
+            return error
 
     def call(*args):
-        result, error = outcome(*args)
-        if error is not None:
-            raise error
+        result = outcome(*args)
+        if isinstance(result, UserError):
+            raise UserError(str(result))  # the kept one would grow by a traceback each time it is raised
         return result
 
     return call

@@ -1,7 +1,5 @@
 """The findings as text and as a picture."""
 
-import collections
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +10,15 @@ from matplotlib.ticker import MaxNLocator
 from finetune.audio.files import FRAME_RATE
 from finetune.files import replacing
 from finetune.streams import N_STREAMS
-from finetune.tools.check_data.corpus import CheckResult, Totals
-from finetune.tools.check_data.kinds import ERROR, KINDS, NOTE, WARNING
+from finetune.tools.check_data.corpus import CheckResult
+from finetune.tools.check_data.findings import KINDS
 from finetune.tools.plan.command import GIB
 
 EXAMPLES = 5
-LEVELS = {
-    ERROR: "Errors: training would fail, lose data, or learn the wrong thing",
-    WARNING: "Warnings: training would use this unchanged",
-    NOTE: "Notes",
+HEADINGS = {
+    "error": "Errors: training would fail, lose data, or learn the wrong thing",
+    "warning": "Warnings: training would use this unchanged",
+    "note": "Notes",
 }
 TICKS = {
     "0.1 s": 0.1, "1 s": 1, "2 s": 2, "5 s": 5, "10 s": 10, "20 s": 20, "1 min": 60, "2 min": 120, "5 min": 300,
@@ -29,83 +27,80 @@ TICKS = {
 AGENT_COLOUR, USER_COLOUR, GREY = "#c1440e", "#2f6690", "#777777"
 
 
-def describe_check(result: CheckResult) -> str:
-    """Return the whole report as text."""
-    out = []
-    for level, title in LEVELS.items():
-        kinds = [kind for kind in KINDS if KINDS[kind].level == level]
-        found = {kind: [problem for problem in result.problems if problem.kind == kind] for kind in kinds}
-        if any(found.values()):
-            out += ["", title]
+def describe_check(result: CheckResult, memory: int | None = None) -> str:
+    """Return the whole report as text; `memory`: bytes that training needs on one process, if known."""
+    out, counts = [], []
+    for level, heading in HEADINGS.items():
+        found = {kind: [problem for problem in result.problems if problem.kind == kind] for kind in KINDS[level]}
+        count = sum(map(len, found.values()))
+        counts.append(f"{count} {level}{'s' * (count != 1)}")
+        if count:
+            out += ["", heading]
         for kind, problems in found.items():
             if problems:
-                out += [f"  {len(problems)} x {KINDS[kind].title}"]
+                title, remedy = KINDS[level][kind]
+                out += [f"  {len(problems)} x {title}"]
                 out += [f"      {problem.place}  {problem.detail}" for problem in problems[:EXAMPLES]]
                 if len(problems) > EXAMPLES:
                     out += [f"      ... and {len(problems) - EXAMPLES} more"]
-                out += [f"    -> {KINDS[kind].remedy}"]
-    return "\n".join([*out, "", *_table(result), "", *_arithmetic(result), "", _verdict(result)])
+                out += [f"    -> {remedy}"]
+    verdict = "Not ready: repair the errors first." if result.failed else "Ready to train."
+    out += ["", *_table(result), "", *_arithmetic(result, memory), "", f"{', '.join(counts)}. {verdict}"]
+    return "\n".join(out)
 
 
 def _table(result: CheckResult) -> list[str]:
     columns = [totals for totals in (result.train, result.held_out) if totals is not None]
-    rows: list[tuple[str, Callable[[Totals], str]]] = [
-        ("files", lambda t: f"{t.files:,}"),
-        ("hours that training reads", lambda t: f"{t.hours:.2f}"),
-        ("hours decoded for this check", lambda t: f"{t.decoded_hours:.2f}"),
-        (f"windows of up to {result.args.duration_sec:g} s", lambda t: f"{t.windows:,}"),
-        ("  that training would skip", lambda t: f"{t.skipped:,}"),
-        ("agent speaks", lambda t: f"{t.agent:.1%}"),
-        ("user speaks", lambda t: f"{t.user:.1%}"),
-        ("both at once", lambda t: f"{t.overlap:.1%}"),
-        ("words of the agent", lambda t: f"{t.words:,}"),
-        ("their text tokens", lambda t: f"{t.tokens:,}"),
-        ("  that find no frame", lambda t: f"{t.dropped:.1%}"),
-        ("words that come late", lambda t: f"{t.late:.1%}"),
-        ("frames without a text token", lambda t: f"{t.text_padding:.1%}"),
-        ("padding in batches", lambda t: f"{t.batch_padding:.1%}"),
-    ]
+    rows = {
+        "files": "{files:,}",
+        "hours that training reads": "{hours:.2f}",
+        "hours decoded for this check": "{decoded_hours:.2f}",
+        f"windows of up to {result.args.duration_sec:g} s": "{windows:,}",
+        "  that training would skip": "{skipped:,}",
+        "agent speaks": "{agent:.1%}",
+        "user speaks": "{user:.1%}",
+        "both at once": "{overlap:.1%}",
+        "words of the agent": "{words:,}",
+        "their text tokens": "{tokens:,}",
+        "  that find no frame": "{dropped:.1%}",
+        "words that come late": "{late:.1%}",
+        "frames without a text token": "{text_padding:.1%}",
+        "padding in batches": "{batch_padding:.1%}",
+    }
     if result.prompts:
-        rows += [
-            ("different text prompts", lambda t: f"{t.prompts:,}"),
-            ("different voices", lambda t: f"{t.voices:,}"),
-            ("mean prompt, frames", lambda t: f"{t.prompt_frames / max(t.epoch, 1):.1f}"),
-        ]
-    head = [" " * 34 + "".join(f"{name:>14}" for name, _ in zip(("training", "held out"), columns))]
-    return head + [f"{name:<34}" + "".join(f"{show(totals):>14}" for totals in columns) for name, show in rows]
+        rows |= {
+            "different text prompts": "{prompts:,}",
+            "different voices": "{voices:,}",
+            "mean prompt, frames": "{mean_prompt:.1f}",
+        }
+    head = " " * 34 + "".join(f"{name:>14}" for name, _ in zip(("training", "held out"), columns))
+    return [head, *(f"{name:<34}" + "".join(f"{form.format(**t):>14}" for t in columns) for name, form in rows.items())]
 
 
-def _arithmetic(result: CheckResult) -> list[str]:
+def _arithmetic(result: CheckResult, memory: int | None) -> list[str]:
     """Return what the settings make of the data, as sums that the reader can check."""
-    args, train = result.args, result.train
-    if not train.epoch or not train.frames:
+    args, epoch, frames = result.args, result.train["epoch"], result.train["frames"]
+    if not epoch or not frames:
         return ["nothing to train on"]
     step = args.batch_size * args.num_microbatches
-    epochs = args.max_steps * step / train.epoch
+    epochs = args.max_steps * step / epoch
     out = [
         f"a step: {args.batch_size} x {args.num_microbatches} = {step} windows on one process (batch_size x "
         "num_microbatches); N processes take N times as many",
-        f"an epoch: {train.epoch:,} windows = {train.epoch / step:,.1f} steps; {args.max_steps:,} steps = "
-        f"{epochs:.2f} epochs",
-        f"an epoch: ({train.dialogue_frames:,} frames of dialogue + {train.prompt_frames:,} of prompts) x {N_STREAMS} "
-        f"= {N_STREAMS * train.frames:,} tokens",
-        f"the run: {epochs:.2f} epochs = {N_STREAMS * train.frames * epochs:,.0f} tokens",
+        f"an epoch: {epoch:,} windows = {epoch / step:,.1f} steps; {args.max_steps:,} steps = {epochs:.2f} epochs",
+        "an epoch: ({dialogue_frames:,} frames of dialogue + {prompt_frames:,} of prompts)".format(**result.train)
+        + f" x {N_STREAMS} = {N_STREAMS * frames:,} tokens",
+        f"the run: {epochs:.2f} epochs = {N_STREAMS * frames * epochs:,.0f} tokens",
     ]
-    if result.memory is not None:
+    if memory is not None:
         out.append(
-            f"memory: {result.memory / GIB:.1f} GiB on one process at batch_size {args.batch_size}; python -m "
+            f"memory: {memory / GIB:.1f} GiB on one process at batch_size {args.batch_size}; python -m "
             "finetune.tools.plan shows its parts, the largest batch that fits, and several GPUs"
         )
-    if result.held_out is not None and result.held_out.windows:
-        evaluated = min(args.eval_max_samples or result.held_out.windows, result.held_out.windows)
-        out.append(f"an evaluation: {evaluated:,} of {result.held_out.windows:,} windows")
+    if result.held_out and result.held_out["windows"]:
+        windows = result.held_out["windows"]
+        out.append(f"an evaluation: {min(args.eval_max_samples or windows, windows):,} of {windows:,} windows")
     return out
-
-
-def _verdict(result: CheckResult) -> str:
-    counts = collections.Counter(KINDS[problem.kind].level for problem in result.problems)
-    numbers = ", ".join(f"{counts[level]} {level}{'s' * (counts[level] != 1)}" for level in LEVELS)
-    return f"{numbers}. " + ("Not ready: repair the errors first." if result.failed else "Ready to train.")
 
 
 def draw_check(result: CheckResult, path: Path) -> None:
@@ -113,21 +108,24 @@ def draw_check(result: CheckResult, path: Path) -> None:
     facts = result.facts
     figure = Figure(figsize=(11, 7.5), layout="constrained")  # pyplot would look for a display
     lengths, talk, gaps, density = figure.subplots(2, 2).flat
-    figure.suptitle(f"{result.train.files:,} training files, {result.train.hours:.1f} h; decoded for this check: "
-                    f"{result.train.decoded_hours:.1f} h")  # fmt: skip
+    title = "{files:,} training files, {hours:.1f} h; decoded for this check: {decoded_hours:.1f} h"
+    figure.suptitle(title.format(**result.train))
 
-    _draw_lengths(lengths, np.array([own.real_sec for own in facts if own.real_sec]), result.args.duration_sec)
+    lengths.set(title="Length of the files", ylabel="files")
+    seconds = np.array([own.real_sec for own in facts if own.real_sec])
+    if len(seconds):
+        _draw_lengths(lengths, seconds)
+        _draw_line(lengths, result.args.duration_sec, f"a window: {result.args.duration_sec:g} s")
 
     talk.set(title="How much each side talks", xlabel="share of the file", ylabel="files", xlim=(0, 1))
     decoded = [own for own in facts if own.decoded_sec]
-    agent_style, user_style = {"histtype": "stepfilled", "alpha": 0.7}, {"histtype": "step", "linewidth": 2}
-    sides = (("agent (left)", AGENT_COLOUR, agent_style), ("user (right)", USER_COLOUR, user_style))
-    for side, (name, colour, style) in enumerate(sides):
-        if decoded:
-            shares = np.array([own.talk_sec[side] / own.decoded_sec for own in decoded])
-            label = f"{name}: {shares.mean():.0%} on average"
-            talk.hist(shares, np.linspace(0, 1, 41), color=colour, label=label, **style)
-            talk.margins(y=0.3)  # room for the legend
+    if decoded:
+        agent, user, _ = np.array([own.talk_sec for own in decoded]).T / [own.decoded_sec for own in decoded]
+        bins, label = np.linspace(0, 1, 41), "{}: {:.0%} on average".format
+        filled, outline = {"histtype": "stepfilled", "alpha": 0.7}, {"histtype": "step", "linewidth": 2}
+        talk.hist(agent, bins, color=AGENT_COLOUR, label=label("agent (left)", agent.mean()), **filled)
+        talk.hist(user, bins, color=USER_COLOUR, label=label("user (right)", user.mean()), **outline)
+        talk.margins(y=0.3)  # room for the legend
 
     gaps.set(title="How soon the agent answers", xlabel="seconds after the user's end; negative: the agent came in "
              "early", ylabel="answers", xlim=(-2, 4))  # fmt: skip
@@ -154,10 +152,7 @@ def draw_check(result: CheckResult, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=130)
 
 
-def _draw_lengths(plot: Axes, seconds: np.ndarray, window_sec: float) -> None:
-    plot.set(title="Length of the files", ylabel="files")
-    if not len(seconds):
-        return
+def _draw_lengths(plot: Axes, seconds: np.ndarray) -> None:
     low, high = seconds.min(), seconds.max()
     if high > 10 * low:
         plot.set_xscale("log")
@@ -168,7 +163,6 @@ def _draw_lengths(plot: Axes, seconds: np.ndarray, window_sec: float) -> None:
     else:
         plot.hist(seconds, np.linspace(0, high, 41), color=GREY)
         plot.set(xlabel="seconds")
-    _draw_line(plot, window_sec, f"a window: {window_sec:g} s")
 
 
 def _draw_line(plot: Axes, x: float, label: str) -> None:

@@ -1,6 +1,5 @@
 """Check the word times of a file, and place them on frames as training does."""
 
-import bisect
 import itertools
 import os
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from finetune.audio.files import FRAME_RATE
 from finetune.audio.words import Word, parse_word, read_sidecar, read_words, sidecar
 from finetune.cli import UserError
 from finetune.data.interleaver import Interleaver
-from finetune.tools.check_data.facts import FileFacts
+from finetune.tools.check_data.findings import FileFacts
 
 LOST_TOKENS, LOST_SHARE = 5, 0.01  # of a file; some late words at the ends of windows are normal
 LATE_SEC = 1.0  # mean delay of the late words of a window
@@ -56,15 +55,12 @@ class TextChecker:
 
     def check(self, facts: FileFacts, words: list[Word], frames: int) -> None:
         """Check the words of a file whose audio has `frames` frames."""
-        end_sec = facts.real_sec
         after = [start for _, start, _ in words if start * FRAME_RATE >= frames]
         if after:
-            facts.add("past the end", f"{len(after)} of {len(words)} words start after the audio's {end_sec:.2f} s, "
-                      f"the last at {after[-1]:.2f} s")  # fmt: skip
-        odd = sum(
-            start < 0 or end < start or (end > end_sec + END_TOLERANCE_SEC and start * FRAME_RATE < frames)
-            for _, start, end in words
-        )
+            found = f"{len(after)} of {len(words)} words start after the audio's {facts.real_sec:.2f} s"
+            facts.add("past the end", f"{found}, the last at {after[-1]:.2f} s")
+        latest = facts.real_sec + END_TOLERANCE_SEC
+        odd = sum(s < 0 or e < s or (s * FRAME_RATE < frames and e > latest) for _, s, e in words)
         if odd:
             facts.add("odd times", f"{odd} of {len(words)} words")
         tokens = [self.interleaver.encode(text) for text, _, _ in words]
@@ -72,9 +68,9 @@ class TextChecker:
         letters = sum(len("".join(text.split())) for text, _, _ in words)
         broken = sum(self.tokenizer.is_byte(i) or self.tokenizer.is_unknown(i) for ids in tokens for i in ids)
         if letters >= MIN_LETTERS and broken > BROKEN_SHARE * letters:
-            longest = max(range(len(words)), key=lambda i: len(tokens[i]))
-            facts.add("script", f"{broken} byte or unknown pieces for {letters} letters, such as "
-                      f"{len(tokens[longest])} tokens for {words[longest][0]!r}")  # fmt: skip
+            (word, *_), ids = max(zip(words, tokens), key=lambda pair: len(pair[1]))
+            found = f"{broken} byte or unknown pieces for {letters} letters"
+            facts.add("script", f"{found}, such as {len(ids)} tokens for {word!r}")
         self._place(facts, words)
 
     def _place(self, facts: FileFacts, words: list[Word]) -> None:
@@ -95,8 +91,8 @@ class TextChecker:
         lost = sum(count for count, _ in crowded)
         if lost >= LOST_TOKENS and lost > LOST_SHARE * facts.tokens:
             most, begin = max(crowded, key=lambda window: window[0])
-            facts.add("crowded" if self.interleaver.keep_and_shift else "truncated", f"{lost} of {facts.tokens} tokens "
-                      f"find no frame, {most} of them in the window at {begin:.1f} s")  # fmt: skip
+            found = f"{lost} of {facts.tokens} tokens find no frame, {most} of them in the window at {begin:.1f} s"
+            facts.add("crowded" if self.interleaver.keep_and_shift else "truncated", found)
         elif late and max(late)[0] > LATE_SEC:
             delay, begin, count = max(late, key=lambda window: window[0])
             facts.add("late", f"in the window at {begin:.1f} s {count} words come {delay:.1f} s late on average")
@@ -106,7 +102,6 @@ class TextChecker:
 
         A word that the end of the window truncates does not count: that says nothing about the data.
         """
-        starts = [start for _, start, _ in words]
-        first, last = (bisect.bisect_left(starts, sec) for sec in (begin, begin + frames / FRAME_RATE))
-        fitting = [word for word in words[first:last] if not self.interleaver([word], begin, frames)[1].dropped]
-        return self.interleaver(fitting, begin, frames)[1].dropped
+        dropped = lambda some: self.interleaver(some, begin, frames)[1].dropped
+        inside = [word for word in words if begin <= word[1] < begin + frames / FRAME_RATE]
+        return dropped([word for word in inside if not dropped([word])])

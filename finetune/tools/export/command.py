@@ -18,8 +18,9 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from finetune.cli import Parser, UserError
+from finetune.cli import UserError
 from finetune.model.stored import INFERENCE_DTYPES, open_stored
+from finetune.parser import Parser
 from finetune.tools.export.folder import export_model, push_to_hub
 
 
@@ -47,7 +48,7 @@ def main() -> None:
     source = open_stored(args.source, args.base, args.expand)
     runtime = "personaplex" if args.expand else args.format
     merge = args.merge or runtime == "personaplex"
-    print(f"weights: {source.weights.origin}")
+    print(f"weights: {source.weights}")
     if source.adapters is not None:
         reason = " (NVIDIA's runtime has no LoRA)" if runtime == "personaplex" else ""
         action = f"merged{reason}" if merge else "kept as adapters"

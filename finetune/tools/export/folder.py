@@ -9,9 +9,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from finetune.cli import UserError
-from finetune.model.pretrained import Pretrained
+from finetune.model.layout import fuse
 from finetune.model.stored import ADAPTERS_NAME, WEIGHTS_NAME, StoredModel
-from finetune.model.weights import fuse, write_safetensors
+from finetune.model.weights import write_safetensors
 from finetune.streams import CODEBOOKS, DEP_Q
 from finetune.tools.export.card import model_card
 
@@ -36,7 +36,7 @@ def export_model(source: StoredModel, out: Path, runtime: str, merge: bool, dtyp
         state = {key: torch.empty(shape, device="meta") for key, shape in source.shapes.items()}
         layout = {key: (dtype, tuple(t.shape)) for key, t in fuse(state, dep_q).items()}
         tensors, name, entries = source.fused(layout), WEIGHTS_NAME, {"moshi_name": WEIGHTS_NAME}
-    elif source.weights.origin.expanded:
+    elif source.weights.expanded:
         raise UserError(
             f"{source.name}: its adapters need a base of {DEP_Q} codebooks, and {source.weights.file.path} has "
             f"{CODEBOOKS}; write one with --expand and give it as --base, or use --merge"
@@ -47,7 +47,15 @@ def export_model(source: StoredModel, out: Path, runtime: str, merge: bool, dtyp
         entries = {"moshi_name": source.base, "lora_name": ADAPTERS_NAME, "lora": True}
         entries |= {"lora_rank": source.rank, "lora_scaling": source.scaling}
 
-    copies, names = _copy_or_refer(source.checkpoint)
+    # Mimi and the tokenizer: files from the hub are named by their address, those only on this machine are copied.
+    copies: dict[str, Path] = {}
+    names: dict[str, str] = {}
+    suffixes = {"mimi_name": ".safetensors", "tokenizer_name": ".model", "mimi_config_name": ".json"}
+    for key, path in source.checkpoint.companions().items():
+        names[key] = source.checkpoint.hub_address(key, path)
+        if names[key] is None:
+            names[key] = key.removesuffix("_name") + (path.suffix or suffixes[key])
+            copies[names[key]] = path
     step = source.training.step if source.training else None
     training = {"method": source.method, "trained_tables": source.trained_tables, "step": step}
     model_id = source.lineage | {key: value for key, value in training.items() if value is not None}
@@ -77,21 +85,6 @@ def export_model(source: StoredModel, out: Path, runtime: str, merge: bool, dtyp
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config
-
-
-def _copy_or_refer(checkpoint: Pretrained) -> tuple[dict[str, Path], dict[str, str]]:
-    """Return ({name in the folder: file to copy}, entries of config.json) for Mimi and the tokenizer.
-
-    Files from the hub are named by their address there; files that are only on this machine are copied.
-    """
-    copies, names = {}, {}
-    suffixes = {"mimi_name": ".safetensors", "tokenizer_name": ".model", "mimi_config_name": ".json"}
-    for key, path in checkpoint.companions().items():
-        names[key] = checkpoint.hub_address(key, path)
-        if names[key] is None:
-            names[key] = key.removesuffix("_name") + (path.suffix or suffixes[key])
-            copies[names[key]] = path
-    return copies, names
 
 
 def push_to_hub(folder: Path, repository: str) -> str:

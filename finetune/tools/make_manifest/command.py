@@ -15,47 +15,39 @@ manifest to the other. Exit code 1 if a file was refused, 2 for a mistake in the
 """
 
 import argparse
+import collections
 import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-from finetune.cli import Parser, UserError
+from finetune.cli import UserError
 from finetune.data.manifest import read_manifest
 from finetune.files import replacing
 from finetune.jobs.failures import HoursBar, show_list
 from finetune.jobs.workers import run_tasks
+from finetune.parser import Parser
 from finetune.tools.make_manifest.pairs import SIDE_SUFFIXES, JoinedPair, Pair, join_pair, pair_up, side_of
 from finetune.tools.make_manifest.recordings import (
     AUDIO_SUFFIXES,
     MIXED,
     RecordingInfo,
-    Refusal,
+    Refusals,
     find_recordings,
     inspect_recording,
 )
-
-Task = TypeVar("Task", Path, Pair)
-Result = TypeVar("Result", RecordingInfo, JoinedPair)
-
-
-def eval_manifest(out: Path) -> Path:
-    """Return the path of the held-out manifest that belongs to `out`."""
-    name = out.stem.replace("train", "eval") if "train" in out.stem else f"{out.stem}_eval"
-    return out.with_name(f"{name}.jsonl")
 
 
 def read_known(path: Path) -> dict[Path, dict]:
     """Return {file: fields of its line} of an existing manifest. Raises UserError if a line cannot be read."""
     problems: list[str] = []
-    rows = read_manifest(path, problems) if path.exists() else []
-    lines = {Path(os.path.abspath(line.path)): line.fields for line in rows}
+    lines = read_manifest(path, problems) if path.exists() else []
+    known = {Path(os.path.abspath(line.path)): line.fields for line in lines}
     if problems:
         raise UserError(f"{problems[0]}; repair the line, or move the manifest away to start again")
-    return lines
+    return known
 
 
 def choose_held_out(names: Sequence[str], share: float, seed: int, already: int, total: int) -> set[str]:
@@ -70,22 +62,17 @@ def choose_held_out(names: Sequence[str], share: float, seed: int, already: int,
     return set(ranked[: max(0, target - already)])
 
 
-def write_manifest(path: Path, lines: dict[Path, dict]) -> None:
-    rows = (json.dumps(fields, ensure_ascii=False) + "\n" for fields in lines.values())
-    with replacing(path) as temporary:
-        temporary.write_text("".join(rows), encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> int:
     args = _parse_args(argv)
     files = find_recordings(args.folder, args.pairs_dir)
     if not files:
         raise UserError(f"{args.folder}: holds no audio file ({', '.join(sorted(AUDIO_SUFFIXES))})")
-    eval_out = eval_manifest(args.out)
+    stem = args.out.stem
+    eval_out = args.out.with_name((stem.replace("train", "eval") if "train" in stem else f"{stem}_eval") + ".jsonl")
     train, held_out = read_known(args.out), read_known(eval_out)
     known = train | held_out
     new: dict[Path, float] = {}  # {stereo file: seconds}
-    refused: dict[Path, Refusal] = {}
+    refused: Refusals = collections.defaultdict(list)
 
     # 1. Stereo files stay as they are, mono files are joined.
     unknown = _find_unknown(files, args, known)
@@ -115,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     if new or joined:
         base.mkdir(parents=True, exist_ok=True)
         for path in reversed(manifests):
-            write_manifest(path, manifests[path])
+            with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(fields, ensure_ascii=False) + "\n" for fields in manifests[path].values())
     print(f"{args.folder}: {len(files)} recordings")
     _print_summary(infos, joined, list(new), list(known), refused)
     outside = [path for lines in manifests.values() for path in lines if not path.is_relative_to(base)]
@@ -170,7 +158,7 @@ def _find_unknown(files: list[Path], args: argparse.Namespace, known: dict[Path,
     Raises UserError if a known pair was joined the other way round.
     """
     sides = set()
-    for pair in pair_up(files, args.suffixes, args.folder, args.pairs_dir, {}):
+    for pair in pair_up(files, args.suffixes, args.folder, args.pairs_dir, collections.defaultdict(list)):
         if pair.reversed_target in known:
             raise UserError(
                 f"{args.out}: has {pair.reversed_target.name}, and these suffixes would make {pair.target.name}, with "
@@ -182,40 +170,38 @@ def _find_unknown(files: list[Path], args: argparse.Namespace, known: dict[Path,
 
 
 def _run(
-    function: Callable[[Task], Result], tasks: list[Task], durations: list[float | None], activity: str,
-    workers: int | None, refused: dict[Path, Refusal],
-) -> dict[Task, Result]:  # fmt: skip
-    """Return {task: result} of the tasks that succeed, and add the files of the others to `refused`."""
-    results: dict[Task, Result] = {}
+    function: Callable, tasks: list, durations: list[float | None], activity: str, workers: int | None,
+    refused: Refusals,
+) -> dict:  # fmt: skip
+    """Return {task: result} of the tasks (files or pairs) that succeed, and add the other files to `refused`."""
+    results = {}
     with HoursBar(durations, activity, disable=not tasks) as bar:
         for task, result, error in run_tasks(partial(_start, function), tasks, workers):
+            path, reason = (task.left, "cannot be joined") if isinstance(task, Pair) else (task, "cannot be read")
             if error is None:
                 results[task] = result
                 bar.update(result.duration_sec)
-            elif isinstance(task, Pair):
-                refused[task.left] = Refusal("cannot be joined", error.removeprefix(f"{task.left}: "))
             else:
-                refused[task] = Refusal("cannot be read", error.removeprefix(f"{task}: "))
+                refused[reason].append(f"{path}: {error.removeprefix(f'{path}: ')}")
     return results
 
 
-def _start(function: Callable[[Task], Result], rank: int) -> Callable[[Task], Result]:
+def _start(function: Callable, rank: int) -> Callable:
     return function
 
 
 def _sort_by_channels(
-    infos: dict[Path, RecordingInfo], suffixes: Sequence[tuple[str, str]], new: dict[Path, float],
-    refused: dict[Path, Refusal],
-) -> list[Path]:  # fmt: skip
+    infos: dict[Path, RecordingInfo], suffixes: Sequence[tuple[str, str]], new: dict[Path, float], refused: Refusals
+) -> list[Path]:
     """Add the stereo files to `new`. Returns the files with a single sound, each of which may be a side of a call."""
     mono = []
     for path, info in infos.items():
         if info.channels > 2:
-            refused[path] = Refusal("more than two channels; export the agent's and the user's", f"has {info.channels}")
+            refused["more than two channels; export the agent's and the user's"].append(f"{path}: has {info.channels}")
         elif info.channels == 2 and not info.alike:
             new[path] = info.duration_sec
         elif info.channels == 2 and side_of(path, suffixes) is None:
-            refused[path] = Refusal(f"the same sound in both channels. {MIXED}")
+            refused[f"the same sound in both channels. {MIXED}"].append(str(path))
         else:
             mono.append(path)
     return mono
@@ -223,13 +209,13 @@ def _sort_by_channels(
 
 def _print_summary(
     infos: dict[Path, RecordingInfo], joined: dict[Pair, JoinedPair], new: list[Path], known: list[Path],
-    refused: dict[Path, Refusal],
+    refused: Refusals,
 ) -> None:  # fmt: skip
     stereo = [path for path in new if path in infos]
     print(f"  {len(stereo):>6} new stereo files")
     print(f"  {len(new) - len(stereo):>6} new pairs, joined into left (agent) and right (user)")
     print(f"  {len(known):>6} files already in the manifests, kept")
-    print(f"  {len(refused):>6} refused")
+    print(f"  {sum(map(len, refused.values())):>6} refused")
     notes = {
         "one side is longer than the other, which is padded with silence; do they start together?": [
             f"{pair.left}: by {result.difference_sec:.1f} s" for pair, result in joined.items()
@@ -243,8 +229,7 @@ def _print_summary(
             if any(infos[path].silent)
         ],
         "in the manifest, but the file is missing": [str(path) for path in known if not path.exists()],
+        **{f"refused: {reason}": rows for reason, rows in refused.items()},
     }  # fmt: skip
-    for path, (reason, detail) in refused.items():
-        notes.setdefault(f"refused: {reason}", []).append(f"{path}: {detail}" if detail else str(path))
     for title, rows in notes.items():
         show_list(f"{len(rows)} x {title}", rows, limit=5)

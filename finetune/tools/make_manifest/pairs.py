@@ -1,18 +1,19 @@
 """Join the two mono files of a call into a stereo wav."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from finetune.audio.files import probe_audio, stream_audio, to_int16, wav_writer
+from finetune.audio.files import probe_audio, read_audio, to_int16, wav_writer
 from finetune.cli import UserError
-from finetune.tools.make_manifest.recordings import MIXED, Refusal
+from finetune.tools.make_manifest.recordings import MIXED, Refusals
 
 SIDE_SUFFIXES = (("_agent", "_user"), ("_left", "_right"), ("_a", "_b"), (".L", ".R"))
 WAV_BYTES = 2**32 - 64  # a wav stores its length in 32 bits
+BLOCK_SEC = 60  # of the blocks in which files are joined
 
 
 class Pair(NamedTuple):
@@ -39,51 +40,46 @@ class JoinedPair(NamedTuple):
     difference_sec: float  # between the lengths of the sides
 
 
-class Side(NamedTuple):
-    """What the name of a mono file says about it."""
+def side_of(path: Path, suffixes: Sequence[tuple[str, str]]) -> tuple[str, int, bool] | None:
+    """Return what the end of a file's name, in any case, says about it; None if it names no side of a call.
 
-    call: tuple[Path, str, int]  # folder, name without the suffix, index of the pair of suffixes
-    right: bool
-    other: str  # name of the other side, without extension
-
-
-def side_of(path: Path, suffixes: Sequence[tuple[str, str]]) -> Side | None:
-    """Return the side of a call that a file holds by the end of its name, in any case; None if it names no side."""
+    That is (name of the call, index of the pair of suffixes, whether it is the right side).
+    """
     for number, pair in enumerate(suffixes):
         for right, suffix in enumerate(pair):
-            base = path.stem[: -len(suffix)]
-            if base and path.stem.lower().endswith(suffix.lower()):
-                return Side((path.parent, base, number), bool(right), base + pair[1 - right])
+            call = path.stem[: -len(suffix)]
+            if call and path.stem.lower().endswith(suffix.lower()):
+                return call, number, bool(right)
     return None
 
 
 def pair_up(
-    mono: Iterable[Path], suffixes: Sequence[tuple[str, str]], folder: Path, pairs_dir: Path,
-    refused: dict[Path, Refusal],
-) -> list[Pair]:  # fmt: skip
+    mono: Iterable[Path], suffixes: Sequence[tuple[str, str]], folder: Path, pairs_dir: Path, refused: Refusals
+) -> list[Pair]:
     """Return the mono files under `folder` that belong together, and add the others to `refused`.
 
     The stereo file is named after both sides, left first: this shows which is which, and names cannot collide.
     """
-    calls: dict[tuple, tuple[list[Path], list[Path]]] = {}
+    calls: dict[tuple[Path, str, int], tuple[list[Path], list[Path]]] = {}
     for path in mono:
         side = side_of(path, suffixes)
         if side is None:
-            refused[path] = Refusal(f"one channel. {MIXED}")
+            refused[f"one channel. {MIXED}"].append(str(path))
         else:
-            calls.setdefault(side.call, ([], []))[side.right].append(path)
+            call, number, right = side
+            calls.setdefault((path.parent, call, number), ([], []))[right].append(path)
     pairs = []
-    for (parent, _, _), (lefts, rights) in sorted(calls.items()):
+    for (parent, call, number), (lefts, rights) in sorted(calls.items()):
         if len(lefts) == 1 and len(rights) == 1:
             name = f"{lefts[0].stem}+{rights[0].stem}.wav"
             pairs.append(Pair(lefts[0], rights[0], pairs_dir / parent.relative_to(folder) / name))
-        elif not lefts or not rights:
-            for path in lefts + rights:
-                missing = f"there is no mono {side_of(path, suffixes).other}.*"
-                refused[path] = Refusal("by its name one side of a call, and the other side is missing", missing)
+        elif lefts and rights:
+            refused["several files are the same side of a call; move all but one elsewhere"] += map(str, lefts + rights)
         else:
-            for path in lefts + rights:
-                refused[path] = Refusal("several files are the same side of a call; move all but one elsewhere")
+            other = call + suffixes[number][not rights]
+            refused["by its name one side of a call, and the other side is missing"] += [
+                f"{path}: there is no mono {other}.*" for path in lefts + rights
+            ]
     return pairs
 
 
@@ -101,28 +97,15 @@ def join_pair(pair: Pair) -> JoinedPair:
     if 4 * rate * longest > WAV_BYTES:
         raise UserError(f"{pair.left}: too long for one wav ({longest / 3600:.1f} h); split the call")
     pair.target.parent.mkdir(parents=True, exist_ok=True)
-    lengths = [0, 0]
-    nothing = np.zeros(0, dtype=np.float32)
+    lengths = np.zeros(2, np.int64)
     with wav_writer(pair.target, 2, rate) as append:
-        for blocks in itertools.zip_longest(*(_read_blocks(path, rate) for path in paths), fillvalue=nothing):
-            pcm = np.zeros((2, max(map(len, blocks))), dtype=np.int16)
-            for side, block in enumerate(blocks):
-                lengths[side] += len(block)
-                pcm[side, : len(block)] = to_int16(block)
-            append(pcm)
-        if not any(lengths):
+        for start in itertools.count(0, BLOCK_SEC):
+            blocks = [to_int16(read_audio(path, start, BLOCK_SEC, rate, channel=0)[0]) for path in paths]
+            counts = [len(block) for block in blocks]
+            append(np.stack([np.pad(block, (0, max(counts) - len(block))) for block in blocks]))
+            lengths += counts
+            if max(counts) < BLOCK_SEC * rate:
+                break
+        if not lengths.any():
             raise UserError(f"{pair.left}: both sides are empty")
-    return JoinedPair(max(lengths) / rate, abs(lengths[0] - lengths[1]) / rate)
-
-
-def _read_blocks(path: Path, rate: int) -> Iterator[np.ndarray]:
-    """Yield the first channel in blocks of ten seconds, so that the blocks of both sides align; the last is shorter."""
-    size = 10 * rate
-    rest = np.zeros(0, dtype=np.float32)
-    for piece in stream_audio(path, rate):
-        rest = np.concatenate([rest, piece[0]])
-        whole = len(rest) // size * size
-        yield from rest[:whole].reshape(-1, size)
-        rest = rest[whole:]
-    if len(rest):
-        yield rest
+    return JoinedPair(lengths.max() / rate, abs(lengths[0] - lengths[1]) / rate)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetune.audio.files import SAME_SOUND, decodable_sec, probe_audio, read_audio
+from finetune.audio.files import SAME_SOUND, probe_audio, read_audio
+from finetune.audio.stream import decodable_sec
 from finetune.cli import UserError
 
 # Includes formats that cannot be read: a file of such a format is refused by name, not left out silently.
@@ -22,17 +23,14 @@ MIXED = (
 )
 
 
+Refusals = dict[str, list[str]]  # {reason: files with what there is to say about each}; a defaultdict(list)
+
+
 class RecordingInfo(NamedTuple):
     channels: int
-    sample_rate: int  # Hz
     duration_sec: float  # that can be decoded, whatever the header says
     alike: bool  # there are several channels and they hold the same sound
     silent: tuple[bool, ...]  # for each channel, in the excerpts
-
-
-class Refusal(NamedTuple):
-    reason: str  # the same for all files with this problem
-    detail: str = ""  # about this file
 
 
 def inspect_recording(path: Path) -> RecordingInfo:
@@ -49,14 +47,11 @@ def inspect_recording(path: Path) -> RecordingInfo:
     else:
         starts = (0, int(seconds / 2), int(seconds - EXCERPT_SEC))
         pcm = np.concatenate([read_audio(path, start, EXCERPT_SEC, info.sample_rate) for start in starts], axis=1)
+    products = pcm @ pcm.T
+    norms = np.sqrt(np.diag(products))
+    correlated = norms.min() > 0 and (products / np.outer(norms, norms)).min() > SAME_SOUND
     silent = tuple(bool(rms < SILENT_RMS) for rms in np.sqrt((pcm**2).mean(axis=1)))
-    return RecordingInfo(info.channels, info.sample_rate, seconds, info.channels > 1 and alike(pcm @ pcm.T), silent)
-
-
-def alike(products: np.ndarray) -> bool:
-    """Return whether all channels hold the same sound, given the sums of their products [channels, channels]."""
-    power = np.sqrt(np.diag(products))
-    return bool(power.min() > 0 and (products / np.outer(power, power)).min() > SAME_SOUND)
+    return RecordingInfo(info.channels, seconds, info.channels > 1 and bool(correlated), silent)
 
 
 def find_recordings(folder: Path, excluded: Path) -> list[Path]:

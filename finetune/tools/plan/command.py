@@ -21,9 +21,10 @@ import math
 from pathlib import Path
 
 from finetune.args import TrainArgs
-from finetune.cli import Parser, UserError
+from finetune.cli import UserError
 from finetune.config import load_args, parse_yaml
 from finetune.data.manifest import parse_sources, read_manifest
+from finetune.parser import Parser
 from finetune.streams import N_STREAMS
 from finetune.tools.plan.sizes import RunSizes, open_sizes
 
@@ -40,13 +41,13 @@ def read_plan_settings(config: str, overrides: list[str]) -> tuple[TrainArgs, bo
         data = dict(parse_yaml(Path(config).read_text())["data"])
     data |= {key.removeprefix("data."): value for key, _, value in (o.partition("=") for o in overrides)}
     for key in ("train_data", "eval_data"):
-        sources = []
         try:
             sources = parse_sources(str(data.get(key) or ""))
         except UserError as error:
             if "no such manifest" in str(error):
                 notes.append(f"data.{key}: {error}; it is assumed to be pre-computed")
                 overrides = [*overrides, f"data.{key}={json.dumps(str(config))}"]  # any file that exists
+            continue
         for path, _ in sources:
             first = next(read_manifest(path, []), None)
             live |= first is not None and "codes_path" not in first.fields

@@ -77,21 +77,19 @@ class FsdpMemory:
         if self.accumulated:
             self.meter.hold("gradients", sum(unit.gradient for unit in self.units))
         self._gather(self.units[-1])
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        yield
+        for handle in handles:
+            handle.remove()
         for unit in [self.units[-1], *self.units]:  # last those layers whose inputs need no gradient
             self._reduce(unit)
         self.meter.hold("gathered", -self.reducing)
 
     def _gather(self, unit: FsdpUnit) -> None:
-        copy = unit.size * (self.shards > 1)
-        self.meter.hold("gathered", copy)
-        self._hold_briefly(copy * self.over_gloo)
+        flat = unit.size * (self.shards > 1)
+        self.meter.hold("gathered", flat)
+        self._hold_briefly(flat * self.over_gloo)
         self.meter.hold("gathered", unit.size - self.flat)
-        self.flat, unit.is_gathered = copy, True
+        self.flat, unit.is_gathered = flat, True
 
     def _hold_briefly(self, size: int) -> None:
         self.meter.hold("gathered", size)
@@ -110,10 +108,10 @@ class FsdpMemory:
         for later in self.units[i + 1 : -1]:  # its own hook, on the same tensor, runs after this one
             self._reduce(later)
         self.meter.hold("gathered", self.units[i].size)
-        self.meter.hold("gathered", -self.flat)
         self.units[i].is_gathered = True
-        self.flat = self.units[i - 1].size if i and self.shards > 1 else 0
-        self.meter.hold("gathered", self.flat)
+        flat = self.units[i - 1].size if i and self.shards > 1 else 0
+        self.meter.hold("gathered", flat - self.flat)
+        self.flat = flat
 
     def _free(self, unit: FsdpUnit) -> None:
         self.meter.hold("gathered", -unit.size * unit.is_gathered)
@@ -123,14 +121,12 @@ class FsdpMemory:
         if not unit.is_gathered:
             return
         self._free(unit)
-        if unit.trained:
-            if self.accumulated:  # they were added to the earlier ones
-                unit.drop_gradients()
-            self.meter.hold("gathered", -self.reducing)
-            self.reducing = unit.gradient
-            self.meter.hold("gathered", self.reducing)
-            copied = sum(4 * p.numel() if self.accumulated else p.nbytes for p in unit.uneven)
-            self._hold_briefly(copied * self.on_cpu)
+        if self.accumulated:  # they were added to the earlier ones
             unit.drop_gradients()
-            self.meter.hold("gradients", unit.gradient // self.shards - unit.gradient * self.accumulated)
-            self._hold_briefly(unit.gradient * self.over_gloo)
+        self.meter.hold("gathered", unit.gradient - self.reducing)
+        self.reducing = unit.gradient
+        copied = sum(4 * p.numel() if self.accumulated else p.nbytes for p in unit.uneven)
+        self._hold_briefly(copied * self.on_cpu)
+        unit.drop_gradients()
+        self.meter.hold("gradients", unit.gradient // self.shards - unit.gradient * self.accumulated)
+        self._hold_briefly(unit.gradient * self.over_gloo)

@@ -30,7 +30,7 @@ class Meter(TorchDispatchMode):
         self.flops = self.operations = self.live = self.peak = 0
         self.held: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
-        self._storages: dict[int, weakref.finalize] = {}
+        self._storages: set[int] = set()  # ids of those that exist
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -43,8 +43,13 @@ class Meter(TorchDispatchMode):
             self._update_peak(4 * args[1].numel())
         inputs = {id(t.untyped_storage()) for t in args if isinstance(t, Tensor)}
         for tensor in out if isinstance(out, list | tuple) else [out]:
-            if isinstance(tensor, Tensor) and not func.is_view and id(tensor.untyped_storage()) not in inputs:
-                self._add(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and not func.is_view:
+                storage = tensor.untyped_storage()
+                if id(storage) not in inputs and id(storage) not in self._storages:
+                    weakref.finalize(storage, self._remove, id(storage), storage.nbytes())
+                    self._storages.add(id(storage))
+                    self.live += storage.nbytes()
+                    self._update_peak()
         return out
 
     def hold(self, kind: str, size: int) -> None:
@@ -52,15 +57,8 @@ class Meter(TorchDispatchMode):
         self.held[kind] += size
         self._update_peak()
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if id(storage) not in self._storages:
-            key, size = id(storage), storage.nbytes()
-            self._storages[key] = weakref.finalize(storage, self._remove, key, size)
-            self.live += size
-            self._update_peak()
-
     def _remove(self, key: int, size: int) -> None:
-        del self._storages[key]
+        self._storages.remove(key)
         self.live -= size
 
     def _update_peak(self, extra: int = 0) -> None:

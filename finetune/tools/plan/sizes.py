@@ -16,7 +16,7 @@ from finetune.data.prompter import check_context, longest_prompt
 from finetune.generate import generation_mode
 from finetune.lora import add_adapters, is_adapter
 from finetune.model.build import build_lm, set_trainable
-from finetune.model.pretrained import MOSHI, PERSONAPLEX, lm_kwargs, open_pretrained
+from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.model.products import Linears
 from finetune.model.targets import Targets
 from finetune.model.training_lm import TrainingLM
@@ -71,16 +71,17 @@ class RunSizes:
         self.state["mimi"] = sum(t.nbytes for t in (*mimi.parameters(), *mimi.buffers())) if mimi else 0
 
         self.on_cpu = self.over_gloo = on_cpu
+        device = "cpu" if on_cpu else "meta"
         self._fake = FakeTensorMode() if on_cpu else GpuAttention()
-        self._tensor = functools.partial(torch.empty, device="cpu" if on_cpu else "meta")
-        self.max_batch = MAX_BATCH["cpu" if on_cpu else "meta"]
+        self._tensor = functools.partial(torch.empty, device=device)
+        self.max_batch = MAX_BATCH[device]
         with self._fake:  # FSDP casts what it gathers, so that the step sees a single dtype
             for module in lm.modules():
                 for name, parameter in module.named_parameters(recurse=False):
                     values = self._tensor(parameter.shape, dtype=dtype)
                     setattr(module, name, nn.Parameter(values, parameter.requires_grad))
         self.lm = TrainingLM(lm, args.gradient_checkpointing)
-        self._steps: dict[tuple[int, bool], Meter] = {}
+        self.step = functools.cache(self._step)
 
     def _forward(self, batch: int) -> Tensor:
         """Return the summed losses of a microbatch in which every frame after the prompt carries loss.
@@ -89,23 +90,20 @@ class RunSizes:
         """
         tokens = functools.partial(self._tensor, dtype=torch.int64)
         frames, rows = self.prompt_frames + self.frames, batch * self.frames
-        words, dep_q = -(-rows // 3), self.lm.lm.dep_q
-        padding = rows - words
-        shapes = ((words,), (1, words), (padding,), (1, padding), (rows,), (dep_q, rows))
-        targets = Targets(*(tokens(*shape) for shape in shapes))
+        words = -(-rows // 3)
+        parts = ((1, words), (1, rows - words), (self.lm.lm.dep_q, rows))
+        targets = Targets(*(tensor for heads, n in parts for tensor in (tokens(n), tokens(heads, n))))
         return self.lm(tokens(batch, N_STREAMS, frames), tokens(batch, frames).bool(), targets=targets).ce.sum()
 
-    def step(self, batch: int, checkpointing: bool) -> Meter:
+    def _step(self, batch: int, checkpointing: bool) -> Meter:
         """Meter the forward and backward pass of the last microbatch of a step."""
-        if (batch, checkpointing) not in self._steps:
-            self.lm.gradient_checkpointing = checkpointing
-            accumulated = self.args.num_microbatches > 1
-            with self._fake, Meter() as meter:
-                memory = FsdpMemory(self.lm, self.shards, meter, accumulated, self.on_cpu, self.over_gloo)
-                with memory.follow():
-                    torch.autograd.backward(self._forward(batch))  # Tensor.backward would lose GpuAttention
-            self._steps[batch, checkpointing] = meter
-        return self._steps[batch, checkpointing]
+        self.lm.gradient_checkpointing = checkpointing
+        accumulated = self.args.num_microbatches > 1
+        with self._fake, Meter() as meter:
+            memory = FsdpMemory(self.lm, self.shards, meter, accumulated, self.on_cpu, self.over_gloo)
+            with memory.follow():
+                torch.autograd.backward(self._forward(batch))  # Tensor.backward would lose GpuAttention
+        return meter
 
     def flops(self) -> dict[str, int]:
         """Return the FLOPs of a step over all ranks, by pass.
@@ -181,7 +179,7 @@ def open_sizes(
     given = args.prompt != PromptArgs() if personaplex is None else personaplex
     spec, notes = PERSONAPLEX if given else MOSHI, []
     paths = vars(args.moshi_paths) | {"hf_repo_id": args.moshi_paths.hf_repo_id or spec.default_repo}
-    checkpoint, repo = open_pretrained(**paths), paths["hf_repo_id"]
+    checkpoint, repo = Pretrained(**paths), paths["hf_repo_id"]
     known = repo in BUILT_IN and not paths["config_path"] and not Path(repo).is_dir()
     if known and not isinstance(try_to_load_from_cache(repo, "config.json"), str):
         checkpoint.raw_config = {"model_type": "personaplex" if repo == PERSONAPLEX.default_repo else "moshi"}

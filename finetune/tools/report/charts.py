@@ -8,13 +8,14 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from finetune.tools.report.record import value_of
-
 MAX_POINTS = 160  # of a curve; more rows are drawn as means with their range as a band
 
 # --- 1. Numbers ----------------------------------------------------------------------------------------------------
 
 NumberFormat = Callable[[float], str]
+format_percent: NumberFormat = "{:.1%}".format
+format_seconds: NumberFormat = "{:.2f} s".format
+format_count: NumberFormat = "{:,.0f}".format
 
 
 def format_number(value: float) -> str:
@@ -26,20 +27,8 @@ def format_number(value: float) -> str:
     return f"{value:,.{max(0, min(3, 3 - math.floor(math.log10(abs(value)))))}f}"
 
 
-def format_percent(value: float) -> str:
-    return f"{value:.1%}"
-
-
 def format_scientific(value: float) -> str:
     return f"{value:.2g}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}".replace("e-0", "e-")
-
-
-def format_seconds(value: float) -> str:
-    return f"{value:.2f} s"
-
-
-def format_count(value: float) -> str:
-    return f"{value:,.0f}"
 
 
 def format_duration(value: float) -> str:
@@ -72,13 +61,13 @@ class Chart(NamedTuple):
 
 def make_curve(style: str, rows: Sequence[dict], key: str) -> Curve:
     """The values under `key` over steps."""
-    points = [(row["step"], value) for row in rows if (value := value_of(row, key)) is not None]
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     if len(points) <= MAX_POINTS:
         return Curve(style, points)
-    parts = np.array_split(np.array(points, dtype=float), MAX_POINTS)
-    means = [(float(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]
-    bands = [(float(part[:, 0].mean()), float(part[:, 1].min()), float(part[:, 1].max())) for part in parts]
-    return Curve(style, means, bands)
+    parts = [part.T for part in np.array_split(np.array(points, dtype=float), MAX_POINTS)]
+    means = [(float(steps.mean()), float(values.mean())) for steps, values in parts]
+    band = [(float(steps.mean()), float(values.min()), float(values.max())) for steps, values in parts]
+    return Curve(style, means, band)
 
 
 def round_ticks(low: float, high: float, most: int) -> list[float]:
@@ -105,24 +94,27 @@ def _tick_label(value: float, form: NumberFormat) -> str:
 
 
 class _Axes:
-    """The plot area of a panel: pixels of a value on each axis, and the grid."""
+    """The plot area of a panel: pixels of a value on each axis, and the SVG that is drawn there."""
 
-    def __init__(
-        self, width: int, height: int, left: int, right: int, bottom: int, x_max: float, low: float, high: float
-    ):
-        self.width, self.height, self.left, self.right, self.bottom = width, height, left, right, bottom
-        self.top, self.x_max, self.low, self.high = 6 if height < 140 else 8, x_max, low, high
+    def __init__(self, width: int, height: int, left: int, x_max: float, low: float, high: float):
+        top, right, bottom = (6, 6, 16) if height < 140 else (8, 10, 22)  # margins; `left` is one too
+        self.width, self.height = width, height
+        self.left, self.right, self.top, self.bottom = left, width - right, top, height - bottom
+        self.x_max, self.low, self.high = x_max, low, high
         self.parts: list[str] = []
 
     def x(self, value: float) -> float:
-        return self.left + (self.width - self.left - self.right) * value / self.x_max
+        return self.left + (self.right - self.left) * value / self.x_max
 
     def y(self, value: float) -> float:
         value = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
-        return self.top + (self.height - self.top - self.bottom) * (1 - value)
+        return self.top + (self.bottom - self.top) * (1 - value)
 
     def level(self, style: str, value: float) -> None:
-        self.parts.append(f'<path class="{style}" d="M{self.left},{self.y(value):.1f}H{self.width - self.right}"/>')
+        self.parts.append(f'<path class="{style}" d="M{self.left},{self.y(value):.1f}H{self.right}"/>')
+
+    def upright(self, style: str, x: str) -> None:
+        self.parts.append(f'<path class="{style}" d="M{x},{self.top}V{self.bottom}"/>')
 
     def label_y(self, value: float, text: str) -> None:
         self.level("grid", value)
@@ -158,7 +150,7 @@ def draw_chart(
         return None
     last_step = max(last_step, 1)
     low, high = limits or axis_limits([y for c in curves for _, y in c.points] + ([] if base is None else [base]))
-    size = (176, 130, 30, 6, 16) if small else (340, 190, 46, 10, 22)
+    size = (176, 130, 30) if small else (340, 190, 46)
     axes = _Axes(*size, last_step, low, min(high, 1.0) if form is format_percent else high)
     for value in round_ticks(axes.low, axes.high, 3 if small else 5):
         axes.label_y(value, _tick_label(value, form))
@@ -168,31 +160,31 @@ def draw_chart(
     if base is not None:
         axes.level("base", base)
     at = lambda step, value: f"{axes.x(step):.1f},{axes.y(value):.1f}"
-    for c in curves:
-        if c.band:
-            outline = [at(s, v) for s, _, v in c.band] + [at(s, v) for s, v, _ in reversed(c.band)]
-            axes.parts.append(f'<path class="band {c.style}" d="M{"L".join(outline)}Z"/>')
-        axes.parts.append(f'<path class="line {c.style}" d="M{"L".join(at(*point) for point in c.points)}"/>')
-        if len(c.points) == 1 or (c.style == "held" and len(c.points) <= 60):
-            for s, v in c.points:
-                radius = 1.8 if small else 2.6
-                axes.parts.append(f'<circle class="{c.style}" cx="{axes.x(s):.1f}" cy="{axes.y(v):.1f}" r="{radius}"/>')
-    axes.parts.append(f'<path class="cursor" d="M0,{axes.top}V{axes.height - axes.bottom}"/>')
+    for style, points, band in curves:
+        if band:
+            outline = [at(s, v) for s, _, v in band] + [at(s, v) for s, v, _ in reversed(band)]
+            axes.parts.append(f'<path class="band {style}" d="M{"L".join(outline)}Z"/>')
+        axes.parts.append(f'<path class="line {style}" d="M{"L".join(at(*point) for point in points)}"/>')
+        if len(points) == 1 or (style == "held" and len(points) <= 60):
+            radius = 1.8 if small else 2.6
+            axes.parts += [
+                f'<circle class="{style}" cx="{axes.x(s):.1f}" cy="{axes.y(v):.1f}" r="{radius}"/>' for s, v in points
+            ]
+    axes.upright("cursor", "0")
     data = {
-        "left": axes.left / axes.width, "right": 1 - axes.right / axes.width, "width": axes.width, "last": last_step,
-        "curves": [[c.style, [[round(s, 1), form(v)] for s, v in c.points]] for c in curves],
+        "left": axes.left / axes.width, "right": axes.right / axes.width, "width": axes.width, "last": last_step,
+        "curves": [[style, [[round(s, 1), form(v)] for s, v in points]] for style, points, _ in curves],
     }  # fmt: skip
     reference = "" if base is None or small else form(base)
     newest = form(curves[-1].points[-1][1])
     return Chart(title, newest, reference, hint, axes.svg(f"{title} over steps"), json.dumps(data), small)
 
 
-def draw_histogram(title: str, values: Sequence[float], mark: object) -> Chart:
+def draw_histogram(title: str, values: Sequence[float], mark: float | None) -> Chart:
     """Files by length in seconds; a dashed line marks the length of a window."""
-    mark = float(mark) if isinstance(mark, int | float) else None
-    high = max([*values, mark or 0]) * 1.03 or 1.0
+    high = max(*values, mark or 0) * 1.03 or 1.0
     counts, edges = np.histogram(values, bins=30, range=(0, high))
-    axes = _Axes(340, 150, 36, 10, 22, high, 0, int(counts.max()))
+    axes = _Axes(340, 150, 36, high, 0, int(counts.max()))
     for value in round_ticks(0, axes.high, 4):
         if value == round(value):
             axes.label_y(value, f"{value:,.0f}")
@@ -204,6 +196,6 @@ def draw_histogram(title: str, values: Sequence[float], mark: object) -> Chart:
             axes.parts.append(f'<path class="bin" d="{shape}"/>')
     hint = "seconds"
     if mark is not None:
-        axes.parts.append(f'<path class="base" d="M{axes.x(mark):.1f},{axes.top}V{axes.height - axes.bottom}"/>')
+        axes.upright("base", f"{axes.x(mark):.1f}")
         hint += f"; dashed: a window, {mark:g} s"
     return Chart(title, f"median {np.median(values):.1f} s", "", hint, axes.svg(title))

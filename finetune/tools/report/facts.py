@@ -6,13 +6,12 @@ Each function takes the run and returns a dictionary, or None if the run has not
 import json
 import re
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 
 from markupsafe import Markup, escape
 from pydantic_core import PydanticUndefined
 
-from finetune.args import Settings, TrainArgs
+from finetune.args import SETTINGS
 from finetune.audio.words import MAIN_SPEAKER
 from finetune.tools.report.charts import draw_histogram, format_duration, format_number
 from finetune.tools.report.record import MAX_SIDECARS, RunRecord, values_of
@@ -21,20 +20,19 @@ from finetune.tools.report.record import MAX_SIDECARS, RunRecord, values_of
 def arithmetic(run: RunRecord) -> dict | None:
     facts: list[tuple[str, str]] = []
     batch, micro = run.settings.get("batch_size"), run.settings.get("num_microbatches")
-    step, state = next(((step, state) for step, _, state in reversed(run.states) if step), (0, {}))
-    consumed = state.get("position")
-    if isinstance(batch, int) and isinstance(micro, int):
-        processes = consumed / step / (batch * micro) if isinstance(consumed, int) and step else None
-        if processes is not None and processes == round(processes):
+    step, consumed = next(((step, state.get("position")) for step, _, state in run.states[::-1] if step), (0, None))
+    if batch and micro:
+        processes = consumed / step / (batch * micro) if consumed else None
+        if processes and processes == round(processes):
             product = f"{batch} × {micro} × {processes:.0f} = {batch * micro * round(processes):,} windows"
             facts.append(("a step", f"{product} (batch × microbatches × processes)"))
         else:
             facts.append(("a step", f"{batch} × {micro} = {batch * micro:,} windows on each process"))
-    if isinstance(consumed, int):
+    if consumed:
         text = f"{consumed:,} windows up to the checkpoint of step {step:,}"
-        epoch = sum(manifest.windows for manifest in run.manifests("data.train_data"))
+        epoch = sum(manifest.windows for manifest in run.train_manifests)
         facts.append(("read", text + (f" = {consumed / epoch:.2f} epochs of {epoch:,}" if epoch else "")))
-    tokens = sum((row.get("tokens_per_sec") or 0) * (row.get("interval_sec") or 0) for row in run.train)
+    tokens = run.total("tokens_per_sec")
     if tokens:
         facts.append(("tokens", f"{tokens:,.0f} (17 a frame, prompts included)"))
         facts.append(("dialogue", f"{format_number(run.hours_read())} h of frames that carry loss"))
@@ -46,8 +44,15 @@ def arithmetic(run: RunRecord) -> dict | None:
     memory = values_of(run.train, "peak_memory_gb")
     if memory:
         facts.append(("memory", f"{max(memory):.2f} GB at its peak, on the first process"))
-    spent = [(name, value) for name, value in run.seconds_spent().items() if name != "training" and value > 0]
-    whole = sum(value for _, value in spent)
+    waiting = run.total("data_wait")
+    spent = {
+        "computing": sum(values_of(run.train, "interval_sec")) - waiting,
+        "waiting for data": waiting,
+        "evaluating": sum(values_of(run.held_out, "seconds")),
+        "saving": sum(values_of(run.saves, "seconds")),
+    }
+    spent = {name: seconds for name, seconds in spent.items() if seconds > 0}
+    whole = sum(spent.values())
     if spent:
         facts.append(("time", f"{format_duration(whole)} in all"))
     dropped, late, skipped = (values_of(run.train, key) for key in ("text_tokens_dropped", "words_late", "skipped"))
@@ -55,22 +60,20 @@ def arithmetic(run: RunRecord) -> dict | None:
         facts.append(("text", f"{sum(dropped):,} tokens found no frame, {sum(late):,} words came late"))
     if skipped:
         facts.append(("skipped", f"{skipped[-1]:,} windows could not be read"))
-    bar = [(f"{value / whole:.4f}", f"{name} {format_duration(value)}, {value / whole:.0%}") for name, value in spent]
+    bar = [(f"{sec / whole:.4f}", f"{name} {format_duration(sec)}, {sec / whole:.0%}") for name, sec in spent.items()]
     return {"facts": facts, "bar": bar} if facts else None
 
 
 def data(run: RunRecord) -> dict | None:
-    speakers = run.settings.get("data.speakers")
-    speakers = set(map(str, speakers)) if isinstance(speakers, list) else {MAIN_SPEAKER}
-    rows, lengths, problems = [], [], []
-    for name, key in (("training", "data.train_data"), ("held out", "data.eval_data")):
-        manifests = run.manifests(key)
+    speakers = run.settings.get("data.speakers", [MAIN_SPEAKER])
+    rows, charts, problems, sampled = [], [], [], None
+    for name, manifests in (("training", run.train_manifests), ("held out", run.eval_manifests)):
         for manifest in manifests:
-            if manifest.problem:
-                problems.append(manifest.problem)
+            problems += manifest.problems
             annotated = [about for about in manifest.sidecars if isinstance(about.get("alignments"), list)]
             minutes = sum(about["seconds"] for about in annotated) / 60
-            words = sum(_is_of(entry, speakers) for about in annotated for entry in about["alignments"])
+            listed = [word for about in annotated for word in about["alignments"] if isinstance(word, list)]
+            words = sum(len(word) < 3 or word[2] in speakers for word in listed)  # without a speaker: anybody's
             prompts, voices = (
                 {str(about[key]) for about in manifest.sidecars if about.get(key)}
                 for key in ("text_prompt", "voice_prompt")
@@ -80,53 +83,33 @@ def data(run: RunRecord) -> dict | None:
                 f"{sum(manifest.durations) / 3600:.2f}", f"{manifest.windows:,}",
                 f"{words / minutes:.0f}" if minutes else "–", f"{len(prompts):,}", f"{len(voices):,}",
             ])  # fmt: skip
-        lengths.append((name, [duration for manifest in manifests for duration in manifest.durations]))
-    if not rows:
-        return None
-    window = run.settings.get("duration_sec")
-    return {
-        "problems": problems,
-        "rows": rows,
-        "charts": [draw_histogram(f"Length of the files, {name}", own, window) for name, own in lengths if own],
-        "sampled": f"{MAX_SIDECARS:,}" if any(len(own) > MAX_SIDECARS for _, own in lengths) else None,
-    }
-
-
-def _is_of(entry: object, speakers: set[str]) -> bool:
-    """Whether a word belongs to one of the speakers; a word without a speaker belongs to anybody."""
-    return isinstance(entry, list) and (len(entry) < 3 or str(entry[2]) in speakers)
+        lengths = [duration for manifest in manifests for duration in manifest.durations]
+        if lengths:
+            charts.append(draw_histogram(f"Length of the files, {name}", lengths, run.settings.get("duration_sec")))
+        if len(lengths) > MAX_SIDECARS:
+            sampled = f"{MAX_SIDECARS:,}"
+    return {"problems": problems, "rows": rows, "charts": charts, "sampled": sampled} if rows else None
 
 
 def settings(run: RunRecord) -> dict | None:
-    if not run.settings:
-        return None
-    known = dict(_described_settings(TrainArgs))
     shown = lambda value: value if isinstance(value, str) else json.dumps(value)
     changed, rest = [], []
     for key, value in run.settings.items():
-        default, text = known.get(key, (PydanticUndefined, ""))
-        text = Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(text))))
-        if default == value or (isinstance(default, tuple) and list(default) == value):
+        field = SETTINGS.get(key)
+        default = field.default if field else PydanticUndefined
+        default = [*default] if isinstance(default, tuple) else default  # YAML has lists only
+        text = Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(field.description if field else ""))))
+        if value == default:
             rest.append((key, shown(value), text))
         else:
             changed.append((key, shown(value), None if default is PydanticUndefined else shown(default), text))
-    return {"changed": changed, "rest": rest}
-
-
-def _described_settings(model: type[Settings], prefix: str = "") -> Iterable[tuple[str, tuple[object, str]]]:
-    """(dotted key, (default, description)) of all settings."""
-    for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            yield from _described_settings(kind, f"{prefix}{name}.")
-        else:
-            yield prefix + name, (info.default, info.description or "")
+    return {"changed": changed, "rest": rest} if run.settings else None
 
 
 def checkpoints(run: RunRecord) -> dict | None:
     rows = []
     for step, path, state in run.states:
-        sizes = {name: size for name, (size, _) in (state.get("files") or {}).items()}
+        sizes = {name: size for name, (size, _) in state.get("files", {}).items()}
         weights = [name for name in sizes if name.startswith("consolidated/") and name.endswith(".safetensors")]
         loaded = [(Path(name).name, f"{sizes[name] / 1e6:,.1f} MB") for name in weights]
         folder = str(path.relative_to(run.folder))

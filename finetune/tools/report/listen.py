@@ -1,4 +1,4 @@
-"""Saved replies as sound and picture."""
+"""The section with the saved replies, as sound and picture."""
 
 import base64
 import math
@@ -13,6 +13,7 @@ from finetune.audio.files import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, read_audio
 from finetune.audio.speech import find_spans, voice_activity
 from finetune.cli import UserError
 from finetune.tools.report.record import RunRecord, SavedReply
+from finetune.tools.report.sections import OUT_OF, REPLY_COLUMNS
 
 AUDIO_BUDGET = 16_000_000  # bytes of sound in one page; replies beyond it are named and not embedded
 PICTURE_WIDTH = 1080  # pixels, within the limits that follow
@@ -70,19 +71,9 @@ def draw_conversation(pcm: np.ndarray, words: list[tuple[str, float, float]]) ->
     )
 
 
-def reply_words(about: dict) -> list[tuple[str, float, float]]:
-    """(word, start, end) of a saved reply, in seconds; none if they cannot be read."""
-    try:
-        words = [(str(word), float(start), float(end)) for word, start, end in about.get("text") or []]
-    except (TypeError, ValueError):
-        return []
-    return [word for word in words if math.isfinite(word[1]) and math.isfinite(word[2])]
-
-
-def load_reply(reply: SavedReply, room: int) -> tuple[dict, int]:
+def show_reply(reply: SavedReply, room: int) -> tuple[dict, int]:
     """(what the page shows of a reply, bytes of `room` that remain). A sound larger than `room` is left out."""
-    file = f"samples/{reply.path.parent.name}/{reply.path.name}"
-    shown = {"step": reply.step, "file": file, "url": None, "problem": None}
+    shown = {"step": reply.step, "file": "/".join(reply.path.parts[-3:]), "url": None, "problem": None}
     if room <= 0:
         return shown, 0
     try:
@@ -92,37 +83,40 @@ def load_reply(reply: SavedReply, room: int) -> tuple[dict, int]:
     except UserError as error:
         return shown | {"problem": str(error)}, room
     pcm = np.concatenate([pcm, np.zeros_like(pcm)])[:2]  # a mono file has no user
-    words = reply_words(reply.about)
     sound = encode_opus(pcm)
     if len(sound) > room:
         return shown, 0
-    measures = reply.about.get("measures")
+    words, measures, chips = reply.about.get("text", []), reply.about.get("measures", {}), []
+    for key, title, form in REPLY_COLUMNS:
+        if key not in OUT_OF.values() and measures.get(key) is not None:
+            whole = measures.get(OUT_OF.get(key))
+            chips.append((title.lower(), form(measures[key]) + ("" if whole is None else f" of {whole}")))
     shown |= {
         "url": f"data:audio/ogg;base64,{base64.b64encode(sound).decode()}",
         "picture": draw_conversation(pcm, words),
         "words": " ".join(word for word, _, _ in words),
-        "measures": measures if isinstance(measures, dict) else {},
+        "chips": chips,
     }
     return shown, room - len(sound)
 
 
-def load_conversations(run: RunRecord) -> list[dict]:
+def listen(run: RunRecord) -> dict | None:
     """One entry for each held-out user: its name, prompt and voice, and its replies, the newest step first."""
     last = max((reply.step for reply in run.replies), default=0)
     # What one wants to hear first is embedded first: the newest step, then the base, then the steps between.
-    order = sorted(run.replies, key=lambda r: (r.step != last, r.step != 0, -r.step, r.name))
+    order = sorted(run.replies, key=lambda r: (r.step != last, r.step != 0, -r.step, r.path.stem))
     shown, room = {}, AUDIO_BUDGET
     for reply in order:
-        shown[reply.path], room = load_reply(reply, room)
+        shown[reply.path], room = show_reply(reply, room)
     conversations = []
-    for name in sorted({reply.name for reply in run.replies}):
-        own = sorted((r for r in run.replies if r.name == name), key=lambda r: -r.step)
+    for name in sorted({reply.path.stem for reply in run.replies}):
+        own = sorted((reply for reply in run.replies if reply.path.stem == name), key=lambda r: -r.step)
         about = own[0].about
-        source = str(about.get("of") or name)
+        source = about.get("of") or name
         conversations.append({
             "source": source,
             "title": source.rsplit("/", 1)[-1],
-            "about": [(key, str(about[key])) for key in ("prompt", "voice") if about.get(key)],
+            "about": [(key, about[key]) for key in ("prompt", "voice") if about.get(key)],
             "replies": [shown[reply.path] for reply in own],
         })  # fmt: skip
-    return conversations
+    return {"conversations": conversations} if conversations else None

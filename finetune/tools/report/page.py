@@ -10,19 +10,17 @@ NAME.json: {"text": [[word, start, end], ...], "of": ..., "prompt": ..., "voice"
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
-from finetune.cli import Parser
 from finetune.files import replacing
+from finetune.parser import Parser
 from finetune.tools.report import facts, sections
-from finetune.tools.report.record import read_run
-
-HERE = Path(__file__).parent
+from finetune.tools.report.listen import listen
+from finetune.tools.report.record import RunRecord
 
 # In the order of the page: title, and the function whose result the macro of the same name in sections.html takes.
 SECTIONS = (
     ("Free-running replies", sections.replies),
-    ("Listen", sections.listen),
+    ("Listen", listen),
     ("Curves", sections.curves),
     ("Codebooks", sections.codebooks),
     ("Evaluations", sections.evaluations),
@@ -34,23 +32,18 @@ SECTIONS = (
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run's folder and return its path.
-
-    Raises:
-        UserError: the folder is not one of a run.
-    """
-    run = read_run(folder)
+    """Write `report.html` into a run's folder and return its path. Raises UserError if the folder holds no run."""
+    run = RunRecord(folder)
     found = [(title, function.__name__, function(run)) for title, function in SECTIONS]
     templates = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
-    )
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )  # fmt: skip
     page = templates.get_template("page.html").render(
         headline=sections.headline(run),
         sections=[section for section in found if section[2] is not None],
         problems=run.problems,
         folder=folder,
-        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "script.js").read_text(encoding="utf-8")),
     )
     path = folder / "report.html"
     with replacing(path) as temporary:

@@ -3,12 +3,11 @@
 Each function takes the run and returns a dictionary, or None if the run has nothing for the section.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from finetune.dialogue import reply_verdict
 from finetune.streams import CODEBOOKS
 from finetune.tools.report.charts import (
-    Chart,
     NumberFormat,
     axis_limits,
     draw_chart,
@@ -20,8 +19,7 @@ from finetune.tools.report.charts import (
     format_seconds,
     make_curve,
 )
-from finetune.tools.report.listen import load_conversations
-from finetune.tools.report.record import RunRecord, value_of, values_of
+from finetune.tools.report.record import RunRecord, values_of
 
 # key, title, unit or hint, format
 LOSS_CHARTS = (
@@ -36,6 +34,8 @@ LOSS_CHARTS = (
     ("acoustic_loss", "Acoustic codebooks", "nats / token", format_number),
 )
 MECHANICS_CHARTS = (
+    ("lr", "Learning rate", "", format_scientific),
+    ("depformer_lr", "Learning rate of the depformer", "", format_scientific),
     ("grad_norm", "Gradient norm", "before clipping", format_number),
     ("tokens_per_sec", "Speed", "tokens / s, all ranks", format_count),
     ("data_wait", "Waiting for data", "of the time", format_percent),
@@ -73,106 +73,87 @@ def steps_table(
         return None
     winners = {key: choose(values_of(rows, key), default=None) for key, choose in best.items()}
 
-    def cell(row: dict, key: str, form: NumberFormat) -> tuple[str, bool] | None:
-        value = value_of(row, key)
+    def cell(value: float | None, key: str, form: NumberFormat) -> tuple[str, bool] | None:
         return None if value is None else (form(value), len(rows) > 1 and value == winners.get(key))
 
-    lines = [(row["step"], [cell(row, key, form) for key, _, form in columns]) for row in rows]
+    lines = [(row["step"], [cell(row.get(key), key, form) for key, _, form in columns]) for row in rows]
     return {"head": [title for _, title, _ in columns], "rows": lines}
 
 
 def headline(run: RunRecord) -> dict:
     """Title, state, and a few tiles: (title, value, note, whether it is bad)."""
-    kind = f"{'PersonaPlex' if run.dep_q > CODEBOOKS else 'Moshi'}, {run.dep_q} codebooks predicted"
-    trained = None
+    about = []
+    if run.train or run.held_out:
+        about.append(f"{'PersonaPlex' if run.dep_q > CODEBOOKS else 'Moshi'}, {run.dep_q} codebooks predicted")
     if run.settings.get("lora.enable"):
-        trained = f"LoRA of rank {run.settings.get('lora.rank')}"
+        about.append(f"LoRA of rank {run.settings.get('lora.rank')}")
     elif run.settings.get("full_finetuning"):
-        trained = "all parameters"
+        about.append("all parameters")
+    if "param_dtype" in run.settings:
+        about.append(run.settings["param_dtype"])
     wanted = run.settings.get("max_steps")
-    state = f"step {run.step:,}"
-    if isinstance(wanted, int):
-        state = f"step {run.step:,} of {wanted:,}" if wanted > run.step else f"{run.step:,} steps, complete"
-    what = [kind if run.train or run.held_out else None, trained, run.settings.get("param_dtype"), state]
+    if wanted is None:
+        about.append(f"step {run.step:,}")
+    else:
+        about.append(f"step {run.step:,} of {wanted:,}" if wanted > run.step else f"{run.step:,} steps, complete")
     tiles: list[tuple[str, str, str, bool]] = []
-    last, base = (run.held_out or [{}])[-1], run.base
+    last = (run.held_out or [{}])[-1]
     for key, title, form in (
         ("loss", "Held-out loss", format_number),
         ("text_word_accuracy", "Words predicted", format_percent),
         ("text_perplexity", "Text perplexity", format_number),
     ):
-        value, reference = value_of(last, key), value_of(base, key)
+        value, base = last.get(key), run.base.get(key)
         if value is None:
             continue
-        note = f"at step {last['step']:,}" if reference is None or last is base else f"base {form(reference)}"
+        note = f"at step {last['step']:,}" if base is None or last is run.base else f"base {form(base)}"
         if key == "loss":
-            best = min((row for row in run.held_out if value_of(row, key) is not None), key=lambda row: row["loss"])
+            best = min((row for row in run.held_out if row.get(key) is not None), key=lambda row: row["loss"])
             if best is not last:
                 note += f", best {form(best['loss'])} at step {best['step']:,}"
         tiles.append((title, form(value), note, False))
-    rows = run.reply_rows()
+    rows = run.reply_rows
     if rows:
         trouble = reply_verdict(rows[-1])
         silence, pace = rows[-1].get("silence"), rows[-1].get("words_per_minute")
         fine = "neither mute nor looping" + (f"; {pace:.0f} words a minute" if pace is not None else "")
         value = "–" if silence is None else f"{1 - silence:.0%} speech"
         tiles.append((f"Replies at step {rows[-1]['step']:,}", value, trouble or fine, trouble is not None))
-    seconds = run.seconds_spent()["training"]
+    seconds = sum(values_of(run.train, "interval_sec"))
     if seconds:
         hours = f"{format_number(run.hours_read())} h of dialogue read"
         tiles.append(("Trained for", format_duration(seconds), hours, False))
-    return {"title": run.folder.resolve().name, "about": " · ".join(str(part) for part in what if part), "tiles": tiles}
+    return {"title": run.folder.resolve().name, "about": " · ".join(about), "tiles": tiles}
 
 
 def replies(run: RunRecord) -> dict | None:
-    rows = run.reply_rows()
+    rows = run.reply_rows
     if not rows:
         return None
-    replied, base = value_of(rows[-1], "replies"), rows[0] if rows[0]["step"] == 0 else {}
+    base = rows[0] if rows[0]["step"] == 0 else {}
     charts = []
     for key, title, hint, form in REPLY_CHARTS:
-        own = make_curve("held", rows, key)
-        limits = (0.0, 1.06 * max([value for _, value in own.points], default=0.0) or 1.0)
-        charts.append(draw_chart(title, [own], run.step, value_of(base, key), form, hint, limits=limits))
+        limits = (0.0, 1.06 * max(values_of(rows, key), default=0.0) or 1.0)
+        charts.append(
+            draw_chart(title, [make_curve("held", rows, key)], run.step, base.get(key), form, hint, limits=limits)
+        )
     return {
         "step": rows[-1]["step"],
         "trouble": reply_verdict(rows[-1]),
-        "count": None if replied is None else format_count(replied),
-        "charts": _present(charts),
+        "count": rows[-1].get("replies"),
+        "charts": list(filter(None, charts)),
         "table": steps_table(rows, [(key, title.lower(), form) for key, title, form in REPLY_COLUMNS], {}),
     }
-
-
-def listen(run: RunRecord) -> dict | None:
-    if not run.replies:
-        return None
-    conversations = load_conversations(run)
-    for reply in (reply for conversation in conversations for reply in conversation["replies"]):
-        measures = reply.get("measures", {})
-        reply["chips"] = []
-        for key, title, form in REPLY_COLUMNS:
-            if key not in OUT_OF.values() and value_of(measures, key) is not None:
-                whole = measures.get(OUT_OF.get(key))
-                of = f" of {whole}" if isinstance(whole, int) else ""
-                reply["chips"].append((title.lower(), form(measures[key]) + of))
-    return {"conversations": conversations}
 
 
 def curves(run: RunRecord) -> dict | None:
     train = lambda key: make_curve("train", run.train, key)
     charts = [
-        draw_chart(title, [train(key), make_curve("held", run.held_out, key)], run.step, value_of(run.base, key), form,
-                   hint)
+        draw_chart(title, [train(key), make_curve("held", run.held_out, key)], run.step, run.base.get(key), form, hint)
         for key, title, hint, form in LOSS_CHARTS
-    ]  # fmt: skip
-    if not any(charts):
-        return None
-    more = [
-        draw_chart(title, [train(key)], run.step, None, format_scientific)
-        for key, title in (("lr", "Learning rate"), ("depformer_lr", "Learning rate of the depformer"))
     ]
-    more += [draw_chart(title, [train(key)], run.step, None, form, hint) for key, title, hint, form in MECHANICS_CHARTS]
-    return {"charts": _present(charts), "more": _present(more)}
+    more = [draw_chart(title, [train(key)], run.step, None, form, hint) for key, title, hint, form in MECHANICS_CHARTS]
+    return {"charts": list(filter(None, charts)), "more": list(filter(None, more))} if any(charts) else None
 
 
 def codebooks(run: RunRecord) -> dict | None:
@@ -180,13 +161,16 @@ def codebooks(run: RunRecord) -> dict | None:
     for side, first in (("Agent", 0), ("User", CODEBOOKS)):
         keys = [f"codebook_{k}_loss" for k in range(first, first + CODEBOOKS)]
         pairs = [(make_curve("train", run.train, key), make_curve("held", run.held_out, key)) for key in keys]
-        values = [value for pair in pairs for own in pair for _, value in own.points]
+        values = [value for pair in pairs for curve in pair for _, value in curve.points]
         if values:
-            sides.append((side, _present(
-                draw_chart(str(k), pair, run.step, value_of(run.base, key), hint="" if k else "semantic", small=True,
-                           limits=axis_limits(values))
+            limits = axis_limits(values)
+            charts = [
+                draw_chart(
+                    str(k), pair, run.step, run.base.get(key), hint="" if k else "semantic", small=True, limits=limits
+                )
                 for k, (key, pair) in enumerate(zip(keys, pairs))
-            )))  # fmt: skip
+            ]
+            sides.append((side, list(filter(None, charts))))
     return {"sides": sides} if sides else None
 
 
@@ -211,7 +195,3 @@ def evaluations(run: RunRecord) -> dict | None:
         "table": steps_table(run.held_out, columns, best),
         "codebooks": steps_table(run.held_out, per_codebook, {key: min for key, _, _ in per_codebook}),
     }
-
-
-def _present(charts: Iterable[Chart | None]) -> list[Chart]:
-    return [chart for chart in charts if chart is not None]

@@ -11,7 +11,8 @@ OUT/data/   train.jsonl, eval.jsonl, train/*.wav and eval/*.wav with a .json nex
 
 from pathlib import Path
 
-from finetune.cli import Parser, UserError
+from finetune.cli import UserError
+from finetune.parser import Parser
 from finetune.tools.toy.corpus import make_corpus
 from finetune.tools.toy.model import make_model
 

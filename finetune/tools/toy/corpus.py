@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,54 +26,37 @@ _EVAL_SHARE = 0.1  # of the hours, on top of them
 _VOICE_PROMPT_FRAMES = 42  # at least, 3.4 s
 
 
-class ToyDialogue(NamedTuple):
-    agent: list[Utterance]
-    user: list[Utterance]
-    turns: list[dict]
-    frames: int
-
-
-def _make_dialogue(rng: np.random.Generator, role: str, voice: str, user_voice: str) -> ToyDialogue:
-    """The agent greets; the user asks one to four questions, each answered after 0.2 to 0.6 s."""
-    agent, user, turns = [], [], []
-
-    def say(words: list[str]) -> int:
-        agent.append(Utterance(tuple(words), VOICES[voice], frame))
-        return agent[-1].stop
-
-    frame = int(rng.integers(2, 7))
-    frame = say(greeting(role))
-    for question in rng.permutation(list(QUESTIONS))[: rng.integers(1, 5)]:
-        frame += int(rng.integers(5, 13))
-        user.append(Utterance(QUESTIONS[question], VOICES[user_voice], frame))
-        asked = user[-1].stop
-        frame = asked + int(rng.integers(3, 8))
-        reply = expected_reply(role, question)
-        turns.append({"question": str(question), "asked_sec": asked / FRAME_RATE, "reply": reply})
-        frame = say(reply)
-    return ToyDialogue(agent, user, turns, max(75, frame + int(rng.integers(6, 15))))
-
-
 def _write_dialogue(path: Path, rng: np.random.Generator, role: str, voice: str) -> float:
-    """One wav and its .json. Returns seconds."""
+    """One wav and its .json. The agent greets; the user asks one to four questions, each answered after 0.2 to 0.6 s.
+
+    Returns seconds.
+    """
     user_voice = str(rng.choice(list(USER_VOICES)))
-    dialogue = _make_dialogue(rng, role, voice, user_voice)
-    wav = np.stack([speak(dialogue.agent, dialogue.frames), speak(dialogue.user, dialogue.frames)])
+    agent = [Utterance(greeting(role), VOICES[voice], int(rng.integers(2, 7)))]
+    user, turns = [], []
+    for question in rng.permutation(list(QUESTIONS))[: rng.integers(1, 5)]:
+        user.append(Utterance(QUESTIONS[question], VOICES[user_voice], agent[-1].stop + int(rng.integers(5, 13))))
+        asked, reply = user[-1].stop, expected_reply(role, question)
+        turns.append({"question": str(question), "asked_sec": asked / FRAME_RATE, "reply": reply})
+        agent.append(Utterance(reply, VOICES[voice], asked + int(rng.integers(3, 8))))
+    frames = max(75, agent[-1].stop + int(rng.integers(6, 15)))
+
+    wav = np.stack([speak(agent, frames), speak(user, frames)])
     wav += rng.standard_normal(wav.shape, dtype=np.float32) * np.float32(rng.uniform(*NOISE_RMS))
     write_wav(path, to_int16(wav))
-    sides = (("SPEAKER_MAIN", dialogue.agent), ("SPEAKER_USER", dialogue.user))
-    times = [(word, start, end, who) for who, side in sides for u in side for word, start, end in u.times()]
+    sides = (("SPEAKER_MAIN", agent), ("SPEAKER_USER", user))
+    spans = sorted((first, stop, word, who) for who, side in sides for u in side for word, first, stop in u.spans())
     about = {
-        "alignments": [[word, [start, end], who] for word, start, end, who in sorted(times, key=lambda t: t[1])],
+        "alignments": [[word, [first / FRAME_RATE, stop / FRAME_RATE], who] for first, stop, word, who in spans],
         "text_prompt": text_prompt(role),
         "voice_prompt": f"{voice}.wav",
         "role": role,
         "voice": voice,
         "user_voice": user_voice,
-        "turns": dialogue.turns,
+        "turns": turns,
     }
     sidecar(path).write_text(json.dumps(about) + "\n")
-    return dialogue.frames / FRAME_RATE
+    return frames / FRAME_RATE
 
 
 def _write_split(folder: Path, name: str, hours: float, pairs: list[tuple[str, str]], rng: np.random.Generator) -> None:
@@ -93,13 +75,12 @@ def _write_split(folder: Path, name: str, hours: float, pairs: list[tuple[str, s
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def make_corpus(folder: str | Path, hours: float = 0.5, seed: int = 0) -> Path:
-    """Writes `hours` of training dialogues, a tenth of that for evaluation and the voice prompts; returns `folder`.
+def make_corpus(folder: Path, hours: float = 0.5, seed: int = 0) -> None:
+    """Writes `hours` of training dialogues, a tenth of that for evaluation and the voice prompts.
 
     train.jsonl has all pairs of role and voice except those held out, evenly; eval.jsonl has held-out pairs and seen
     pairs in turn, `is_held_out` says which. Left channel: agent; right: user.
     """
-    folder = Path(folder)
     rng = np.random.default_rng(seed)
     pairs = [(role, voice) for role in ROLES for voice in AGENT_VOICES]
     pairs = [pairs[i] for i in rng.permutation(len(pairs))]
@@ -116,4 +97,3 @@ def make_corpus(folder: str | Path, hours: float = 0.5, seed: int = 0) -> Path:
         wav = speak([utterance], utterance.stop + 1)[None]
         wav += rng.standard_normal(wav.shape, dtype=np.float32) * np.float32(NOISE_RMS[0])
         write_wav(folder / "voices" / f"{name}.wav", to_int16(wav))
-    return folder

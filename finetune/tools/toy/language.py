@@ -43,14 +43,10 @@ QUESTIONS = {
     "what": ("what", "is", "there"),
 }
 NEUTRAL_WORDS = ("la", "mi", "re", "so")  # only in voice prompts
-WORDS = tuple(
-    dict.fromkeys(
-        [w for name, role in ROLES.items() for w in (name, *role)]
-        + ["hello", "this", "is", "in", "the", "from", "we", "have", "i", "am"]
-        + [w for question in QUESTIONS.values() for w in question]
-        + list(NEUTRAL_WORDS)
-    )
-)
+_NAMES = [word for name, role in ROLES.items() for word in (name, *role)]
+_ASKED = [word for question in QUESTIONS.values() for word in question]
+_OTHERS = ["hello", "this", "is", "in", "the", "from", "we", "have", "i", "am"]
+WORDS = tuple(dict.fromkeys([*_NAMES, *_OTHERS, *_ASKED, *NEUTRAL_WORDS]))
 
 
 def text_prompt(role: str) -> str:
@@ -66,9 +62,8 @@ def greeting(role: str) -> list[str]:
 def expected_reply(role: str, question: str) -> list[str]:
     """What an agent in that role answers to one of QUESTIONS."""
     place, hour, thing = ROLES[role]
-    replies = {"who": ["i", "am", role], "where": ["in", "the", place], "when": ["from", hour],
-               "what": ["we", "have", thing]}  # fmt: skip
-    return replies[question]
+    replies = {"who": f"i am {role}", "where": f"in the {place}", "when": f"from {hour}", "what": f"we have {thing}"}
+    return replies[question].split()
 
 
 def is_held_out(role: str, voice: str) -> bool:

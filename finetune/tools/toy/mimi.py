@@ -19,11 +19,6 @@ from finetune.streams import CODEBOOKS, SILENCE_TOKENS, SINE_TOKENS
 from finetune.tools.toy.language import BANDS, PITCHES, TIMBRES, VOICES, WORDS, ToyVoice
 from finetune.tools.toy.sound import Utterance, speak, voice_sounds, word_parts
 
-# A random encoder of this size tells little, and training one takes minutes. But a filterbank can be written down:
-# the first strided convolution measures each band, ELU rectifies it, the next ones pool it, and the codebooks hold
-# what words, pitches and timbres look like there. The decoder is the inverse. ELU is a rectifier where its input is
-# large (_GAIN) and, to 0.2 %, the identity where it is small (_SMALL), so that a waveform passes. The codes of a word
-# hold from -3 to +6 dB, up to noise of -30 dBFS, and for words that begin up to a quarter of a frame late.
 _CHANNELS = 20  # of the first layer; each of the three strided layers doubles them
 _STRIDES = (40, 2, 12)  # encoder: 24 kHz -> 600 Hz -> 300 Hz -> 25 Hz; Mimi's own downsampling makes it 12.5 Hz
 _BLOCK = 960  # samples of one step at 25 Hz
@@ -65,11 +60,10 @@ def _lexicon() -> tuple[list[Utterance], np.ndarray]:
     utterances = [Utterance(WORDS, voice, 0) for voice in VOICES.values()]
     ideal = np.zeros((len(utterances), PITCH_ROWS.stop, utterances[0].stop + 1))
     for levels, utterance in zip(ideal, utterances):
-        for word, start, end in utterance.times():
-            frames = slice(round(start * FRAME_RATE), round(end * FRAME_RATE))
-            levels[BAND_ROWS, frames] = word_parts()[word].T
-            levels[TIMBRE_ROWS.start + utterance.voice.timbre, frames] = 1
-            levels[PITCH_ROWS.start + utterance.voice.pitch, frames] = 1
+        for word, first, stop in utterance.spans():
+            levels[BAND_ROWS, first:stop] = word_parts()[word].T
+            levels[TIMBRE_ROWS.start + utterance.voice.timbre, first:stop] = 1
+            levels[PITCH_ROWS.start + utterance.voice.pitch, first:stop] = 1
     return utterances, ideal
 
 
@@ -87,38 +81,34 @@ def codebook_classes(codebook: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _write_encoder(mimi: MimiModel) -> None:
     first, bands, pool, pitch, last = (m.conv.conv for m in mimi.encoder.model if not isinstance(m, torch.nn.ELU))
-    filters = (*BANDS, *TIMBRES)
-    n = len(filters)
+    n = PITCH_ROWS.start  # bands and timbres
     first.weight[0, 0, 0] = _SMALL
 
     # 600 Hz: each band twice, a quarter of a period apart; and what is below the bands, as a waveform.
     width = 2 * _STRIDES[0]
     seconds, window = torch.arange(width) / SAMPLE_RATE, torch.hann_window(width)
-    for i, frequency in enumerate(filters):
-        bands.weight[2 * i, 0] = _GAIN / _SMALL * window * torch.cos(2 * torch.pi * frequency * seconds)
-        bands.weight[2 * i + 1, 0] = _GAIN / _SMALL * window * torch.sin(2 * torch.pi * frequency * seconds)
+    for i, frequency in enumerate((*BANDS, *TIMBRES)):
+        for j, wave in enumerate((torch.cos, torch.sin)):
+            bands.weight[2 * i + j, 0] = _GAIN / _SMALL * window * wave(2 * torch.pi * frequency * seconds)
     bands.weight[2 * n, 0] = window / window.sum()
 
     # 300 Hz: the rectified bands, pooled; the waveform, two samples side by side. The older half of each kernel
     # stays 0 from here on, so that a frame says little of the one before.
     stride = _STRIDES[1]
     for i in range(n):
-        pool.weight[i, [2 * i, 2 * i + 1], stride:] = 1.0
-    for i in range(stride):
-        pool.weight[n + i, 2 * n, stride + i] = 1.0
+        pool.weight[i, 2 * i : 2 * i + 2, stride:] = 1.0
+    pool.weight[n : n + stride, 2 * n, stride:] = torch.eye(stride)
 
     # 25 Hz: the bands, pooled; the waveform against each pitch in four phases, which ELU then rectifies.
     steps = _STRIDES[2]
-    for i in range(n):
-        pitch.weight[i, i, steps:] = 1.0
+    pitch.weight[:n, :n, steps:] = torch.eye(n)[:, :, None]
     seconds = torch.arange(stride * steps) * _STRIDES[0] / SAMPLE_RATE
     for i, frequency in enumerate(PITCHES):
         for phase in range(4):
             tone = _GAIN / _SMALL * torch.cos(2 * torch.pi * (frequency * seconds + phase / 4))
             pitch.weight[n + 4 * i + phase, n : n + stride, steps:] = tone.view(steps, stride).T
 
-    for i in range(n):
-        last.weight[i, i, 0] = 1.0
+    last.weight[:n, :n, 0] = torch.eye(n)
     for i in range(len(PITCHES)):
         last.weight[PITCH_ROWS.start + i, n + 4 * i : n + 4 * i + 4, 0] = 1.0
     mimi.downsample.conv.conv.conv.weight[:, :, 2:] = torch.eye(_LATENT)[:, :, None] / 2
@@ -129,40 +119,29 @@ def _write_decoder(mimi: MimiModel) -> None:
     mimi.upsample.convtr.convtr.convtr.weight[:, 0, :2] = 1.0
 
     # A unit for each band in each pitch, which opens when both are there; one for each pitch and each timbre alone.
-    conv, floor, sounds = first.conv.conv, 0.3, []  # levels below the floor are silent
-
-    def add_unit(sound: np.ndarray, row: int, band: int | None = None) -> None:
-        unit = len(sounds)
-        sounds.append(sound[:_BLOCK])
-        if band is None:
-            conv.weight[unit, row, 0] = _GAIN
-            conv.bias[unit] = -floor * _GAIN
-        else:
-            conv.weight[unit, band, 0] = _GAIN
-            conv.weight[unit, row, 0] = 4 * _GAIN
-            conv.bias[unit] = -(4 + floor) * _GAIN
-
-    for pitch in range(len(PITCHES)):
+    conv, floor = first.conv.conv, 0.3  # levels below the floor are silent
+    units: list[tuple[np.ndarray, dict[int, int]]] = []  # a sound, and the weights of the rows that open it
+    for pitch, row in enumerate(range(PITCH_ROWS.start, PITCH_ROWS.stop)):
         *bands, alone, _ = voice_sounds(ToyVoice(pitch, timbre=0))
-        add_unit(alone, PITCH_ROWS.start + pitch)
-        for band, sound in enumerate(bands):
-            add_unit(sound, PITCH_ROWS.start + pitch, band)
-    for timbre in range(len(TIMBRES)):
-        add_unit(voice_sounds(ToyVoice(0, timbre))[-1], TIMBRE_ROWS.start + timbre)
-    waves = torch.from_numpy(np.stack(sounds)).float() * _SMALL / ((1 - floor) * _GAIN + 1)
-    conv.bias[len(sounds)] = 1.0  # always 1: takes back the -1 that ELU gives for a unit that is shut
-    waves = torch.cat([waves, waves.sum(0, keepdim=True)])
+        units.append((alone, {row: 1}))
+        units += [(sound, {band: 1, row: 4}) for band, sound in enumerate(bands)]
+    for timbre, row in enumerate(range(TIMBRE_ROWS.start, TIMBRE_ROWS.stop)):
+        units.append((voice_sounds(ToyVoice(0, timbre))[-1], {row: 1}))
+    for unit, (_, weights) in enumerate(units):
+        for row, weight in weights.items():
+            conv.weight[unit, row, 0] = weight * _GAIN
+        conv.bias[unit] = -(sum(weights.values()) - 1 + floor) * _GAIN
+    waves = np.stack([sound[:_BLOCK] for sound, _ in units])
+    waves = torch.from_numpy(waves).float() * _SMALL / ((1 - floor) * _GAIN + 1)
+    conv.bias[len(units)] = 1.0  # always 1: takes back the -1 that ELU gives for a unit that is shut
 
     # Back to 24 kHz: the waveform, in ever shorter blocks that the channels hold.
-    length = _BLOCK
+    length, blocks = _BLOCK, torch.cat([waves, waves.sum(0, keepdim=True)])
     for up, stride in zip(ups, reversed(_STRIDES)):
         weight = up.convtr.convtr.weight  # [in, out, 2 * stride]
         length //= stride
-        if up is ups[0]:
-            weight[: len(waves), :length, :stride] = waves.view(len(waves), stride, length).transpose(1, 2)
-        else:
-            for i in range(stride * length):
-                weight[i, i % length, i // length] = 1.0
+        weight[: len(blocks), :length, :stride] = blocks.view(-1, stride, length).transpose(1, 2)
+        blocks = torch.eye(length)  # from here on a channel is a sample of a block
     last.conv.conv.weight[0, 0, 0] = 1.0 / _SMALL
 
 

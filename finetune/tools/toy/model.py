@@ -9,11 +9,12 @@ import torch
 from moshi.models.lm import LMModel
 from safetensors.torch import save_file
 
-from finetune.model.weights import fuse
+from finetune.model.layout import fuse
 from finetune.streams import TEXT_PAD
 from finetune.tools.toy.language import NEUTRAL_WORDS, QUESTIONS, ROLES, expected_reply, greeting, text_prompt
 from finetune.tools.toy.mimi import MIMI_CONFIG, make_mimi
 
+_PIECES = 400  # of the tokenizer, 256 of them bytes: most words of the world are one to three pieces
 # Moshi's settings (moshi/models/loaders.py, _lm_kwargs) with smaller numbers.
 _LM_CONFIG = {
     "dim": 160, "n_q": 16, "dep_q": 8, "card": 2048, "existing_text_padding_id": TEXT_PAD, "num_heads": 5,
@@ -23,6 +24,7 @@ _LM_CONFIG = {
     "depformer_layer_scale": None, "depformer_multi_linear": True, "depformer_context": 8,
     "depformer_max_period": 10000, "depformer_gating": "silu", "depformer_pos_emb": "none",
     "depformer_weights_per_step": True, "delays": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1],
+    "text_card": _PIECES,
 }  # fmt: skip
 _NAMES = {
     "moshi_name": "model.safetensors",
@@ -30,7 +32,6 @@ _NAMES = {
     "mimi_config_name": "mimi_config.json",
     "tokenizer_name": "tokenizer.model",
 }
-_PIECES = 400  # of the tokenizer, 256 of them bytes: most words of the world are one to three pieces
 
 
 def _make_tokenizer() -> bytes:
@@ -45,23 +46,18 @@ def _make_tokenizer() -> bytes:
     return model.getvalue()
 
 
-def make_model(folder: str | Path, seed: int = 0, **overrides) -> Path:
+def make_model(folder: Path, seed: int = 0, **overrides) -> Path:
     """Writes a tiny Moshi in stock layout to `folder` (made if needed) and returns it.
 
     The weights are bfloat16 in the fused layout of the published checkpoints; those of the LM are random by `seed`.
-
-    Args:
-        overrides: LM settings in place of those of _LM_CONFIG, e.g. `num_layers=1`.
+    `overrides` replace LM settings of _LM_CONFIG, e.g. `num_layers=1`.
     """
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _make_tokenizer()
-    (folder / _NAMES["tokenizer_name"]).write_bytes(tokenizer)
+    (folder / _NAMES["tokenizer_name"]).write_bytes(_make_tokenizer())
     save_file(make_mimi(seed).state_dict(), folder / _NAMES["mimi_name"])
     (folder / _NAMES["mimi_config_name"]).write_text(json.dumps(MIMI_CONFIG, indent=2) + "\n")
 
-    text_card = sentencepiece.SentencePieceProcessor(model_proto=tokenizer).vocab_size()
-    config = _LM_CONFIG | {"text_card": text_card} | overrides
+    config = _LM_CONFIG | overrides
     torch.manual_seed(seed)
     lm = LMModel(dtype=torch.bfloat16, **config)
     save_file(fuse(lm.state_dict(), config["dep_q"]), folder / _NAMES["moshi_name"])

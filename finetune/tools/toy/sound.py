@@ -1,13 +1,14 @@
 """The sound of the tiny world: each word is a sequence of chords, each voice a pitch and a timbre."""
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 
-from finetune.audio.files import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
-from finetune.tools.toy.language import BANDS, PITCHES, TIMBRES, VOICES, WORDS, ToyVoice
+from finetune.audio.files import FRAME_SIZE, SAMPLE_RATE
+from finetune.tools.toy.language import BANDS, PITCHES, TIMBRES, WORDS, ToyVoice
 
 BAND_WIDTH = 220  # Hz; a band holds the harmonics of the pitch within it, at least the nearest one
 LOUDNESS_RMS = 0.0247  # RMS of one band: speech then measures about -24 LUFS, the level of a PersonaPlex voice prompt
@@ -35,33 +36,29 @@ def voice_sounds(voice: ToyVoice) -> np.ndarray:
     phase_of = np.random.default_rng(2).uniform(0, 2 * np.pi, SAMPLE_RATE // 2 // 25)
     pitch = PITCHES[voice.pitch]
     harmonics = pitch * np.arange(1, SAMPLE_RATE // 2 // pitch)
-    rows = []
-    for centre in BANDS:
-        distance = np.abs(harmonics - centre)
-        rows.append(harmonics[distance <= max(BAND_WIDTH / 2, distance.min())])
-    rows += [np.array([pitch]), TIMBRES[voice.timbre] + np.array([-50, 0, 50])]
+    distances = [np.abs(harmonics - centre) for centre in BANDS]
+    chords = [harmonics[distance <= max(BAND_WIDTH / 2, distance.min())] for distance in distances]
+    chords += [np.array([pitch]), TIMBRES[voice.timbre] + np.array([-50, 0, 50])]
     seconds = np.arange(FRAME_SIZE) / SAMPLE_RATE
     sounds = []
-    for frequencies in rows:
-        phases = phase_of[frequencies // 25]
-        sound = np.cos(2 * np.pi * frequencies[:, None] * seconds + phases[:, None]).sum(0)
+    for hertz in chords:
+        sound = np.cos(2 * np.pi * hertz[:, None] * seconds + phase_of[hertz // 25][:, None]).sum(0)
         sounds.append(sound * LOUDNESS_RMS / np.sqrt((sound**2).mean()))
     return np.stack(sounds)
 
 
 class Utterance(NamedTuple):
-    words: tuple[str, ...]
+    words: Sequence[str]
     voice: ToyVoice
     start: int  # frame
 
-    def times(self) -> list[tuple[str, float, float]]:
-        """(word, start, end) in seconds."""
-        frame, out = self.start, []
+    def spans(self) -> list[tuple[str, int, int]]:
+        """(word, its first frame, the frame after its last)."""
+        first, spans = self.start, []
         for word in self.words:
-            length = len(word_parts()[word])
-            out.append((word, frame / FRAME_RATE, (frame + length) / FRAME_RATE))
-            frame += length + 1
-        return out
+            spans.append((word, first, first + len(word_parts()[word])))
+            first = spans[-1][2] + 1
+        return spans
 
     @property
     def stop(self) -> int:
@@ -75,18 +72,10 @@ def speak(utterances: list[Utterance], frames: int) -> np.ndarray:
     ramp = np.minimum(1.0, np.arange(1, FRAME_SIZE + 1) / _RAMP)
     for utterance in utterances:
         levels = np.zeros((frames, len(BANDS) + 2))
-        for word, start, _ in utterance.times():
-            pattern = word_parts()[word]
-            first = round(start * FRAME_RATE)
-            levels[first : first + len(pattern), : len(BANDS)] = pattern
-            levels[first : first + len(pattern), len(BANDS) :] = 1.0
+        for word, first, stop in utterance.spans():
+            levels[first:stop, : len(BANDS)] = word_parts()[word]
+            levels[first:stop, len(BANDS) :] = 1.0
         sounds = voice_sounds(utterance.voice)
         wav += (levels @ sounds) * ramp
         wav[1:] += (levels[:-1] @ sounds) * (1 - ramp)
     return wav.reshape(-1).astype(np.float32)
-
-
-def synthesise(words: list[str], voice: str, lead_in: int = 0, tail: int = 1) -> np.ndarray:
-    """float32 [samples] at 24 kHz: `words` in one of VOICES, without noise. `lead_in`, `tail`: frames of silence."""
-    utterance = Utterance(tuple(words), VOICES[voice], lead_in)
-    return speak([utterance], utterance.stop + tail)

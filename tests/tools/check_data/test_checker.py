@@ -1,4 +1,4 @@
-"""Each mistake in a file is found, with its line and a remedy."""
+"""Each mistake in a file is found, with its line and a remedy; levels and channels, near the thresholds."""
 
 import json
 import os
@@ -9,409 +9,121 @@ import pytest
 import torch
 
 from finetune.audio.codes import audio_fingerprint, save_codes
-from finetune.tools.check_data.checker import Checker
-from finetune.tools.check_data.kinds import ERROR, KINDS, NOTE, UNREADABLE, WARNING
+from finetune.tools.check_data.checker import check_audio, check_sides
+from finetune.tools.check_data.findings import KINDS, UNREADABLE
 from finetune.tools.check_data.summary import describe_check
-from tests.support import write_wav
-from tests.tools.check_data.support import kinds_of, write_pcm
+from finetune.tools.check_data.talk import StereoSound
+from tests.tools.check_data.conftest import facts_of, kinds_of, write_pcm
 
-# Each function breaks line 2 of the training data and may return settings.
 
-
-def missing(c):
-    c.wav.unlink()
-
-
-def random_bytes(c):
-    c.wav.write_bytes(os.urandom(5000))
-
-
-def empty_file(c):
-    c.wav.write_bytes(b"")
-
-
-def folder_as_audio(c):
-    c.wav.unlink()
-    c.wav.mkdir()
-
-
-def not_finite(c):
-    pcm = c.sound()
-    pcm[0, 1000] = np.nan
-    write_wav(c.wav, pcm, 24_000, float32=True)
-
-
-def mono(c):
-    write_pcm(c.wav, c.sound()[:1])
-
-
-def three_channels(c):
-    write_pcm(c.wav, np.concatenate([c.sound(), c.sound()[:1]]))
-
-
-def doubled_mono(c):
-    write_pcm(c.wav, np.repeat(c.sound().sum(axis=0, keepdims=True), 2, axis=0))
-
-
-def swapped(c):
-    write_pcm(c.wav, c.sound()[::-1])
-
-
-def bleeding(c):
-    agent, user = c.sound()
-    write_pcm(c.wav, np.stack([agent + 0.7 * user, user + 0.7 * agent]))
-
-
-def clipped(c):
-    write_pcm(c.wav, c.sound() * [[20], [1]])
-
-
-def silent_user(c):
-    write_pcm(c.wav, c.sound() * [[1], [0]])
-
-
-def silent_agent(c):
-    write_pcm(c.wav, c.sound() * [[0], [1]])
-
-
-def overstated(c):
-    c.line["duration"] += 20
-
-
-def understated(c):
-    c.line["duration"] = 2.0
-
-
-def inexact(c):
-    c.line["duration"] -= 0.5
-    return {"duration_sec": 30}
-
-
-def truncated_file(c):
-    data = c.wav.read_bytes()
-    c.wav.write_bytes(data[: len(data) // 2])
-    c.change(alignments=[word for word in c.words() if word[1][0] < c.line["duration"] / 2 - 0.2])
-
-
-def no_json(c):
-    c.json.unlink()
-
-
-def half_json(c):
-    c.json.write_text("{")
-
-
-def binary_json(c):
-    c.json.write_bytes(os.urandom(500))
-
-
-def list_json(c):
-    c.json.write_text("[]")
-
-
-def nested_json(c):
-    c.json.write_text("[" * 100_000)
-
-
-def no_alignments(c):
-    c.change(alignments=None)
-
-
-def malformed(c):
-    c.change(alignments=[["hello", 1.0, "SPEAKER_MAIN"]])
-
-
-def nan_times(c):
-    c.change(alignments=[["hello", [float("nan"), 1.0], "SPEAKER_MAIN"]])
-
-
-def no_words(c):
-    c.change(alignments=[])
-
-
-def other_speakers(c):
-    c.change(alignments=[word for word in c.words() if word[2] == "SPEAKER_USER"])
-
-
-def unsorted(c):
-    c.change(alignments=c.words()[::-1])
-
-
-def past_the_end(c):
-    c.change(alignments=[*c.words(), ["late", [100.0, 100.4], "SPEAKER_MAIN"]])
-
-
-def odd_times(c):
-    c.change(alignments=[["early", [-0.5, 0.1], "SPEAKER_MAIN"], *c.words()])
-
-
-def crowded(c):
-    words = [["antidisestablishmentarianism", [1.0 + i / 50, 1.0 + i / 50], "SPEAKER_MAIN"] for i in range(20)]
-    c.change(alignments=words)
-
-
-def late(c):
-    c.change(alignments=[["hello", [1.0 + i / 50, 1.0 + i / 50], "SPEAKER_MAIN"] for i in range(45)])
-    return {"duration_sec": 8}
-
-
-def crowded_without_shift(c):
-    crowded(c)
-    return {"data.keep_and_shift": False}
-
-
-def unknown_script(c):
-    words = ["здравствуйте", "чем", "могу", "помочь"]
-    c.change(alignments=[[w, [0.1 + 1.5 * i, 0.4 + 1.5 * i], "SPEAKER_MAIN"] for i, w in enumerate(words)])
-    return {"duration_sec": 30}
-
-
-def no_text(c):
-    c.change(text_prompt=None)
-
-
-def no_voice(c):
-    c.change(voice_prompt="")
-
-
-def long_text(c):
-    c.change(text_prompt="You are Ada. " * 100)
-
-
-def text_number(c):
-    c.change(text_prompt=7)
-
-
-def unwrapped(c):
-    c.change(text_prompt="You are Ada from the harbour.")
-
-
-def half_wrapped(c):
-    c.change(text_prompt="<system> You are Ada.")
-
-
-def closing_slash(c):
-    c.change(text_prompt="<system> You are Ada. </system>")
-
-
-def voice_missing(c):
-    c.line["voice_prompt"] = "nobody.wav"
-
-
-def voice_number(c):
-    c.line["voice_prompt"] = 7
-
-
-def voice_silent(c):
-    write_pcm(c.wav.parent / "quiet.wav", np.zeros((1, 48_000)))
-    c.change(voice_prompt="quiet.wav")
-
-
-def voice_damaged(c):
-    (c.wav.parent / "voice.pt").write_bytes(b"nothing")
-    c.change(voice_prompt="voice.pt")
-
-
-def save_voice(c, frames, dim):
-    entry = {"embeddings": torch.zeros(frames - 1, 1, 1, dim), "cache": torch.zeros(1, 17, 4)}
-    torch.save(entry, c.wav.parent / "voice.pt")
-    c.change(voice_prompt="voice.pt")
-
-
-def voice_of_another_model(c):
-    save_voice(c, 10, 7)
-
-
-def voice_too_long(c):
-    save_voice(c, 400, 160)
-
-
-def voice_before_training_embeddings(c):
-    save_voice(c, 10, 160)
-    return {"lora.ft_embed": True}
-
-
-def own_voice(c):
-    c.change(voice_prompt=c.wav.name)
-
-
-def no_segment(c):
-    c.change(voice_prompt="same_speaker")
-    return {"duration_sec": 30}
+def said(text: str, start: float, end: float) -> list:
+    return [text, [start, end], "SPEAKER_MAIN"]
 
 
 def not_json(c):
     c.lines["train"][1] = "calls/1.wav 63.2"
 
 
-def no_duration(c):
-    del c.line["duration"]
-
-
-def negative_duration(c):
-    c.line["duration"] = -1
-
-
-def endless_duration(c):
-    c.line["duration"] = 1e300
-
-
-def text_duration(c):
-    c.line["duration"] = "a minute"
-
-
-def leaves_the_folder(c):
-    c.line["path"] = "../x.wav"
-
-
-def null_byte(c):
-    c.line["path"] = "train/\0.wav"
-
-
-def half_character(c):
-    c.line["path"] = "train/\ud800.wav"
-
-
-def root(c):
-    c.line["path"] = "/"
-
-
-def long_name(c):
-    c.line["path"] = "x" * 5000 + ".wav"
-
-
-def no_codes(c):
-    c.line["codes_path"] = "codes/1.pt"
-
-
-def twice(c):
-    c.lines["train"][1] = dict(c.lines["train"][0])
-
-
-def copied(c):
+def copy_first(c):
     first = c.folder / c.lines["train"][0]["path"]
     shutil.copy(first, c.wav)
     shutil.copy(first.with_suffix(".json"), c.json)
     c.line["duration"] = c.lines["train"][0]["duration"]
 
 
-MISTAKES = {
-    "missing": [missing, long_name],
-    "unreadable": [random_bytes, empty_file, folder_as_audio, not_finite],
-    "channels": [mono, three_channels],
-    "same channels": [doubled_mono],
-    "swapped": [swapped],
-    "bleeding": [bleeding],
-    "clipping": [clipped],
-    "silent user": [silent_user],
-    "silent agent": [silent_agent],
-    "duration": [overstated, understated, truncated_file],
-    "off": [inexact],
-    "no words file": [no_json],
-    "bad words file": [half_json, binary_json, list_json, nested_json, no_alignments, malformed, nan_times],
-    "no words": [no_words, other_speakers],
-    "unsorted": [unsorted],
-    "past the end": [past_the_end],
-    "odd times": [odd_times],
-    "crowded": [crowded],
-    "late": [late],
-    "truncated": [crowded_without_shift],
-    "script": [unknown_script],
-    "no text prompt": [no_text],
-    "no voice prompt": [no_voice],
-    "prompt": [long_text, text_number],
-    "unwrapped": [unwrapped],
-    "half wrapped": [half_wrapped, closing_slash],
-    "voice": [
-        voice_missing, voice_number, voice_silent, voice_damaged, voice_of_another_model, voice_too_long,
-        voice_before_training_embeddings,
-    ],
-    "own voice": [own_voice],
-    "no segment": [no_segment],
-    "line": [
-        not_json, no_duration, negative_duration, endless_duration, text_duration, leaves_the_folder, null_byte,
-        half_character, root,
-    ],
-    "codes": [no_codes],
-    "duplicate": [twice, copied],
-}  # fmt: skip
-CASES = [(make, kind) for kind, functions in MISTAKES.items() for make in functions]
+CROWD = [said("antidisestablishmentarianism", 1.0 + i / 50, 1.0 + i / 50) for i in range(20)]
+HELLOS = [said("hello", 1.0 + i / 50, 1.0 + i / 50) for i in range(45)]
+CYRILLIC = [said(w, 0.1 + 1.5 * i, 0.4 + 1.5 * i) for i, w in enumerate(("здравствуйте", "чем", "могу", "помочь"))]
+# (kind, what breaks line 2 of the training data, settings)
+CASES = [
+    ("missing", lambda c: c.wav.unlink(), {}),
+    ("missing", lambda c: c.line.update(path="x" * 5000 + ".wav"), {}),
+    ("unreadable", lambda c: c.wav.write_bytes(os.urandom(5000)), {}),
+    ("unreadable", lambda c: c.wav.unlink() or c.wav.mkdir(), {}),
+    ("channels", lambda c: c.record(c.sound()[:1]), {}),
+    ("same channels", lambda c: c.record(np.tile(c.sound().sum(axis=0), (2, 1))), {}),
+    ("swapped", lambda c: c.record(c.sound()[::-1]), {}),
+    ("bleeding", lambda c: c.record([[1, 0.7], [0.7, 1]] @ c.sound()), {}),
+    ("clipping", lambda c: c.record(c.sound() * [[20], [1]]), {}),
+    ("silent user", lambda c: c.record(c.sound() * [[1], [0]]), {}),
+    ("silent agent", lambda c: c.record(c.sound() * [[0], [1]]), {}),
+    ("duration", lambda c: c.line.update(duration=c.line["duration"] + 20), {}),
+    ("duration", lambda c: c.line.update(duration=2.0), {}),
+    ("duration", lambda c: c.wav.write_bytes(c.wav.read_bytes()[: c.wav.stat().st_size // 2]), {}),
+    ("off", lambda c: c.line.update(duration=c.line["duration"] - 0.5), {"duration_sec": 30}),
+    ("no words file", lambda c: c.json.unlink(), {}),
+    ("bad words file", lambda c: c.json.write_text("{"), {}),
+    ("bad words file", lambda c: c.change(alignments=[["hello", 1.0, "SPEAKER_MAIN"]]), {}),
+    ("no words", lambda c: c.change(alignments=[word for word in c.words() if word[2] == "SPEAKER_USER"]), {}),
+    ("unsorted", lambda c: c.change(alignments=c.words()[::-1]), {}),
+    ("past the end", lambda c: c.change(alignments=[*c.words(), said("late", 100, 100.4)]), {}),
+    ("odd times", lambda c: c.change(alignments=[said("early", -0.5, 0.1), *c.words()]), {}),
+    ("crowded", lambda c: c.change(alignments=CROWD), {}),
+    ("late", lambda c: c.change(alignments=HELLOS), {"duration_sec": 8}),
+    ("truncated", lambda c: c.change(alignments=CROWD), {"data.keep_and_shift": False}),
+    ("script", lambda c: c.change(alignments=CYRILLIC), {"duration_sec": 30}),
+    ("no text prompt", lambda c: c.change(text_prompt=None), {}),
+    ("no text prompt", lambda c: c.change(text_prompt="  "), {}),
+    ("no voice prompt", lambda c: c.change(voice_prompt=""), {}),
+    ("prompt", lambda c: c.change(text_prompt="You are Ada. " * 100), {}),
+    ("prompt", lambda c: c.change(text_prompt=7), {}),
+    ("unwrapped", lambda c: c.change(text_prompt="You are Ada from the harbour."), {}),
+    ("half wrapped", lambda c: c.change(text_prompt="<system> You are Ada."), {}),
+    ("half wrapped", lambda c: c.change(text_prompt="<system> You are Ada. </system>"), {}),
+    ("voice", lambda c: c.line.update(voice_prompt="nobody.wav"), {}),
+    ("voice", lambda c: c.line.update(voice_prompt=7), {}),
+    ("own voice", lambda c: c.change(voice_prompt=c.wav.name), {}),
+    ("no segment", lambda c: c.change(voice_prompt="same_speaker"), {"duration_sec": 30}),
+    ("line", not_json, {}),
+    ("line", lambda c: c.line.update(duration=-1), {}),
+    ("codes", lambda c: c.line.update(codes_path="codes/1.pt"), {}),
+    ("duplicate", lambda c: c.line.update(c.lines["train"][0]), {}),
+    ("duplicate", copy_first, {}),
+]
 # Problems that follow from another one.
 FOLLOWING = {
-    "missing": {"no words file", "bad words file", "no text prompt", "no voice prompt"},
+    "missing": {"no words file", "bad words file", "no text prompt", "no voice prompt"}, "duration": {"past the end"},
     "unreadable": {"no text prompt"}, "no words file": {"no text prompt", "no voice prompt"},
     "bad words file": {"no text prompt", "no voice prompt"}, "prompt": {"unwrapped"}, "codes": {"mixed"},
     "crowded": {"past the end"},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "kind"), CASES, ids=lambda value: getattr(value, "__name__", None))
-def test_each_mistake_is_found_with_its_line_and_a_remedy(corpus, make, kind):
-    settings = make(corpus) or {}
+@pytest.mark.parametrize(("kind", "make", "settings"), CASES, ids=[kind for kind, *_ in CASES])
+def test_each_mistake_is_found_with_its_line_and_a_remedy(corpus, kind, make, settings):
+    make(corpus)
     result = corpus.check(**settings)
     found = [problem for problem in result.problems if problem.kind == kind]
     assert [problem.place for problem in found] == [f"{corpus.folder / 'train.jsonl'}:2"], result.problems
     assert set(kinds_of(result)) <= {kind} | FOLLOWING.get(kind, set())
     if kind != "line":
         assert os.path.splitext(corpus.folder / corpus.line["path"])[0] in found[0].detail
-    is_error = KINDS[kind].level == ERROR
+    is_error = kind in KINDS["error"]
     assert result.failed == is_error
     report = describe_check(result)
-    assert KINDS[kind].title in report and KINDS[kind].remedy in report and ("Not ready" in report) == is_error
-    own = [facts for facts in result.facts if not facts.held_out and facts.line.number == 2]
+    assert all(text in report for kinds in KINDS.values() for text in kinds.get(kind, ()))
+    assert ("Not ready" in report) == is_error
     if kind in UNREADABLE:
-        assert not any(own[0].windows) and own[0].text.placed == 0
+        (own,) = (facts for facts in result.facts if not facts.held_out and facts.line.number == 2)
+        assert not any(own.windows) and own.text.placed == 0
 
 
 def test_every_kind_of_mistake_has_a_test():
     elsewhere = {"leak", "mixed", "shared json", "no agent", "codes only", "failed"}
-    assert set(MISTAKES) | elsewhere == set(KINDS)
-    assert all(kind.remedy and kind.level in (ERROR, WARNING, NOTE) for kind in KINDS.values())
-
-
-class Panic(BaseException):
-    """Like the exceptions of the decoder's Rust code, which derive from BaseException."""
-
-
-def test_whatever_happens_becomes_a_problem_of_the_file(corpus, monkeypatch):
-    check = Checker._check
-
-    def fail(self, facts):
-        check(self, facts)
-        if facts.line.path == corpus.wav:
-            raise Panic("index out of\nrange")
-
-    monkeypatch.setattr(Checker, "_check", fail)
-    result = corpus.check(duration_sec=2)
-    (problem,) = result.problems
-    assert (problem.kind, problem.place) == ("failed", f"{corpus.folder / 'train.jsonl'}:2")
-    assert problem.detail == f"{corpus.wav}: Panic: index out of range"
-    assert not any(result.facts[1].windows) and len(result.facts[1].windows) == result.train.skipped > 1
-
-
-def test_ctrl_c_ends_the_check(corpus, monkeypatch):
-    def interrupt(self, facts):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checker, "_check", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        corpus.check()
+    assert {kind for kind, *_ in CASES} | elsewhere == set().union(*KINDS.values())
 
 
 @pytest.mark.parametrize(
     ("window", "added", "kind"),
-    [
-        (8, 0.05, None), (8, -0.05, None), (8, 0.15, "off"), (8, -0.15, "off"), (8, 1.5, "off"),
-        (5.12, -0.9, "off"), (5.12, -1.1, "duration"), (2, 0.15, "duration"),
-    ],
+    [(8, 0.05, None), (8, 0.15, "off"), (8, -0.15, "off"), (5.12, -0.9, "off"), (5.12, -1.1, "duration"),
+     (2, 0.15, "duration")],
 )  # fmt: skip
 def test_a_wrong_duration_is_an_error_if_it_costs_data(corpus, window, added, kind):
     """The audio has 6 s, two windows of 5.12 s and three of 2 s; the manifest says `added` seconds more."""
-    write_pcm(corpus.wav, np.random.default_rng(0).standard_normal((2, 144_000)) * 0.1)
-    corpus.change(alignments=[["hello", [1.0, 1.4], "SPEAKER_MAIN"]])
+    corpus.record(np.random.default_rng(0).standard_normal((2, 144_000)) * 0.1)
+    corpus.change(alignments=[said("hello", 1.0, 1.4)])
     corpus.line["duration"] = 6 + added
-    result = corpus.check(duration_sec=window)
-    assert kinds_of(result) == ([kind] if kind else [])
+    assert kinds_of(corpus.check(duration_sec=window)) == ([kind] if kind else [])
 
 
 # --- Pre-computed codes -----------------------------------------------------------------------------------------------
@@ -421,24 +133,21 @@ def test_codes_replace_the_audio(corpus):
     corpus.encode()
     clean = corpus.check()
     assert not clean.problems
-    assert clean.train.dialogue_frames == sum(round(row["duration"] * 12.5) for row in corpus.lines["train"])
-
+    assert clean.train["dialogue_frames"] == sum(round(row["duration"] * 12.5) for row in corpus.lines["train"])
     corpus.wav.unlink()
     without = corpus.check()
     assert kinds_of(without) == ["codes only"] and not without.failed
-    assert without.train.dialogue_frames == clean.train.dialogue_frames
+    assert without.train["dialogue_frames"] == clean.train["dialogue_frames"]
 
 
 def test_codes_of_another_codec_of_changed_audio_or_of_one_side_are_refused(corpus):
     corpus.encode()
-    write_pcm(corpus.wav, corpus.sound() * 0.5)
+    corpus.record(corpus.sound() * 0.5)
     for line, shape, mimi in ((2, (2, 8, 50), "other"), (3, (1, 8, 50), corpus.mimi)):
         path = corpus.folder / corpus.lines["train"][line]["codes_path"]
         audio = audio_fingerprint(path.with_suffix(".wav"))
         save_codes(path, torch.zeros(shape), corpus.lines["train"][line]["duration"], mimi, audio)
-    found = {problem.place[-1]: problem.detail for problem in corpus.check().problems if problem.kind == "codes"}
-    assert sorted(found) == ["2", "3", "4"]
-    assert "changed" in found["2"] and "other" in found["3"] and "1 channel" in found["4"]
+    assert [p.place[-1] for p in corpus.check().problems if p.kind == "codes"] == ["2", "3", "4"]
 
 
 def test_prompts_of_the_settings_are_checked_for_every_file(corpus):
@@ -451,4 +160,76 @@ def test_prompts_of_the_settings_are_checked_for_every_file(corpus):
     assert without_folder.count("voice") == 5 and "no text prompt" not in without_folder
     result = corpus.check(**settings)
     assert kinds_of(result).count("unwrapped") == 6 and set(kinds_of(result)) == {"unwrapped", "no segment"}
-    assert result.train.voices == 2 and result.train.prompts == 1
+    assert result.train["voices"] == 2 and result.train["prompts"] == 1
+
+
+# --- Levels and channels ----------------------------------------------------------------------------------------------
+
+RATE = 8_000
+NOISE = np.linalg.qr(np.random.default_rng(0).standard_normal((4 * RATE, 2)))[0].T * np.sqrt(4 * RATE) * 0.05
+assert np.allclose(NOISE @ NOISE.T, np.eye(2) * 4 * RATE * 0.05**2)  # uncorrelated, RMS 0.05
+
+
+def checked(tmp_path, pcm, share_sec=1000.0):
+    write_pcm(tmp_path / "a.wav", pcm, RATE)
+    facts = facts_of(str(tmp_path / "a.wav"))
+    check_audio(facts, False, share_sec)
+    return facts
+
+
+@pytest.mark.parametrize(("level", "kinds"), [(-59, []), (-61, ["silent user"])])
+def test_a_channel_is_silent_below_60_db(tmp_path, level, kinds):
+    assert kinds_of(checked(tmp_path, [NOISE[0], np.sign(NOISE[1]) * 10 ** (level / 20)])) == kinds
+
+
+@pytest.mark.parametrize(("samples", "kinds"), [(3, []), (4, ["clipping"])])
+def test_clipping_is_reported_above_one_sample_in_10_000(tmp_path, samples, kinds):
+    """Of 32,000 samples; each run of two clipped samples counts as one."""
+    agent = NOISE[0].copy()
+    for i in range(samples):
+        agent[1000 * i : 1000 * i + 2] = 1.0
+    assert kinds_of(checked(tmp_path, [agent, NOISE[1]])) == kinds
+
+
+@pytest.mark.parametrize(
+    ("correlation", "kinds"),
+    [(0.68, []), (-0.72, ["bleeding"]), (0.97, ["bleeding"]), (0.99, ["same channels"]), (-0.99, ["bleeding"])],
+)
+def test_channels_that_contain_each_other(tmp_path, correlation, kinds):
+    user = correlation * NOISE[0] + np.sqrt(1 - correlation**2) * NOISE[1]
+    facts = checked(tmp_path, [NOISE[0], user])
+    assert kinds_of(facts) == kinds
+    assert not kinds or f"{correlation:.2f}" in facts.problems[0].detail
+
+
+@pytest.mark.parametrize(
+    ("louder", "is_swapped"),
+    [("rrr", True), ("rr", False), ("rrrll", True), ("rrrlll", False), ("rrr...", False), ("rrrr...", True)],
+)
+def test_channels_are_swapped_if_most_words_and_at_least_three_are_on_the_right(louder, is_swapped):
+    """A word of one second each, louder on the left, on the right or on neither side."""
+    levels = {"l": (-20, -40), "r": (-40, -20), ".": (-20, -21)}
+    heard = np.repeat([levels[side] for side in louder], 50, axis=0).T.astype(float)
+    facts, words = facts_of(), [("word", i + 0.1, i + 0.9) for i in range(len(louder))]
+    check_sides(StereoSound(heard, np.zeros((2, 2)), np.zeros(2), 0), words, facts)
+    assert kinds_of(facts) == ["swapped"] * is_swapped
+
+
+def test_talk_is_measured_on_both_sides(tmp_path):
+    """User 1 to 4 s, agent 3 to 6 s and 8 to 10 s of twelve seconds."""
+    pcm = np.zeros((2, 12 * RATE))
+    for side, start, end in ((1, 1, 4), (0, 3, 6), (0, 8, 10)):
+        pcm[side, start * RATE : end * RATE] = np.resize(NOISE[side], (end - start) * RATE)
+    facts = checked(tmp_path, pcm)
+    assert facts.decoded_sec == pytest.approx(12) and facts.real_sec == 12
+    assert facts.talk_sec == pytest.approx((5, 3, 1), abs=0.05)
+    assert facts.gaps == pytest.approx([-1.0], abs=0.05)
+
+
+def test_the_scope_of_a_check_is_named_if_only_a_share_was_decoded(tmp_path):
+    pcm = np.zeros((2, 60 * RATE))
+    pcm[0] = np.resize(NOISE[0], 60 * RATE)
+    whole, part = checked(tmp_path, pcm), checked(tmp_path, pcm, share_sec=20)
+    assert kinds_of(whole) == kinds_of(part) == ["silent user"]
+    assert part.decoded_sec == pytest.approx(20) and "20 s" in part.problems[0].detail
+    assert "decoded" not in whole.problems[0].detail and whole.digest != part.digest

@@ -13,17 +13,18 @@ from finetune.config import load_args
 from finetune.data.interleaver import InterleavedTokenizer, Interleaver, PrecomputedTokenizer
 from finetune.data.prompter import Prompter
 from finetune.data.windows import open_windows
-from finetune.model.pretrained import open_pretrained
+from finetune.model.pretrained import Pretrained
 from finetune.prompts.hybrid import build_prompt
-from finetune.prompts.same_speaker import same_speaker_file, save_same_speaker
+from finetune.prompts.same_speaker import same_speaker_file
+from finetune.prompts.segment_files import save_same_speaker
 from finetune.prompts.voices import VoiceBook, load_voices
-from tests.tools.check_data.support import kinds_of
+from tests.tools.check_data.conftest import kinds_of
 
 
 def prompts_of_training(corpus, **settings):
     """(frames of the prompt, whether a voice is missing) of each window of the training data."""
     args = load_args(corpus.config(**settings))
-    checkpoint = open_pretrained(str(corpus.world / "model"))
+    checkpoint = Pretrained(str(corpus.world / "model"))
     mimi, spm = checkpoint.mimi("cpu"), checkpoint.tokenizer()
     windows = open_windows(args.data.train_data, 25)
     prompter = Prompter(args.prompt, spm, VoiceBook(Path(args.prompt.voices_dir), lambda: None))
@@ -47,7 +48,7 @@ def test_prompts_are_as_long_as_those_of_training(corpus, voice, codes, max_sec)
     if codes:
         corpus.encode()
         wavs = [corpus.folder / line["path"] for line in corpus.all_lines()]
-        mimi = open_pretrained(str(corpus.world / "model")).mimi("cpu")
+        mimi = Pretrained(str(corpus.world / "model")).mimi("cpu")
         save_same_speaker([(wav, wav.with_suffix(".pt")) for wav in wavs], mimi, corpus.mimi)
     for line in corpus.all_lines():
         line |= {"voice_prompt": voice, "text_prompt": "Hi."}
@@ -56,7 +57,7 @@ def test_prompts_are_as_long_as_those_of_training(corpus, voice, codes, max_sec)
     prompts = prompts_of_training(corpus, **settings)
     files = [facts for facts in result.facts if not facts.held_out]
     assert [length for facts in files for length in facts.prompt_frames] == [length for length, _ in prompts]
-    assert result.train.prompt_frames == sum(length for length, _ in prompts)
+    assert result.train["prompt_frames"] == sum(length for length, _ in prompts)
     assert (max(length for length, _ in prompts) == 35) == (max_sec == 2.8)
     missing = iter(missing for _, missing in prompts)
     for facts in files:
@@ -95,8 +96,11 @@ def test_a_voice_is_loaded_once_and_an_archive_that_fails_is_asked_once(corpus, 
     assert sorted(map(str, loads)) == sorted([str(corpus.world / "data/voices/cedar.wav"), "archive"])
 
 
-@pytest.mark.parametrize(("width", "frames", "kinds"), [(0, 20, []), (1, 20, ["voice"]), (0, 400, ["voice"])])
-def test_a_pt_voice_is_checked_without_weights(corpus, tmp_path, width, frames, kinds):
+@pytest.mark.parametrize(
+    ("width", "frames", "ft_embed", "kinds"),
+    [(0, 20, False, []), (1, 20, False, ["voice"]), (0, 400, False, ["voice"]), (0, 20, True, ["voice"])],
+)
+def test_a_pt_voice_is_checked_without_weights(corpus, tmp_path, width, frames, ft_embed, kinds):
     """Its width, `width` more than the model's, and its length are compared, but not its values."""
     (tmp_path / "model").mkdir()
     for name in ("config.json", "tokenizer.model"):
@@ -105,18 +109,11 @@ def test_a_pt_voice_is_checked_without_weights(corpus, tmp_path, width, frames, 
     entry = {"embeddings": torch.randn(frames - 1, 1, 1, dim + width), "cache": torch.zeros(1, 17, 4)}
     torch.save(entry, tmp_path / "voice.pt")
     corpus.line.update(voice_prompt=str(tmp_path / "voice.pt"), text_prompt="Hi.")
-    result = corpus.check(duration_sec=2, **{"moshi_paths.hf_repo_id": str(tmp_path / "model")})
+    settings = {"moshi_paths.hf_repo_id": str(tmp_path / "model"), "lora.ft_embed": ft_embed, "duration_sec": 2}
+    result = corpus.check(**settings)
     assert kinds_of(result) == ["unwrapped", *kinds]
     if not kinds:
         corpus.line.pop("voice_prompt")
         corpus.change(voice_prompt=None)
-        without = corpus.check(duration_sec=2, **{"moshi_paths.hf_repo_id": str(tmp_path / "model")})
-        lengths, bare = result.facts[1].prompt_frames, without.facts[1].prompt_frames
+        lengths, bare = (found.facts[1].prompt_frames for found in (result, corpus.check(**settings)))
         assert set(lengths) == {bare[0] + 20} and len(lengths) > 1
-
-
-def test_a_text_prompt_counts_once_however_often_it_is_used(corpus):
-    for i, line in enumerate(corpus.all_lines()):
-        line["text_prompt"] = ("<system> You are Ada. <system>", "  ")[i % 2]
-    result = corpus.check()
-    assert kinds_of(result) == ["no text prompt"] * 3 and result.train.prompts == 1

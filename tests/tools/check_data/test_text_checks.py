@@ -5,7 +5,7 @@ import json
 import pytest
 
 from finetune.tools.check_data.text_checks import TextChecker
-from tests.tools.check_data.support import facts_of, kinds_of
+from tests.tools.check_data.conftest import facts_of, kinds_of
 
 FRAME = 0.08  # seconds
 
@@ -26,7 +26,7 @@ class LetterTokenizer:
 def check(words, windows=1, keep_and_shift=True, real_sec=None):
     """Check words (text, first frame[, frames]) of a file of `windows` windows."""
     times = [(text, first * FRAME, (first + (rest[0] if rest else 1)) * FRAME) for text, first, *rest in words]
-    facts = facts_of()
+    facts = facts_of(windows=windows)
     facts.windows = [100] * windows
     facts.real_sec = real_sec or windows * 100 * FRAME
     TextChecker(LetterTokenizer(), keep_and_shift, ["SPEAKER_MAIN"], 100).check(facts, times, windows * 100)
@@ -60,10 +60,6 @@ def test_the_window_that_loses_most_is_named():
 def test_words_at_the_end_of_a_window_are_not_crowded():
     facts = check([("a" * 20, 95), ("b" * 20, 196)], windows=3)
     assert facts.text.dropped == 31 and not facts.problems
-
-
-def test_without_shifting_lost_tokens_are_truncated_words():
-    assert kinds_of(check([("a" * 10, 0), ("b" * 10, 5)], keep_and_shift=False)) == ["truncated"]
 
 
 @pytest.mark.parametrize(("letters", "kinds"), [(13, []), (14, ["late"])])
