@@ -32,9 +32,10 @@ from typing import NamedTuple
 from finetune.audio.annotation import add_words, load_output, missing_speakers, origins, write_output
 from finetune.audio.files import probe_audio
 from finetune.audio.words import MAIN_SPEAKER, read_alignments, sidecar
+from finetune.claim import claimed
 from finetune.cli import UserError, run
 from finetune.data.manifest import read_manifest
-from finetune.files import replacing
+from finetune.files import replacing, why_missing
 from finetune.jobs.failures import Failures, HoursBar, forget_error, show_list
 from finetune.jobs.slurm import run_shards
 from finetune.jobs.workers import cores, device_of, run_workers
@@ -300,10 +301,21 @@ def print_summary(report: dict, path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     args.egs = args.egs.absolute()
+    if not args.egs.exists():
+        raise UserError(f"{args.egs}: {why_missing(args.egs)}")
+    with claimed(args.egs):
+        return annotate(args)
+
+
+def annotate(args: argparse.Namespace) -> int:
+    """Annotate the files, write the report and print its summary. Returns the exit code."""
     problems: list[str] = []
     tasks = read_tasks(args, problems)
     if not args.partition:
         device_of(args.device, 0)
+    for folder in dict.fromkeys(task.output.parent for task in tasks):
+        if folder.is_dir() and not os.access(folder, os.W_OK):  # before Whisper hears anything
+            raise UserError(f"{folder}: cannot be written to, and the .json of {tasks[0].path.name} belongs next to it")
     model = Path(args.whisper_model)
     if model.is_file():
         if model.suffix != ".pt":

@@ -37,6 +37,7 @@ from finetune.audio.codes import (
     audio_fingerprint,
     check_codes,
     fingerprint_file,
+    in_range,
     load_codes,
     open_audio,
     save_codes,
@@ -46,6 +47,7 @@ from finetune.audio.files import SAMPLE_RATE, probe_audio, to_frames
 from finetune.audio.memory import default_slots, keep_freed_memory
 from finetune.audio.stream import stream_audio
 from finetune.audio.words import MAIN_SPEAKER
+from finetune.claim import claimed
 from finetune.cli import UserError, run
 from finetune.data.manifest import read_manifest
 from finetune.files import replacing
@@ -187,7 +189,7 @@ def encoded_duration(task: EncodeTask, mimi_fingerprint: str, exact: bool) -> fl
             return None  # an edit between the blocks of the fingerprint
     except UserError:
         return None
-    if exact and not entry.get("exact"):
+    if (exact and not entry.get("exact")) or not in_range(entry["codes"]):
         return None
     if touched:
         save_tensors(codes, entry | {"audio_mtime_ns": date})  # it was read whole: the next run need not
@@ -357,6 +359,12 @@ def main(argv: list[str] | None = None) -> int:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir: {args.output_dir} cannot be made ({error.strerror})") from None
+    with claimed(args.output_dir):
+        return encode(args, tasks, problems)
+
+
+def encode(args: argparse.Namespace, tasks: dict[str, EncodeTask], problems: list[str]) -> int:
+    """Encode the files, write the manifests and print the summary. Returns the exit code."""
     started = time.monotonic()
     try:
         results, dead = run_shards(

@@ -1,5 +1,7 @@
 """Fine-tune Moshi. `run_training` puts a run together, top to bottom, for this script and for train_personaplex.py."""
 
+import finetune  # noqa: F401  # isort: skip  (first: from here on Ctrl-C ends in one line)
+
 import contextlib
 import dataclasses
 import logging
@@ -8,6 +10,7 @@ import torch
 
 from finetune import loop
 from finetune.args import TrainArgs
+from finetune.audio.codes import audio_fingerprint
 from finetune.checkpointing import load_checkpoint, newest_complete
 from finetune.cli import UserError, run_fire
 from finetune.config import load_args
@@ -15,7 +18,7 @@ from finetune.data.run_data import RunData
 from finetune.distributed import World, make_mesh, multiplies_bfloat16, session, shard
 from finetune.lora import add_adapters
 from finetune.metrics import Metrics
-from finetune.model.build import StoredWeights, build_lm, load_weights, set_trainable
+from finetune.model.build import StoredWeights, build_lm, check_memory, load_weights, set_trainable
 from finetune.model.consolidated import Artefact, inference_config
 from finetune.model.pretrained import MOSHI, ModelSpec, Pretrained, lm_kwargs
 from finetune.model.training_lm import TrainingLM
@@ -89,35 +92,37 @@ def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
     set_trainable(lm, args.full_finetuning, args.lora.ft_embed)
     training_lm = TrainingLM(lm, args.gradient_checkpointing)
     shard(training_lm, [*lm.transformer.layers, *lm.depformer.layers], make_mesh(world, args.sharding), dtype)
+    check_memory(lm, world.device, world.local_size)
     training_lm.to_empty(device=world.device)
-    load_weights(lm, weights, args.seed)
+    load_weights(lm, weights, args.seed, world.gather)
     optimizer = build_optimizer(lm, args.optim)
 
     # 4. Open the folder of the run, and continue from its newest checkpoint if there is one.
-    folder = open_run(args, world)
-    progress = loop.Progress()
-    if newest := newest_complete(folder, world):
-        path, state = newest
-        progress = loop.Progress(**{field.name: state[field.name] for field in dataclasses.fields(progress)})
-        load_checkpoint(path, lm, optimizer, progress.step)
-        logger.info("continuing from %s", path)
-        warn_of_changes(state, args, data, world)
-    metrics = Metrics(folder, args, world.is_main, progress.step)
+    files = (weights.file.path, checkpoint.mimi_weights(), checkpoint.tokenizer_path())
+    identity = data.identity() | {"moshi_paths": ",".join(map(audio_fingerprint, files))}
+    with open_run(args, world, identity) as folder, loop.Stop() as stop, contextlib.closing(data):
+        progress = loop.Progress()
+        if newest := newest_complete(folder, world):
+            path, state = newest
+            progress = loop.Progress(**{field.name: state[field.name] for field in dataclasses.fields(progress)})
+            load_checkpoint(path, lm, optimizer, progress.step)
+            logger.info("continuing from %s", path)
+            warn_of_changes(state, args, data, world)
 
-    # 5. Decide what each checkpoint offers for inference: adapters, or complete (merged) weights.
-    adapters = (args.lora.rank, args.lora.scaling) if args.lora.enable and args.save_adapters else None
-    artefact = Artefact(inference_config(checkpoint, kwargs), adapters, dtype)
+        # 5. Decide what each checkpoint offers for inference: adapters, or complete (merged) weights.
+        adapters = (args.lora.rank, args.lora.scaling) if args.lora.enable and args.save_adapters else None
+        artefact = Artefact(inference_config(checkpoint, kwargs), adapters, dtype)
 
-    # 6. Train.
-    with loop.Stop() as stop, contextlib.closing(metrics), contextlib.closing(data):
-        run = loop.TrainingRun(args, world, folder, training_lm, optimizer, data, artefact, progress, metrics, stop)
-        return loop.train(run)
+        # 6. Train.
+        with contextlib.closing(Metrics(folder, args, world.is_main, progress.step)) as metrics:
+            run = loop.TrainingRun(args, world, folder, training_lm, optimizer, data, artefact, progress, metrics, stop)
+            return loop.train(run)
 
 
 def warn_of_changes(state: dict, args: TrainArgs, data: RunData, world: World) -> None:
     """Warn if the run continues with other batches or manifests, which is allowed, but changes what it learns."""
-    old, new = state["windows_per_step"], args.batch_size * args.num_microbatches * world.size
-    if old != new:
+    old, new = state.get("windows_per_step"), args.batch_size * args.num_microbatches * world.size
+    if old not in (None, new):
         logger.warning("a step had %d windows so far and has %d from now on, at the same learning rate", old, new)
     old, new = state.get("windows"), data.train.sizes
     if old not in (None, new):

@@ -13,8 +13,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML has lists only
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the range of torch.manual_seed
 File = Annotated[str | None, AfterValidator(lambda path: path and os.path.expanduser(path))]
 Section = Annotated[T, BeforeValidator(lambda value: {} if value is None else value)]  # `optim:` without content

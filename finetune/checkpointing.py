@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from finetune.cli import UserError
 from finetune.distributed import World
+from finetune.files import sync, sync_tree
 from finetune.model.consolidated import Artefact
 from finetune.run_dir import CHECKPOINT_PREFIX, list_checkpoints
 
@@ -41,7 +42,7 @@ def newest_complete(folder: Path, world: World) -> tuple[Path, dict] | None:
     for path in found:
         problems = [problem for problem in world.gather(_find_damage(path, world)) if problem]
         if not problems:
-            return path, json.loads((path / "train_state.json").read_text())
+            return path, read_train_state(path)
         if world.is_main:
             logger.warning("%s is damaged (%s); trying the one before", path, problems[0])
     if found:
@@ -55,7 +56,7 @@ def newest_complete(folder: Path, world: World) -> tuple[Path, dict] | None:
 def _find_damage(path: Path, world: World) -> str | None:
     """Return what is wrong with a checkpoint, if anything. Each rank reads its share of the files."""
     try:
-        files = json.loads((path / "train_state.json").read_text())["files"]
+        files = read_train_state(path)["files"]
         # Files without a checksum are for inference. Resuming does not read them, and users may have edited them.
         checked = sorted((name, *known) for name, known in files.items() if known[1] is not None)
         for name, size, crc in checked[world.rank :: world.size]:
@@ -63,9 +64,23 @@ def _find_damage(path: Path, world: World) -> str | None:
                 return f"{name} has {present} bytes instead of {size}"
             if _crc(path / name) != crc:
                 return f"the contents of {name} have changed"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return str(error)
     return None
+
+
+def read_train_state(path: Path) -> dict:
+    """Return the content of a checkpoint's train_state.json. Raises OSError or ValueError if it is damaged."""
+    state = json.loads((path / "train_state.json").read_text())
+    if not isinstance(state, dict) or not {"step", "position", "skipped", "files"} <= state.keys():
+        raise ValueError("train_state.json is incomplete")
+    if state.pop("crc", None) not in (None, _state_crc(state)):  # None: by a version that wrote no checksum
+        raise ValueError("the contents of train_state.json have changed")
+    return state
+
+
+def _state_crc(state: dict) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 def _crc(path: Path) -> int:
@@ -158,13 +173,14 @@ def _publish(partial: Path, final: Path, train_state: dict, sums: list[dict[str,
     crc = {name: value for share in sums for name, value in share.items()}
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     listed = {str(path.relative_to(partial)): [path.stat().st_size, crc.get(path.name)] for path in files}
-    with (partial / "train_state.json").open("w") as file:
-        file.write(json.dumps(train_state | {"files": listed}, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
+    train_state = json.loads(json.dumps(train_state | {"files": listed}))  # as it will be read
+    (partial / "train_state.json").write_text(json.dumps(train_state | {"crc": _state_crc(train_state)}, indent=1))
+    sync_tree(partial)
     if final.exists():  # the run has gone back to an earlier step, because this one was damaged
         shutil.rmtree(final)
     os.replace(partial, final)
+    for folder in (final.parent, final.parent.parent):  # only now may older checkpoints go
+        sync(folder)
     found = list_checkpoints(final.parent.parent)
     later = [path for step, path in found if step > train_state["step"]]  # damaged as well
     oldest = [path for _, path in found[: len(found) - len(later)][:-keep]] if keep is not None else []
@@ -198,8 +214,10 @@ class _Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
-            _Unpickler(file).load()
-        return super().read_metadata(*args, **kwargs)
+            metadata = _Unpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 _KNOWN = {

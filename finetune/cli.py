@@ -1,13 +1,25 @@
 """How an error ends a command, and the command line of the training scripts."""
 
 import errno
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import fire
 
 from finetune.args import closest_setting
+
+_ROOT = Path(__file__).parents[1]
+
+
+# Strings that no message may show; `finetune.config` adds those of the settings.
+secrets: set[str] = set()
+_SECRET = re.compile(r"wandb|(^|[._-])(key|token)$|api_?key|secret|password", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -52,19 +64,73 @@ def run(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with the code that it returns.
 
     A `UserError`, a file that cannot be read or written, and lack of memory end in one line on stderr and exit code 2;
-    Ctrl-C in exit code 130. Everything else is a defect and keeps its traceback.
+    Ctrl-C in exit code 130; a reader of the output that has gone (`| head`) in 141, as of other Unix tools. Everything
+    else is a defect: exit code 70 and one line that says where it is, with the traceback in a file. With --debug, which
+    every command takes, the traceback is printed instead.
     """
+    secrets.update(words for words in _given_secrets(sys.argv[1:]) if len(words) > 3)
+    debug = "--debug" in sys.argv[1:]
+    sys.argv = [word for word in sys.argv if word != "--debug"]
+    for stream in (sys.stdout, sys.stderr):  # an ASCII terminal must not end a command that prints a name
+        stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        sys.stdout.flush()
+        sys.exit(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
+        if debug:
+            raise
         sentence = _explain(error)
         if sentence is None:
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
+            print(hide_secrets(_describe_defect(error)), file=sys.stderr)
+            sys.exit(70)  # EX_SOFTWARE
+        print(hide_secrets(f"error: {sentence}"), file=sys.stderr)
         sys.exit(2)
+
+
+def is_secret(key: str) -> bool:
+    """Return whether a setting of this name may hold a password or a key."""
+    return _SECRET.search(key) is not None
+
+
+def _given_secrets(words: list[str]) -> Iterator[str]:
+    """Yield the values on a command line that may be secret, and the one in the environment."""
+    yield os.environ.get("WANDB_API_KEY", "")
+    for word, next_word in zip(words, [*words[1:], ""]):
+        key, equals, value = word.partition("=")
+        if is_secret(key.lstrip("-")):
+            yield value.strip(" '\"[]{}") if equals and value else next_word
+
+
+def hide_secrets(text: str) -> str:
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _describe_defect(error: Exception) -> str:
+    """Write the traceback to a file; return a line with the error, the line of ours that it comes from, and the file
+    that was being worked on, which is the innermost path among our local variables."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if _is_ours(frame.f_code.co_filename)]
+    place, file = "", ""
+    if frames:
+        place = f" in {Path(frames[-1].f_code.co_filename).relative_to(_ROOT)}, {frames[-1].f_code.co_name}"
+        paths = (value for frame in reversed(frames) for value in frame.f_locals.values() if isinstance(value, Path))
+        file = next((f", on {path}" for path in paths), "")
+    with tempfile.NamedTemporaryFile("w", prefix="traceback_", suffix=".txt", delete=False) as out:
+        out.write(hide_secrets("".join(traceback.format_exception(error))))
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"bug: {what}{place}{file}; please report it with {out.name} (--debug prints this traceback)"
+
+
+def _is_ours(file: str) -> bool:
+    return Path(file).parent == _ROOT or Path(file).is_relative_to(_ROOT / "finetune")
 
 
 def _explain(error: Exception) -> str | None:
@@ -81,6 +147,8 @@ def _explain(error: Exception) -> str | None:
             "the GPU is out of memory; lower batch_size (and raise num_microbatches), duration_sec or, for replies, "
             "--batch-size; `python -m finetune.tools.plan config.yaml` estimates what fits"
         )
+    if re.search(r"Connection (closed|reset) by peer|remote process exited|NCCL communicator was aborted", str(error)):
+        return "another process of this run has ended; its own message says why"
     if str(error).startswith("DataLoader worker"):  # a RuntimeError, raised by a signal handler of torch
         return (
             f"{str(error).splitlines()[0].rstrip('.')}; it was probably killed for lack of memory: lower "

@@ -13,8 +13,9 @@ import yaml
 from pydantic import ValidationError
 
 from finetune.args import SETTINGS, TrainArgs, closest_setting
-from finetune.cli import UserError
+from finetune.cli import UserError, is_secret, secrets
 from finetune.data.manifest import parse_sources
+from finetune.files import regular
 
 # What a value must be, by the type of pydantic's error.
 _EXPECTED = {
@@ -23,18 +24,36 @@ _EXPECTED = {
     "tuple_type": "a list of two numbers", "too_long": "a list of two numbers", "missing": "a list of two numbers",
     "model_type": "a section of settings (key: value)", "literal_error": "{expected}",
     "greater_than": "greater than {gt:g}", "greater_than_equal": "at least {ge:g}", "less_than": "below {lt:.20g}",
-    "less_than_equal": "at most {le:g}",
+    "less_than_equal": "at most {le:,}",
 }  # fmt: skip
+
+
+_MAX_BYTES = 10**6
+_MAX_DEPTH, _MAX_ALIASES = 20, 10  # a few lines of aliases to aliases stand for more values than fit any memory
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, except that `2e-6` is a number, keys are strings and no key may come twice."""
 
+    depth = aliases = 0
+
+    def compose_node(self, parent, index):
+        self.depth += 1
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.depth > _MAX_DEPTH or self.aliases > _MAX_ALIASES:
+            raise yaml.MarkedYAMLError(
+                problem="nested too deeply, or too many aliases", problem_mark=self.peek_event().start_mark
+            )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
+                known = f" {key.value}" if closest_setting(key.value) else ""  # else it may be wandb.key
+                raise yaml.MarkedYAMLError(problem=f"duplicate key{known}", problem_mark=key.start_mark)
             seen.add(key.value)
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
@@ -54,6 +73,8 @@ def parse_yaml(text: str) -> object:
 def read_settings(path: Path) -> dict:
     """Return the settings of a YAML file as plain values. Raises UserError if the file holds none."""
     try:
+        if regular(path).stat().st_size > _MAX_BYTES:
+            raise UserError(f"{path}: is too large for a file of settings ({path.stat().st_size:,} bytes)")
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); give a YAML file, saved as UTF-8") from None
@@ -79,6 +100,13 @@ def load_args(config: str | Path, overrides: list[str] | tuple[str, ...] = (), r
     """
     raw = read_settings(Path(config)) if raw is None else raw
     problems, faulty = _apply_overrides(raw, overrides)
+    given = [(key, value) for key, value in flatten(raw).items() if isinstance(value, str)]
+    secrets.update(value for key, value in given if is_secret(key) and len(value) > 3)
+    for key in [key for key, value in given if "\0" in value]:
+        problems.append(f"{key} holds a NUL character")
+        faulty.add(key)
+        *parents, last = key.split(".")
+        functools.reduce(dict.__getitem__, parents, raw).pop(last)
     if isinstance(raw.get("data"), dict):
         raw.setdefault("do_eval", bool(raw["data"].get("eval_data")))
     try:

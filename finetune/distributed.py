@@ -141,7 +141,12 @@ def fresh_store(rank: int, size: int) -> tuple[dist.Store, str]:
     no variable numbers the starts alike on all nodes. So rank 0 draws a new prefix and offers it to the process that is
     registered for each rank, until all have acknowledged it; a dead process never does.
     """
-    store = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))[0]
+    try:
+        store = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))[0]
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{address} cannot be used ({reason}); if it is taken, set another MASTER_PORT") from None
     store.set_timeout(TIMEOUT)
     own = uuid.uuid4().hex
     launch = store.compare_set("finetune/launch", "", own).decode()

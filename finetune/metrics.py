@@ -86,13 +86,16 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Return the rows of a metrics file up to the first incomplete line, which a killed run leaves at its end."""
+    """Return the rows of a metrics file up to the first that is none; a killed run leaves half of one at its end."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            break
+        rows.append(row)
     return rows
 
 

@@ -4,55 +4,87 @@ run_dir/args.yaml                               settings, without secrets
 run_dir/metrics.{train,eval}.jsonl              see finetune.metrics
 run_dir/checkpoints/checkpoint_000100/          see finetune.checkpointing"""
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.args import CHANGEABLE, SETTINGS, TrainArgs
+from finetune.claim import claimed, refuse_if_claimed
 from finetune.cli import UserError
 from finetune.config import dump_args, flatten, parse_yaml, read_settings
 from finetune.distributed import World
-from finetune.files import replacing
+from finetune.files import expand, replacing
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_PREFIX = "checkpoint_"
+MAY_MOVE = {"data.train_data", "moshi_paths", "prompt.voices_dir"}  # settings whose files may be moved during a run
 # In the order of removal: args.yaml marks a folder as one of a run, also when only half of the run has been removed.
 RUN_FILES = (
     "checkpoints", "metrics.*.jsonl", "samples", "evaluation_*.json", "not_finite_step_*.json", "curves.png",
-    "report.html", "tensorboard", "wandb", ".wandb_id", ".launch", "args.yaml",
+    "report.html", "tensorboard", "wandb", ".wandb_id", ".launch", "identity.json", "args.yaml",
 )  # fmt: skip
 
 
-def open_run(args: TrainArgs, world: World) -> Path:
-    """Create or open the folder of the run. Call this after everything else has been checked.
+@contextlib.contextmanager
+def open_run(args: TrainArgs, world: World, identity: dict[str, str]) -> Iterator[Path]:
+    """Create or open the folder of the run, and hold it for the block. Call this after everything else was checked.
 
     With `overwrite_run_dir` the main rank first removes the run that the folder holds, but only once per launch:
-    processes that torchrun or SLURM restart must find their checkpoints. Raises UserError if the folder cannot be used
-    or holds a run with other settings (lists old and new values).
+    processes that torchrun or SLURM restart must find their checkpoints. Raises UserError if the folder cannot be used,
+    is in use by another process, or holds a run with other settings (lists old and new values).
+
+    Args:
+        identity: digest of what the paths lead to, for each of MAY_MOVE. A path may change if the digest does not; and
+            a model under the same path must be the same.
     """
-    folder = Path(args.run_dir).expanduser()
+    folder = expand(args.run_dir)
     problem = None
-    if world.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if args.overwrite_run_dir and not _is_restart(folder / ".launch", world):
-                if (folder / "args.yaml").is_file():
-                    remove_run(folder)
-                (folder / ".launch").write_text(json.dumps(_launch(world)))
-            for key, values in _changed_settings(folder, args).items():
-                logger.info("changed since this run began: %s %s -> %s", key, *values)
-            with replacing(folder / "args.yaml") as temporary:
-                temporary.write_text(dump_args(args))
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"run_dir: {folder} cannot be written ({error.strerror}); name a folder on a disk that is there"
-    if problem := world.broadcast(problem):
-        raise UserError(problem)
-    return folder
+    with contextlib.ExitStack() as held:
+        if world.is_main:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(claimed(folder))
+                _prepare(folder, args, world, identity)
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                reason = f"cannot be written ({error.strerror})"
+                problem = f"run_dir: {folder} {reason}; name a folder on a disk that is there"
+        if problem := world.broadcast(problem):
+            raise UserError(problem)
+        yield folder
+
+
+def _prepare(folder: Path, args: TrainArgs, world: World, identity: dict[str, str]) -> None:
+    if args.overwrite_run_dir and not _is_restart(folder / ".launch", world):
+        if (folder / "args.yaml").is_file():
+            remove_run(folder)
+        (folder / ".launch").write_text(json.dumps(_launch(world)))
+    stored = _read_identity(folder)
+    moved = {key for key in MAY_MOVE if identity[key] == stored.get(key)}
+    for key, values in _changed_settings(folder, args, moved).items():
+        logger.info("changed since this run began: %s %s -> %s", key, *values)
+    if "moshi_paths" in stored and stored["moshi_paths"] != identity["moshi_paths"]:
+        raise UserError(
+            f"{folder} holds a run of another model: the files in moshi_paths have changed; put those of the run "
+            "there, or use another run_dir"
+        )
+    for name, content in (("identity.json", json.dumps(identity | stored, indent=1)), ("args.yaml", dump_args(args))):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(content)
+
+
+def _read_identity(folder: Path) -> dict[str, str]:
+    """Return the identity that the run in a folder began with; {} if there is none."""
+    try:
+        return dict(json.loads((folder / "identity.json").read_text()))
+    except (OSError, TypeError, ValueError):
+        return {}
 
 
 def _launch(world: World) -> dict[str, str | None]:
@@ -83,11 +115,14 @@ def remove_run(folder: Path) -> None:
 
 def check_run_dir(args: TrainArgs) -> None:
     """Raise UserError where `open_run` would refuse the folder, before time is spent on a model. Changes nothing."""
-    folder = Path(args.run_dir).expanduser()
+    folder = expand(args.run_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir: {folder} is a file; name a folder")
+    refuse_if_claimed(folder)
     if not args.overwrite_run_dir:
-        _changed_settings(folder, args)
+        _changed_settings(
+            folder, args, {"data.train_data", "moshi_paths", "prompt.voices_dir"}
+        )  # `open_run` knows more
 
 
 def stored_settings(folder: Path) -> dict:
@@ -102,15 +137,16 @@ def stored_settings(folder: Path) -> dict:
     return existing(read_settings(folder / "args.yaml"))
 
 
-def _changed_settings(folder: Path, args: TrainArgs) -> dict[str, tuple]:
+def _changed_settings(folder: Path, args: TrainArgs, moved: set[str]) -> dict[str, tuple]:
     """Return {setting: (old, new)} where the run in `folder` has another value; settings that no longer exist are
-    ignored. Raises UserError if a setting differs that must not change during a run."""
+    ignored. Raises UserError if a setting differs that must not change during a run and is not in `moved`."""
     if not (folder / "args.yaml").is_file():
         return {}
     old = flatten(stored_settings(folder))
     new = flatten(parse_yaml(dump_args(args)))
     changed = {key: (old.get(key), value) for key, value in sorted(new.items()) if old.get(key) != value}
-    fixed = [key for key in changed if key not in CHANGEABLE and key.split(".")[0] not in CHANGEABLE]
+    may_change = CHANGEABLE | moved
+    fixed = [key for key in changed if key not in may_change and key.split(".")[0] not in may_change]
     if fixed:
         listed = "".join(f"\n  - {key}: was {changed[key][0]!r}, now {changed[key][1]!r}" for key in fixed)
         hint = "use another run_dir, or replace that run with overwrite_run_dir: true"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 CODEBOOKS = 8  # Mimi codebooks per channel
+CARD = 2048  # codes of a codebook: 0..2047
 N_STREAMS = 1 + 2 * CODEBOOKS
 DEP_Q = 16  # depformer steps of PersonaPlex: both channels; Moshi has 8
 TEXT_EPAD, TEXT_PAD = 0, 3  # "end of padding" before a word, and padding

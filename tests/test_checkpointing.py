@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import pickle
+import random
 import resource
 import shutil
 import zlib
+from functools import partial
 
 import pytest
 import torch
@@ -109,15 +111,11 @@ def test_a_checkpoint_before_the_first_step_can_be_saved(training, one_rank):
     assert same(resumed.train(2).tensors(), training.train(2).tensors())
 
 
-def test_the_files_are_described_and_on_disk_before_the_folder_gets_its_name(training, monkeypatch):
-    events, fsync, replace = [], os.fsync, os.replace
-    name_of = lambda number: os.path.basename(os.readlink(f"/proc/self/fd/{number}"))
-    monkeypatch.setattr(os, "fsync", lambda number: (events.append(name_of(number)), fsync(number))[1])
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(os.path.basename(b)), replace(a, b))[1])
+def test_the_files_are_described(training):
     path = training.train(2).save()
     assert path == training.folder / "checkpoints/checkpoint_000002"
-    assert events[-2:] == ["train_state.json", "checkpoint_000002"] and any(e.endswith(".distcp") for e in events)
     state = json.loads((path / "train_state.json").read_text())
+    assert state.pop("crc") == zlib.crc32(json.dumps(state, sort_keys=True).encode())
     files = state.pop("files")
     assert state == STATE | {"step": 2}
     present = {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
@@ -160,6 +158,10 @@ def state_without_files(path):
     path.write_text(json.dumps({"step": 2}))
 
 
+def another_position(path):
+    path.write_text(path.read_text().replace('"position": 24', '"position": 25'))
+
+
 DAMAGE = {
     "truncated": ("state/*.distcp", lambda path: path.write_bytes(path.read_bytes()[:-7]), "bytes instead of"),
     "longer": ("state/*.distcp", lambda path: path.write_bytes(path.read_bytes() + b"!"), "bytes instead of"),
@@ -170,7 +172,9 @@ DAMAGE = {
     "no state": ("train_state.json", lambda path: path.unlink(), "No such file"),
     "broken state": ("train_state.json", lambda path: path.write_text('{"step": 2'), "damaged"),
     "other state": ("train_state.json", lambda path: path.write_text("[1]"), "damaged"),
-    "no list": ("train_state.json", state_without_files, "files"),
+    "no list": ("train_state.json", state_without_files, "incomplete"),
+    "a changed digit": ("train_state.json", another_position, "have changed"),
+    "a list of lists": ("train_state.json", lambda path: path.write_text("[" * 100_000), "recursion"),
 }
 
 
@@ -256,10 +260,86 @@ def test_a_foreign_checkpoint_runs_no_code(training, tmp_path, monkeypatch, entr
     (path / "state/.metadata").write_bytes(content)
     state = json.loads((path / "train_state.json").read_text())
     state["files"]["state/.metadata"] = [len(content), zlib.crc32(content)]
+    del state["crc"]
     (path / "train_state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="cannot be loaded into this model"):
         training.load()
     assert not (tmp_path / "crafted").exists()
+
+
+# --- power failures ------------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """What a power failure would leave of a folder: names and contents as they were last synced or, at random, as they
+    are now, because a system may write at any time. Each change of a name and each sync is a point of failure."""
+
+    POINTS = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
+
+    def __init__(self, root, images, monkeypatch):
+        self.root, self.images, self.random, self.count, self.busy = root, images, random.Random(0), 0, False
+        self.names, self.contents, self.kept = {}, {}, []
+        for parent, _, files in os.walk(root):
+            for path in (parent, *(os.path.join(parent, name) for name in files)):
+                self.synced(path)
+        for name in self.POINTS:
+            monkeypatch.setattr(os, name, partial(self.point, name, getattr(os, name)))
+
+    def point(self, name, function, first, *args, **kwargs):
+        if not self.busy:
+            self.busy = True
+            self.fail()
+            self.busy = False
+        result = function(first, *args, **kwargs)
+        if name == "fsync":
+            self.synced(os.readlink(f"/proc/self/fd/{first}"))
+        return result
+
+    def synced(self, path):
+        self.kept.append(os.open(path, os.O_RDONLY))  # so that no other file gets its number
+        if os.path.isdir(path):
+            self.names[os.stat(path).st_ino] = self.listed(path)
+        else:
+            with open(path, "rb") as file:
+                self.contents[os.stat(path).st_ino] = file.read()
+
+    @staticmethod
+    def listed(path):
+        return {entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(path)}
+
+    def fail(self):
+        now = {os.stat(self.root).st_ino: str(self.root)}
+        for parent, folders, files in os.walk(self.root):
+            now |= {os.stat(path := os.path.join(parent, name)).st_ino: path for name in folders + files}
+        for chance in (0.0, 0.5, 0.5, 1.0):  # that the system has written something by itself
+            self.build(os.stat(self.root).st_ino, True, self.images / f"{self.count:04d}/run", now, chance)
+            self.count += 1
+
+    def build(self, number, is_folder, target, now, chance):
+        early = number in now and self.random.random() < chance
+        if is_folder:
+            target.mkdir(parents=True)
+            names = self.listed(now[number]) if early else self.names.get(number, {})
+            for name, inner in names.items():
+                self.build(*inner, target / name, now, chance)
+        elif early:
+            shutil.copyfile(now[number], target)
+        else:
+            target.write_bytes(self.contents.get(number, b""))
+
+
+def test_a_power_failure_at_any_point_leaves_a_checkpoint(training, tmp_path, monkeypatch, caplog):
+    training.train(1).save()
+    saved = {1: training.tensors(), 2: training.train(1).tensors()}
+    with monkeypatch.context() as patch:
+        disk = Disk(training.folder, tmp_path / "images", patch)
+        training.save(keep=1)
+    found = []
+    for folder in sorted((tmp_path / "images").glob("*/run")):
+        survivor = Training(folder, training.world).load()
+        assert same(survivor.tensors(), saved[survivor.step]), folder
+        found.append(survivor.step)
+    assert disk.count == len(found) > 60 and set(found) == {1, 2} and found[-1] == 2
 
 
 # --- what happens when it cannot be saved --------------------------------------------------------------------------

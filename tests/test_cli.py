@@ -3,8 +3,11 @@
 import errno
 import os
 import pty
+import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch._dynamo.testing import CompileCounter
 import train
 import train_personaplex
 from finetune import cli
+from finetune.audio.words import read_words
 from finetune.cli import UserError
 from finetune.parser import Parser
 from tests.support import ROOT, rows, script, train_here, write_config
@@ -52,6 +56,7 @@ def test_the_exit_code_is_what_main_returns(returned, code, capsys):
     (PermissionError(errno.EACCES, "Permission denied", "a", None, "/locked/b"), ["/locked/b", "Permission"]),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.2 GiB"), [
         "batch_size", "num_microbatches", "duration_sec", "--batch-size", "finetune.tools.plan"]),
+    (RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:3"), ["another process"]),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"), [
         "pid 7", "data.num_workers", "data.cache_mb", "--shm-size"]),
 ], ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "")  # fmt: skip
@@ -65,11 +70,59 @@ def test_ctrl_c(capsys):
     assert end_of(raising(KeyboardInterrupt()), capsys) == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shape"), ValueError("x"), OSError("no file"), BrokenPipeError()])
-def test_a_defect_keeps_its_traceback(error):
+@pytest.mark.parametrize("error", [RuntimeError("shape"), ValueError("x"), OSError("no file"), KeyError("k")])
+def test_a_defect_is_one_line_that_names_the_place_the_file_and_the_traceback(error, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train.py", "a"])
+    monkeypatch.setattr("finetune.audio.words.from_json", lambda _: raising(error)())
+    recording = tmp_path / "call.wav"
+    recording.with_suffix(".json").write_text("{}")
+    if isinstance(error, OSError | ValueError):  # read_words expects these
+        monkeypatch.setattr("finetune.audio.words.sidecar", lambda _: raising(error)())
+    code, err = end_of(lambda: read_words(recording), capsys)
+    (trace,) = tmp_path.glob("traceback_*")
+    assert code == 70 and err.count("\n") == 1 and err.startswith(f"bug: {type(error).__name__}: ")
+    assert all(word in err for word in ("finetune/audio/words.py", str(recording), str(trace), "--debug")), err
+    assert "Traceback" in trace.read_text() and type(error).__name__ in trace.read_text()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape"), UserError("a.yaml: no")])
+def test_debug_keeps_the_traceback(error, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "a", "--debug"])
     with pytest.raises(type(error)) as raised:
         cli.run(raising(error))
-    assert raised.value is error
+    assert raised.value is error and sys.argv == ["train.py", "a"]
+
+
+PRINTS = "from finetune.cli import run; run(lambda: [print(chr(228), i) for i in range(100_000)] and None)"
+
+
+def test_a_reader_that_has_gone_ends_the_command_quietly():
+    process = subprocess.Popen([sys.executable, "-c", PRINTS], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 141 and process.stderr.read() == b""
+
+
+def test_a_terminal_that_knows_ascii_only():
+    done = script("-c", PRINTS.replace("100_000", "1"), LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.stdout == "\\xe4 0\n"
+
+
+@pytest.mark.parametrize("command", ["train.py", "annotate.py", "-m finetune.tools.plan"])
+def test_ctrl_c_while_modules_are_imported(command):
+    """A module that takes long to import stands for all of them."""
+    slow = "import sys, time; sys.modules['numpy'] = None; print('importing', flush=True); time.sleep(60)"
+    folder = [sys.executable, *command.split(), "config.yaml"]
+    with tempfile.TemporaryDirectory() as path:
+        for module in ("torch", "numpy"):
+            Path(path, f"{module}.py").write_text(slow)
+        env = os.environ | {"PYTHONPATH": f"{path}:{ROOT}"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(folder, cwd=ROOT, env=env, **pipes)
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) in (-signal.SIGINT, 130) and process.stderr.read() == "interrupted\n"
 
 
 def test_no_room():

@@ -2,12 +2,16 @@
 file, key, line or option at fault, and without a traceback. The wording of the sentence is not tested."""
 
 import gzip
+import io
 import json
 import logging
+import os
 import re
 import runpy
 import shutil
+import socket
 import sys
+import tarfile
 import wave
 from collections.abc import Callable
 from functools import partial
@@ -68,6 +72,10 @@ class Workspace:
     def more(self, text: str) -> Path:
         """A valid config with `text` appended."""
         return self.file("config.yaml", self.config().read_text() + text)
+
+    def taken_port(self) -> int:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        return self.socket.getsockname()[1]
 
     # Data.
 
@@ -268,7 +276,7 @@ SETTINGS = [
     config("c.yaml UTF-8 12", b"run_dir: caf\xe9\n"),
     train("none.yaml", lambda w: [w / "none.yaml"]),
     train("/folder YAML", lambda w: [w.file("folder/a").parent]),
-    train("model.safetensors UTF-8", lambda w: [w.world / "model/model.safetensors"]),
+    train("model.safetensors", lambda w: [w.world / "model/model.safetensors"]),
     train("config.yaml:22 max_steps", lambda w: [w.more("max_steps: 9\n")]),
     train("1 README.md", lambda w: [w.more("1: 2\n")]),
 ]
@@ -436,6 +444,27 @@ PROMPTS = [
 ]
 
 
+def sound_as(named: str, spoil: Callable[[Path], object]) -> Mistake:
+    """A run on one recording, after `spoil(recording)`."""
+
+    def arguments(w: Workspace) -> list:
+        line = w.call()
+        spoil(w / line["path"])
+        return [w.on(line, data__num_workers=0)]
+
+    return Mistake("train", named, arguments)
+
+
+def archive(model: Path, spoil: Callable[[Path], object]) -> Path:
+    """A model with a voices.tgz of noise."""
+    with tarfile.open(model / "voices.tgz", "w:gz") as tar:
+        info = tarfile.TarInfo("voices/NATX.pt")
+        info.size = 100_000
+        tar.addfile(info, io.BytesIO(np.random.default_rng(0).bytes(info.size)))
+    spoil(model / "voices.tgz")
+    return model
+
+
 def weights(named: str | tuple[str, ...], command: str = "train", **files: Callable[[Path], object] | None) -> Mistake:
     return Mistake(command, named, lambda w: w.using(**files))
 
@@ -495,6 +524,94 @@ MODELS = [
     report("/folder args.yaml", lambda w: [w.file("folder/a").parent]),
 ]
 
+def pipe(path: Path) -> Path:
+    """A pipe that nobody writes to: whoever opens it waits forever."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+def float8(path: Path) -> None:
+    state = load_file(path)
+    state["text_linear.weight"] = state["text_linear.weight"].to(torch.float8_e4m3fn)
+    save_file(state, path)
+
+
+def change_first(name: str, value: float) -> Callable[[Path], object]:
+    return tensors(lambda state: state[name].view(-1)[:1].fill_(value))
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(20))
+HOSTILE = [
+    config("c.yaml:7", BOMB),
+    config("c.yaml:1", "a: " + "[" * 5000 + "]" * 5000),
+    config("c.yaml", "max_steps: " + "9" * 5000),
+    config("c.yaml", "# long\n" * 200_000),
+    config("c.yaml", "a: 2024-99-99"),
+    config("c.yaml", "? [a, b]\n: c\n"),
+    train("c.yaml", lambda w: [pipe(w / "c.yaml")]),
+    train("/dev/zero", lambda w: ["/dev/zero"]),
+    setting("data.train_data", data__train_data="a\0b"),
+    setting("run_dir", 2, run_dir="a\0b"),
+    setting("~nobody-there/a.jsonl", data__train_data="~nobody-there/a.jsonl"),
+    setting("max_steps", max_steps=10**30),
+    setting("lora.rank GiB finetune.tools.plan", lora__rank=10**9),
+    train("some.jsonl", lambda w: [w.config(data__train_data=str(pipe(w / "some.jsonl")), data__eval_data="")]),
+    train("some.jsonl link /gone.jsonl", lambda w: [w.config(data__train_data=str(
+        (w / "some.jsonl").symlink_to("/gone.jsonl") or w / "some.jsonl"))]),
+    sound_as("call.wav", pipe),
+    sound_as("call.json", lambda path: pipe(path.with_suffix(".json"))),
+    sound_as("call.wav link /gone.wav", lambda path: path.unlink() or path.symlink_to("/gone.wav")),
+    manifest("calls\\call.wav backslashes", {"path": "calls\\call.wav", "duration": 3}),
+    train("Mu\u0308ller.wav 'M\u00fcller.wav'", lambda w: [
+        w.on(w.call("M\u00fcller.wav") | {"path": "Mu\u0308ller.wav"}, data__num_workers=0)]),
+    *(Mistake("train", "call.wav.pt precompute_codes.py", lambda w, code=code: [
+        w.encoded(entry(codes=torch.full((2, 8, 40), code, dtype=torch.int16)))], 2) for code in (-7, 2048)),
+    codes("call.wav.pt", lambda _, codes: pipe(codes)),
+    voice_file("v.pt 5000", lambda w: w.voice("v.pt", EMBEDDED | {"cache": torch.full((1, 17, 4), 5000)})),
+    voice_file("v.pt -2", lambda w: w.voice("v.pt", EMBEDDED | {"cache": torch.full((1, 17, 4), -2)})),
+    voice_file("v.pt finite", lambda w: w.voice("v.pt", EMBEDDED | {"embeddings": EMBEDDED["embeddings"] / 0})),
+    weights("model.safetensors emb.3.weight finite", model_safetensors=change_first("emb.3.weight", torch.nan)),
+    weights("model.safetensors out_norm.alpha finite", model_safetensors=change_first("out_norm.alpha", torch.inf)),
+    weights("model.safetensors emb.3.weight zeros", model_safetensors=tensors(
+        lambda state: state["emb.3.weight"].zero_())),
+    weights("model.safetensors text_linear.weight F8_E4M3", model_safetensors=float8),
+    weights("model.safetensors text_linear.weight quantised", model_safetensors=tensors(
+        lambda state: state.update({"text_linear.weight": state["text_linear.weight"].char()}))),
+    weights("model.safetensors link /gone", model_safetensors=lambda path: path.unlink() or path.symlink_to("/gone")),
+    weights("/model dim 'wide'", config_json=values(dim="wide")),
+    weights("/model num_layers", config_json=values(num_layers=10**9)),
+    weights("/model num_heads", config_json=values(num_heads=0)),
+    weights("/model text_card missing", config_json=lambda path: path.write_text(json.dumps(
+        {key: value for key, value in json.loads(path.read_text()).items() if key != "text_card"}))),
+    weights("/model delays", config_json=values(delays=[0, 1])),
+    weights("LMModel", config_json=values(num_heads=7)),
+    weights("config.json", config_json=text("[" * 100_000)),
+    personaplex("voices.tgz", lambda w: [w.on(
+        w.call() | {"voice_prompt": "NATX"}, prompt__voices_dir=None,
+        moshi_paths__hf_repo_id=str(archive(w.model(), lambda path: halved(path))))]),
+    sound_as("data.speakers SPEAKER_MAIN ANNA", lambda path: path.with_suffix(".json").write_text(
+        json.dumps({"alignments": [["hello", [0.2, 0.6], "ANNA"]]}))),
+    generate("call.wav --out", lambda w: w.reply("--out", w / w.call()["path"])),
+    generate("call.wav --out", lambda w: w.reply("--out", w.folder)),
+    export("/.out.tmp", lambda w: [
+        w.run, w.file(".out.tmp/mine").parent.with_name("out"), "--format", "moshi", "--merge"]),
+    train("MASTER_PORT", lambda w: [w.env(
+        RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(w.taken_port())).config()]),
+    setting("wandb", wandb="SECRET9"),
+    setting("wandb.kye", wandb__kye="SECRET9"),
+    setting("optim.lr", optim__lr="SECRET9", wandb__key="SECRET9"),
+    setting("wandb.key", problems=1, wandb__key=["SECRET9"]),
+    train("wandb", lambda w: [w.config(), "wandb=[SECRET9"]),
+    train("wandb", lambda w: [w.config(), "wandb={key: SECRET9"]),
+    train("2", lambda w: [w.config(), "wandb.key=", "SECRET9"]),
+    train("--wandb_key", lambda w: [w.config(), "--wandb_key", "SECRET9"]),
+    train("--wandb.key", lambda w: [w.config(), "--wandb.key=SECRET9"]),
+    config("c.yaml:1", "wandb: {SECRET9, SECRET9}"),
+    config("c.yaml:2", "wandb:\n  key: *SECRET9\n"),
+    config("c.yaml", "wandb:\n key: SECRET9\n  a: b\n"),
+]
+
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 PLACES = [
     setting("run_dir README.md", run_dir=str(ROOT / "README.md")),
@@ -527,7 +644,7 @@ WITHOUT_GPU = [
     annotate("--device cuda 0", lambda w: [w.manifest(w.call()), "--device", "cuda"]),
 ]
 # fmt: on
-MISTAKES = [*SETTINGS, *COMMANDS, *MANIFESTS, *AUDIO, *ALIGNMENTS, *PROMPTS, *MODELS, *PLACES]
+MISTAKES = [*SETTINGS, *COMMANDS, *MANIFESTS, *AUDIO, *ALIGNMENTS, *PROMPTS, *MODELS, *HOSTILE, *PLACES]
 
 
 # --- The test --------------------------------------------------------------------------------------------------------
@@ -596,6 +713,7 @@ def verify(mistake: Mistake, workspace: Workspace, code: object, out: str, err: 
     missing = [fact for fact in facts(mistake) if not names(said, fact)]
     assert not missing, f"{missing} not named in: {said}"
     assert not re.search(r"object at 0x|Errno|\x1b", said), said
+    assert "SECRET9" not in out + err
 
 
 def name_of(mistake: Mistake) -> str:

@@ -8,14 +8,16 @@ import pytest
 import torch
 import yaml
 
+from finetune import run_dir
 from finetune.args import TrainArgs
 from finetune.cli import UserError
 from finetune.distributed import World
-from finetune.run_dir import check_run_dir, list_checkpoints, open_run, remove_run
+from finetune.run_dir import check_run_dir, list_checkpoints, remove_run
 
 # Everything that a run leaves in its folder.
 OWN = (
     "args.yaml", "metrics.train.jsonl", "metrics.eval.jsonl", "curves.png", "report.html", ".wandb_id", ".launch",
+    "identity.json",
     "evaluation_000004.json", "not_finite_step_000003.json", "checkpoints/checkpoint_000002/train_state.json",
     "checkpoints/.checkpoint_000003.tmp/state", "samples/step_000000/00.wav", "tensorboard/events", "wandb/log",
 )  # fmt: skip
@@ -51,6 +53,14 @@ def settings(folder, **changes):
     return TrainArgs.model_validate(values)
 
 
+IDENTITY = {"data.train_data": "a", "moshi_paths": "b", "prompt.voices_dir": ""}
+
+
+def open_run(args, world, **changes):
+    with run_dir.open_run(args, world, IDENTITY | {key.replace("__", "."): v for key, v in changes.items()}) as folder:
+        return folder
+
+
 @pytest.fixture
 def run(tmp_path):
     """The folder of a run that has begun with `settings`."""
@@ -72,9 +82,9 @@ def fill(folder, names):
 def test_a_new_folder_gets_the_settings_without_secrets(tmp_path):
     args = settings(tmp_path / "deep/run", wandb__key="secret", wandb__project="p", optim__betas=(0.5, 0.75))
     assert open_run(args, main_rank()) == tmp_path / "deep/run"
-    [name] = contents(tmp_path / "deep/run")
-    written = yaml.safe_load((tmp_path / "deep/run" / name).read_text())
-    assert name == "args.yaml" and written["wandb"]["project"] == "p" and "secret" not in str(written)
+    assert contents(tmp_path / "deep/run").keys() == {"args.yaml", "identity.json"}
+    written = yaml.safe_load((tmp_path / "deep/run/args.yaml").read_text())
+    assert written["wandb"]["project"] == "p" and "secret" not in str(written)
     assert written["optim"]["betas"] == [0.5, 0.75] and written["run_dir"] == str(tmp_path / "deep/run")
 
 
@@ -170,7 +180,7 @@ def test_overwriting_removes_what_runs_write_and_nothing_else(run, tmp_path):
     shutil.rmtree(run / "samples")
     (run / "samples").symlink_to(tmp_path / "elsewhere")
     open_run(settings(run, overwrite_run_dir=True, lora__rank=8), main_rank("b"))
-    assert contents(run).keys() == {"args.yaml", ".launch", *FOREIGN}
+    assert contents(run).keys() == {"args.yaml", ".launch", "identity.json", *FOREIGN}
     assert yaml.safe_load((run / "args.yaml").read_text())["lora"]["rank"] == 8
     assert (tmp_path / "elsewhere/old.jsonl").read_text() == "kept" and not (run / "samples").exists()
 
@@ -204,7 +214,7 @@ def test_a_removal_that_was_interrupted_is_completed(run, monkeypatch, fails_at)
         except KeyboardInterrupt:
             assert (run / "args.yaml").is_file()
     open_run(settings(run, overwrite_run_dir=True), main_rank())
-    assert contents(run).keys() == {"args.yaml", ".launch"}
+    assert contents(run).keys() == {"args.yaml", ".launch", "identity.json"}
 
 
 @pytest.mark.parametrize(
@@ -256,3 +266,32 @@ def test_checkpoints_are_listed_by_their_numbers(tmp_path):
     (tmp_path / "checkpoints/checkpoint_000050").write_text("a file")
     found = list_checkpoints(tmp_path)
     assert found == [(n, tmp_path / f"checkpoints/checkpoint_{n:06d}") for n in (20, 999_999, 1_000_000)]
+
+
+# --- Data and models that are moved ----------------------------------------------------------------------------------
+
+MOVED = {
+    "data__train_data": "elsewhere/train.jsonl",
+    "moshi_paths__hf_repo_id": "/elsewhere",
+    "prompt__voices_dir": "v",
+}
+
+
+@pytest.mark.parametrize("setting", MOVED)
+def test_a_path_may_change_if_it_leads_to_the_same_files(run, setting):
+    args = settings(run, **{setting: MOVED[setting]})
+    check_run_dir(args)
+    open_run(args, main_rank())
+    assert MOVED[setting] in (run / "args.yaml").read_text()
+    other = {key: "other" for key in IDENTITY if setting.replace("__", ".").startswith(key)}
+    with pytest.raises(UserError, match=r"other settings|another model"):
+        open_run(settings(run), main_rank(), **other)
+    (run / "identity.json").unlink()  # a run of an earlier version: nothing is known
+    with pytest.raises(UserError, match="other settings"):
+        open_run(settings(run), main_rank())
+
+
+def test_another_model_under_the_same_path_is_refused(run):
+    with pytest.raises(UserError, match="another model"):
+        open_run(settings(run), main_rank(), moshi_paths="c")
+    open_run(settings(run), main_rank(), data__train_data="grown")  # of which a run warns

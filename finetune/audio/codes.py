@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from finetune.audio.files import FRAME_RATE, SAMPLE_RATE
 from finetune.cli import UserError
-from finetune.files import replacing
-from finetune.streams import CODEBOOKS
+from finetune.files import regular, replacing, why_missing
+from finetune.streams import CARD, CODEBOOKS
 
 FORMAT = 1
 _FIELDS = {"codes": Tensor, "frame_rate": float, "sample_rate": int, "duration": float, "mimi": str, "audio": str}
@@ -99,13 +100,18 @@ def audio_fingerprint(path: Path) -> str:
         return digest.hexdigest()[:16]
 
 
+def in_range(codes: Tensor) -> bool:
+    """Return whether Mimi can make all of these codes."""
+    return codes.numel() == 0 or 0 <= int(codes.min()) <= int(codes.max()) < CARD
+
+
 @contextmanager
 def open_audio(path: Path) -> Iterator[BinaryIO]:
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             yield file
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: {why_missing(path)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -129,9 +135,11 @@ def save_codes(
 
 
 def save_tensors(path: Path, entry: object) -> None:
-    """Call `torch.save`, atomically. Raises OSError if the disk is full (given a path, torch raises RuntimeError)."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(entry, file)
+    """Call `torch.save`, atomically. Raises OSError if the disk is full, where torch itself raises RuntimeError."""
+    content = io.BytesIO()
+    torch.save(entry, content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_codes(path: Path) -> dict:
@@ -141,9 +149,9 @@ def load_codes(path: Path) -> dict:
     """
     again = "run precompute_codes.py again"
     try:
-        entry = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        entry = torch.load(regular(path), map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {again}") from None
+        raise UserError(f"{path}: {why_missing(path)}; {again}") from None
     except Exception as error:  # torch.load raises almost any exception on a damaged file, OSError (EINVAL) included
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None

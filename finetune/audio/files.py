@@ -21,7 +21,7 @@ import numpy as np
 import sphn
 
 from finetune.cli import UserError
-from finetune.files import replacing
+from finetune.files import regular, replacing, why_missing
 
 SAMPLE_RATE = 24_000  # Hz, Mimi (moshi/models/loaders.py: SAMPLE_RATE)
 FRAME_RATE = 12.5  # frames per second, Mimi (moshi/models/loaders.py: FRAME_RATE)
@@ -123,10 +123,10 @@ class AudioFile:
     def __init__(self, path: str | Path):
         self._path = path
         try:
-            self._file = _call(sphn.FileReader, str(path))
+            self._file = _call(sphn.FileReader, str(regular(Path(path))))
         except ValueError as error:
             if not Path(path).exists():
-                raise UserError(f"{path}: no such file") from None
+                raise UserError(f"{path}: {why_missing(Path(path))}") from None
             reason = str(error).split(": ", 1)[-1]
             raise UserError(f"{path}: not readable as audio ({reason}); {_EXPORT}") from None
         self.info = AudioInfo(self._file.channels, int(self._file.sample_rate), self._file.duration_sec)

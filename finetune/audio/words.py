@@ -1,5 +1,6 @@
 """Word times and prompts: the `.json` next to an audio file."""
 
+import codecs
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from pydantic_core import from_json
 
 from finetune.cli import UserError
+from finetune.files import regular
 
 MAIN_SPEAKER = "SPEAKER_MAIN"  # moshi-finetune's label of the agent
 PROMPT_FIELDS = ("text_prompt", "voice_prompt")  # of a manifest line or a .json
@@ -50,11 +52,14 @@ def read_sidecar(audio: Path) -> dict:
     """Return the content of the `.json` next to an audio file. Raises UserError if it has no "alignments"."""
     file = sidecar(audio)
     try:
-        content = from_json(file.read_bytes())  # takes less than half the time of json.loads
+        content = from_json(
+            regular(file).read_bytes().removeprefix(codecs.BOM_UTF8)
+        )  # takes less than half the time of json.loads
     except FileNotFoundError:
         raise UserError(f"{file}: missing; run annotate.py to make it") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error}); move it away and run annotate.py again") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file}: not readable as JSON ({reason}); move it away and run annotate.py again") from None
     if not isinstance(content, dict) or "alignments" not in content:
         raise UserError(f'{file}: has no "alignments"; run annotate.py to make them')
     return content
@@ -73,8 +78,14 @@ def read_words(audio: Path, speakers: Sequence[str] = (MAIN_SPEAKER,)) -> tuple[
 def read_prompt_fields(audio: Path) -> dict:
     """Return the prompt fields of the `.json` next to an audio file; none if the file is missing or broken."""
     try:
-        raw = sidecar(audio).read_bytes()  # parsed only if there is a prompt, as it may have thousands of words
-        content = from_json(raw) if any(f'"{key}"'.encode() in raw for key in PROMPT_FIELDS) else {}
+        raw = regular(
+            sidecar(audio)
+        ).read_bytes()  # parsed only if there is a prompt, as it may have thousands of words
+        content = (
+            from_json(raw.removeprefix(codecs.BOM_UTF8))
+            if any(f'"{key}"'.encode() in raw for key in PROMPT_FIELDS)
+            else {}
+        )
         return {key: content[key] for key in PROMPT_FIELDS if key in content}
     except (OSError, ValueError, TypeError):
         return {}

@@ -16,7 +16,7 @@ from moshi.models import MimiModel
 from torch import Tensor
 
 from finetune.audio.codec import encode_audio
-from finetune.audio.codes import check_codes, load_codes
+from finetune.audio.codes import check_codes, in_range, load_codes
 from finetune.audio.files import FRAME_RATE, FRAME_SIZE, read_audio
 from finetune.audio.words import MAIN_SPEAKER, Word, read_words
 from finetune.cli import UserError
@@ -228,8 +228,11 @@ class PrecomputedTokenizer(Tokenizer):
 
     def _load(self, line: Line, start: int) -> tuple[Tensor, None]:
         load = lambda: (load_dialogue_codes(line, self.mimi_fingerprint), _MAPPED_BYTES)
-        codes = self.cache.get(("codes", line.path), load)["codes"]
-        return codes[:, :, start : start + self.window_frames].long().flatten(0, 1), None
+        codes = self.cache.get(("codes", line.path), load)["codes"][:, :, start : start + self.window_frames]
+        if not in_range(codes):
+            path, where = line.fields["codes_path"], f"between {start / FRAME_RATE:.2f} s and the end of its window"
+            raise UserError(f"{path}: holds codes that Mimi does not have, {where}; run precompute_codes.py again")
+        return codes.long().flatten(0, 1), None
 
     def _stored_segments(self, line: Line) -> Callable[[], list[dict]]:
         path = same_speaker_file(resolve_path(line.manifest, line.fields["codes_path"]))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.cli import UserError
+from finetune.files import expand, regular, why_missing
 
 LONGEST_SEC = 1e6  # twelve days; a longer duration is a mistake
 
@@ -72,11 +73,11 @@ def parse_line(manifest: Path, number: int, raw: bytes, offset: int = 0) -> Line
 
 def raw_lines(manifest: Path) -> Iterator[tuple[int, int, bytes]]:
     """Yield (number, offset in bytes, content) of the lines but blank ones. Raises UserError if the file is damaged."""
-    if not manifest.is_file():
-        raise UserError(f"{manifest}: no such manifest")
+    if not manifest.exists():
+        raise UserError(f"{manifest}: {why_missing(manifest)}")
     number = offset = 0
     try:
-        with (gzip.open if manifest.suffix == ".gz" else open)(manifest, "rb") as file:
+        with (gzip.open if manifest.suffix == ".gz" else open)(regular(manifest), "rb") as file:
             for number, raw in enumerate(file, start=1):
                 if raw.strip():
                     yield number, offset, raw
@@ -118,7 +119,7 @@ def parse_sources(value: str) -> list[tuple[Path, float]]:
             raise UserError(f"{item}: the weight must be a positive number")
         if path.startswith("hf://"):
             raise UserError(f"{path}: datasets are read from disk; download it first (`hf download`)")
-        source = Path(path).expanduser()
+        source = expand(path)
         if source.is_dir():
             manifests = sorted(p for p in source.rglob("*.jsonl*") if p.suffix in (".jsonl", ".gz"))
             if not manifests:
@@ -130,7 +131,7 @@ def parse_sources(value: str) -> list[tuple[Path, float]]:
         else:
             precomputed = source.stem.endswith("_precomputed")
             tool = "precompute_codes.py" if precomputed else "python -m finetune.tools.make_manifest"
-            raise UserError(f"{source}: no such manifest; `{tool}` makes it")
+            raise UserError(f"{source}: {why_missing(source)}; `{tool}` makes a manifest")
     if not sources:
         raise UserError("names no manifest")
     total = sum(weight for _, weight in sources)

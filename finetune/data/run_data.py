@@ -1,9 +1,11 @@
 """The data of a run: its windows, their prompts, and the codec that makes their codes."""
 
+import contextlib
 import functools
 import gc
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import torch
 from moshi.models import MimiModel
 
 from finetune.args import TrainArgs
-from finetune.audio.codes import check_codes, fingerprint_file, load_codes
+from finetune.audio.codes import audio_fingerprint, check_codes, fingerprint_file, load_codes
 from finetune.audio.files import to_frames
+from finetune.audio.words import parse_word, read_sidecar
 from finetune.cli import UserError
 from finetune.data.batch import Batch, Sample
 from finetune.data.dataset import get_dataset_iterator, spread_samples
@@ -50,6 +53,7 @@ class RunData:
         self.window_frames = to_frames(args.duration_sec)
         self.train = open_windows(args.data.train_data, self.window_frames)
         self.held_out = open_windows(args.data.eval_data, self.window_frames) if args.do_eval else None
+        check_speakers(self.train, args.data.speakers)
         self.text_tokenizer = checkpoint.tokenizer()
         self.mimi = functools.cache(lambda: checkpoint.mimi(world.device))
         self._fingerprint = functools.cache(lambda: fingerprint_file(checkpoint.mimi_weights()))
@@ -94,6 +98,15 @@ class RunData:
         self._streams.add(stream)
         return stream
 
+    def identity(self) -> dict[str, str]:
+        """Return digests of the training data and voices by setting, wherever their files are (see `open_run`)."""
+        parts = [f"{index.digest}:{weight:.6g}" for index, weight in zip(self.train.indexes, self.train.weights)]
+        voices = sorted(self.prompter.voices) if self.prompter else []
+        return {
+            "data.train_data": ",".join(parts),
+            "prompt.voices_dir": ",".join(f"{path.name}:{audio_fingerprint(path)}" for path in voices),
+        }
+
     def close(self) -> None:
         """End all streams and their workers, even if something, such as an exception, still refers to a stream."""
         for stream in list(self._streams):
@@ -114,6 +127,23 @@ class RunData:
     def eval_samples(self, count: int) -> list[Sample]:
         """Return `count` held-out samples, evenly spread; those that cannot be read are left out."""
         return spread_samples(self.held_out, self._tokenizers[id(self.held_out)], count)
+
+
+def check_speakers(windows: Windows, speakers: list[str], files: int = 50) -> None:
+    """Raise UserError if the words of some `files`, evenly spread, are all of other speakers."""
+    found: Counter[str | None] = Counter()
+    for index in windows.indexes:
+        for file in range(0, index.files, max(1, len(windows.indexes) * index.files // files)):
+            # Its windows are skipped and reported when their turn comes.
+            with contextlib.suppress(UserError, TypeError, ValueError):
+                for row in read_sidecar(index.line(file).path)["alignments"]:
+                    parse_word(row)
+                    found[str(row[2]) if len(row) > 2 else None] += 1
+    if found and not found.keys() & {None, *speakers}:
+        raise UserError(
+            f"data.speakers is {', '.join(speakers)}, and the words of the data are of {', '.join(found)}; name the "
+            "agent's label"
+        )
 
 
 def what_to_do(problems: list[str]) -> str:

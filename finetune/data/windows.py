@@ -5,6 +5,7 @@ windows; a checkpoint stores the position that the run has reached.
 """
 
 import bisect
+import hashlib
 import itertools
 import json
 import math
@@ -35,9 +36,10 @@ class ManifestIndex:
         self._lines: list[bytes] | None = [] if path.suffix == ".gz" else None  # gzip cannot seek
         # Kept open: if precompute_codes.py replaces the manifest, this run goes on with the old one.
         self._file = path.open("rb", buffering=0) if path.is_file() else None
-        windows = 0
+        windows, digest = 0, hashlib.sha256()
         for line in read_manifest(path, problems, timed=True):
             self.codes += "codes_path" in line.fields
+            digest.update(f"{line.path.name} {line.duration}\n".encode(errors="surrogatepass"))
             windows += count_windows(line.duration, window_frames)
             ends.append(windows)
             numbers.append(line.number)
@@ -50,6 +52,7 @@ class ManifestIndex:
         if not ends:
             raise UserError(f"{path}: the manifest is empty")
         offsets.append(os.fstat(self._file.fileno()).st_size)
+        self.digest = digest.hexdigest()[:16]  # of names and durations, wherever the files are
         self._ends, self._numbers = np.array(ends, np.int64), np.array(numbers, np.int64)
         self._offsets = np.array(offsets, np.int64)
 

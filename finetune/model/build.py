@@ -1,5 +1,7 @@
 """Building a model on the meta device, and filling it from its weight file."""
 
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,10 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from finetune.cli import UserError
 from finetune.lora import initial_adapter, is_adapter, is_embedding, stock_name
-from finetune.model.expansion import expansion_sources
+from finetune.model.expansion import NEW_EMBEDDING, expansion_sources
 from finetune.model.weights import WeightFile
 from finetune.streams import CODEBOOKS, DEP_Q
 
+_COPY_AGAIN = "download or copy the file again"
 READERS = 2  # one waits for the disk while the kernel clears the memory that the other reads into
 
 
@@ -46,6 +49,8 @@ class StoredWeights:
         for name, source in self.sources.items():
             if source is not None and name in shapes and shapes[name] != (stored := self.file.slots[source].shape):
                 problems.append(f"{name} of shape {list(stored)} instead of {list(shapes[name])}")
+        quantised = [name for name, slot in self.file.slots.items() if not slot.dtype.is_floating_point]
+        problems += [f"{name} as {self.file.slots[name].dtype}, which is quantised" for name in quantised]
         if problems:
             more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
             raise UserError(
@@ -67,8 +72,8 @@ def build_lm(kwargs: dict, dtype: torch.dtype) -> LMModel:
     try:
         with torch.device("meta"):  # parts of moshi make tensors on the default device first: 1 GB at 7B
             return LMModel(device="meta", dtype=dtype, **{k: v for k, v in kwargs.items() if k != "device"})
-    except (TypeError, AssertionError, ValueError) as error:
-        raise UserError(f"the LM config does not fit moshi's LMModel: {error}") from None
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"the LM config does not fit moshi's LMModel: {error or type(error).__name__}") from None
 
 
 def set_trainable(lm: nn.Module, full: bool, ft_embed: bool) -> None:
@@ -81,11 +86,15 @@ def set_trainable(lm: nn.Module, full: bool, ft_embed: bool) -> None:
             parameter.data = parameter.data.float()
 
 
-def load_weights(lm: nn.Module, weights: StoredWeights, seed: int) -> None:
+def load_weights(
+    lm: nn.Module, weights: StoredWeights, seed: int, gather: Callable[[set], list[set]] = lambda own: [own]
+) -> None:
     """Fill a model that `to_empty` gave memory: the base from the file, adapters with their initial values.
 
-    Each rank reads only its own rows. Raises UserError if the file holds other parameters.
+    Each rank reads only its own rows; `gather` collects a value of each rank. Raises UserError if the file holds other
+    parameters, or values that no training has left: NaN, infinity, or a whole tensor of zeros.
     """
+    zero: set[str] = set()
     weights.check({stock_name(n): p.shape for n, p in lm.named_parameters() if not is_adapter(n)})
 
     def fill(named: tuple[str, nn.Parameter]) -> None:
@@ -93,11 +102,40 @@ def load_weights(lm: nn.Module, weights: StoredWeights, seed: int) -> None:
         start, local = local_rows(parameter)
         if is_adapter(name):
             local.copy_(initial_adapter(name, parameter.shape, seed)[start : start + local.shape[0]])
-        else:
-            weights.read_into(stock_name(name), start, local)
+            return
+        name = stock_name(name)
+        weights.read_into(name, start, local)
+        lowest, highest = torch.aminmax(local) if local.numel() else (local.sum(), local.sum())  # NaN if one is NaN
+        if not (lowest.isfinite() and highest.isfinite()):
+            raise UserError(f"{weights.file.path}: {name} holds values that are not finite; {_COPY_AGAIN}")
+        if lowest == highest == 0:
+            zero.add(name)
 
     with ThreadPoolExecutor(READERS) as readers:
         list(readers.map(torch.no_grad()(fill), lm.named_parameters()))
+    if zero := sorted(set.intersection(*gather(zero)) - {NEW_EMBEDDING}):
+        more = f" and {len(zero) - 1} more tensors" if len(zero) > 1 else ""
+        raise UserError(f"{weights.file.path}: {zero[0]}{more} hold nothing but zeros; {_COPY_AGAIN}")
+
+
+def check_memory(lm: nn.Module, device: torch.device, ranks: int) -> None:
+    """Raise UserError if the parameters alone, with gradients and moments, do not fit the memory of `device`.
+
+    `lm` is sharded and has no memory yet; on a CPU, `ranks` processes share it.
+    """
+    need = 0
+    for parameter in lm.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        need += local.numel() * (local.element_size() + 12 * parameter.requires_grad)  # float32: gradient, two moments
+    if device.type == "cuda":
+        have = torch.cuda.get_device_properties(device).total_memory
+    else:
+        have, need = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), need * ranks
+    if need > have:
+        raise UserError(
+            f"parameters, gradients and optimizer need {need / 2**30:,.1f} GiB and there are {have / 2**30:,.1f} GiB; "
+            "lower lora.rank, or use more GPUs; `python -m finetune.tools.plan config.yaml` says what fits"
+        )
 
 
 def local_rows(parameter: Tensor) -> tuple[int, Tensor]:

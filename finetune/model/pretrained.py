@@ -11,6 +11,7 @@ from huggingface_hub import errors, hf_hub_download
 from moshi.models import MimiModel, loaders
 
 from finetune.cli import UserError
+from finetune.files import why_missing
 from finetune.streams import CODEBOOKS, DEP_Q
 
 # Keys of a config.json that are not arguments of LMModel (moshi/models/loaders.py, CheckpointInfo.from_hf_repo).
@@ -82,6 +83,8 @@ class Pretrained:
         path = self._folder / name
         if path.is_file():
             return path
+        if path.is_symlink():
+            raise UserError(f"{path}: {why_missing(path)}; download or copy it again")
         if not required:
             return None
         present = ", ".join(sorted(p.name for p in self._folder.iterdir())[:12]) or "nothing"
@@ -102,7 +105,7 @@ class Pretrained:
         if not (self._given.get(key) or Path(name).is_absolute()):
             return self._find(name)
         if not Path(name).is_file():
-            raise UserError(f"{name}: no such file (given as the {key.replace('_name', ' path')})")
+            raise UserError(f"{name}: {why_missing(Path(name))} (given as the {key.replace('_name', ' path')})")
         return Path(name)
 
     def hub_address(self, key: str, path: Path) -> str | None:
@@ -173,7 +176,7 @@ class Pretrained:
 def _read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); download or copy it again") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no settings ({{...}}); download or copy it again")
@@ -212,9 +215,23 @@ def lm_kwargs(checkpoint: Pretrained, spec: ModelSpec) -> dict:
         if kwargs.pop(key, None):
             raise UserError(f"{checkpoint.source}: a model with {key} cannot be trained here")
     kwargs.pop("demux_second_stream", None)
+    _check_sizes(checkpoint.source, kwargs)
     if kwargs["n_q"] != 2 * CODEBOOKS or kwargs["dep_q"] not in (CODEBOOKS, DEP_Q):
         raise UserError(
             f"{checkpoint.source}: has n_q {kwargs['n_q']} and dep_q {kwargs['dep_q']}; full-duplex training needs "
             f"n_q {2 * CODEBOOKS} (agent and user) and dep_q {CODEBOOKS} (Moshi) or {DEP_Q} (PersonaPlex)"
         )
+    delays = kwargs.get("delays")
+    if not isinstance(delays, list) or len(delays) != kwargs["n_q"] + 1 or any(d not in range(100) for d in delays):
+        raise UserError(f"{checkpoint.source}: in its config.json delays must be a list of {kwargs['n_q'] + 1} frames")
     return kwargs
+
+
+def _check_sizes(source: str, kwargs: dict) -> None:
+    """Raise UserError for a config that lacks a size of the model, or has one that nobody could build."""
+    limits = {"dim": 10**6, "num_heads": 10**4, "num_layers": 1000, "n_q": 64, "dep_q": 64, "card": 10**6,
+              "text_card": 10**7, "depformer_dim": 10**6, "depformer_num_layers": 1000}  # fmt: skip
+    for key, limit in limits.items():
+        if type(kwargs.get(key)) is not int or not 0 < kwargs[key] <= limit:
+            found = repr(kwargs[key])[:40] if key in kwargs else "missing"
+            raise UserError(f"{source}: in its config.json {key} is {found}; it must be a whole number up to {limit:,}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from finetune.cli import UserError
 from finetune.config import flatten, read_settings
+from finetune.files import expand
 from finetune.lora import is_embedding, merge_adapter
 from finetune.metrics import read_rows
 from finetune.model.build import StoredWeights, build_lm
@@ -176,7 +177,7 @@ def _check_adapters(model: StoredModel) -> None:
 
 def _inference_folder(name: str) -> str:
     """The folder with config.json in a checkpoint, or in the newest checkpoint of a run; other names unchanged."""
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if not folder.is_dir():
         return name
     if (folder / "config.json").is_file():

@@ -7,7 +7,6 @@ names its parameters: `self_attn.in_projs.I.weight` and `self_attn.out_projs.I.w
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -117,6 +116,9 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
+        for key, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise UserError(f"{path}: {key} is stored as {entry['dtype']}; give weights in bf16 or float32")
         return {
             key: (DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
             for key, entry in header.items()
@@ -157,5 +159,3 @@ def write_safetensors(
                 file.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
         if next(expected, None) is not None:
             raise ValueError("the tensors ended before the layout did")
-        file.flush()
-        os.fsync(file.fileno())

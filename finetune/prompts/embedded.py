@@ -8,7 +8,7 @@ from torch import Tensor
 
 from finetune.cli import UserError
 from finetune.prompts.hybrid import VoicePrompt
-from finetune.streams import N_STREAMS
+from finetune.streams import N_STREAMS, ZERO
 
 RING = 4  # token columns that a .pt keeps
 ReadRows = Callable[[str, int, int], Tensor]  # (name, start, stop) -> rows [start, stop) of a parameter
@@ -47,7 +47,13 @@ def load_embedded(path: Path, delays: list[int], embed: Callable[[Tensor], Tenso
         raise UserError(f"{path}: {frames} frames are too few for a voice prompt")
     cache = cache[0].long()
     column = frames - 2
-    expected, found = embed(cache[:, column % RING]), embeddings[column, 0, 0].float()
+    try:
+        expected = [embed(cache[:, index]) for index in range(RING)][column % RING]
+    except UserError as error:
+        raise UserError(f"{path}: {error}, so it was made for another model") from None
+    found = embeddings[column, 0, 0].float()
+    if not embeddings.isfinite().all():
+        raise UserError(f"{path}: holds embeddings that are not finite; make it again, or use the recording")
     if expected.shape != found.shape:
         raise UserError(f"{path}: made for a model of dimension {len(found)}; this one has {len(expected)}")
     # In bf16, a sum of 17 vectors is off by its rounding; with other tables, it is off by its own magnitude.
@@ -63,9 +69,19 @@ def load_embedded(path: Path, delays: list[int], embed: Callable[[Tensor], Tenso
 
 
 def embed_column(read: ReadRows, tokens: Tensor) -> Tensor:
-    """Return the temporal transformer's input [dim] float32 for one delayed column [17]; token -1 adds nothing."""
-    used = [(embedding_table(stream), token) for stream, token in enumerate(tokens.tolist()) if token >= 0]
-    return torch.stack([read(table, token, token + 1)[0].float() for table, token in used]).sum(0)
+    """Return the temporal transformer's input [dim] float32 for one delayed column [17]; token -1 adds nothing.
+
+    Raises UserError if a token is in no row of its table.
+    """
+    rows = []
+    for stream, token in enumerate(tokens.tolist()):
+        row = read(embedding_table(stream), token, token + 1) if token >= 0 else ()
+        if token < ZERO or (token >= 0 and not len(row)):
+            raise UserError(f"token {token} of stream {stream} is not one of this model's")
+        rows += [each.float() for each in row]
+    if not rows:
+        raise UserError("a column holds no token")
+    return torch.stack(rows).sum(0)
 
 
 def embedding_table(stream: int) -> str:

@@ -9,6 +9,7 @@ import torch
 from finetune.audio.files import read_audio
 from finetune.audio.words import Word
 from finetune.cli import UserError
+from finetune.files import regular
 from finetune.prompts.recordings import normalise
 
 SAME_SPEAKER = "same_speaker"  # given in place of a file name
@@ -61,7 +62,7 @@ def load_same_speaker(path: Path, fingerprint: str | None, speakers: Sequence[st
     """
     remedy = "run precompute_codes.py with --same-speaker"
     try:
-        entry = torch.load(path, weights_only=True)
+        entry = torch.load(regular(path), weights_only=True)
         segments, mimi, found = entry["stretches"], entry["mimi"], entry["speakers"]
     except Exception as error:  # torch raises nearly anything on nearly a zip file
         state = "missing" if isinstance(error, FileNotFoundError) else "damaged"

@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import tarfile
+import zlib
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +17,12 @@ from moshi.models import MimiModel
 from torch import Tensor
 
 from finetune.cli import UserError
+from finetune.files import expand
 from finetune.prompts.embedded import load_embedded
 from finetune.prompts.hybrid import VoicePrompt
 from finetune.prompts.recordings import cache_folder, encode_recordings
+
+_MAX_UNPACKED = 4 * 10**9  # bytes; a voice takes a few MB
 
 
 def unpack_voices(archive: Path) -> Path:
@@ -30,9 +34,14 @@ def unpack_voices(archive: Path) -> Path:
         partial = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(partial, filter="data")
+                size = 0
+                for member in tar:  # stops before the disk is full, whatever the archive unpacks to
+                    size += member.size
+                    if size > _MAX_UNPACKED:
+                        raise tarfile.TarError(f"it unpacks to more than {_MAX_UNPACKED / 1e9:g} GB")
+                    tar.extract(member, partial, filter="data")
             os.replace(partial, folder)
-        except (tarfile.TarError, OSError) as error:
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             if not folder.is_dir():  # otherwise another process was faster
                 raise UserError(f"{archive}: cannot be unpacked ({error})") from None
         finally:
@@ -54,7 +63,7 @@ class VoiceBook:
 
         `base` is the folder of the recording that names the voice. Raises UserError if the file is in none of these.
         """
-        path, searched = Path(name).expanduser(), []
+        path, searched = expand(name), []
         if path.is_absolute() or ".." not in path.parts:
             if (base / path).is_file():
                 return base / path

@@ -42,6 +42,10 @@ def main() -> None:
         raise UserError(f"--user-wav: files of the same name would both become {max(wavs, key=wavs.count)}; rename one")
     if wavs[0].suffix != ".wav":
         raise UserError(f"--out {args.out}: a reply is a wav, so its name must end in .wav")
+    texts = [_output_path(args.text, path, args, ".json") for path in args.user_wav] if args.text else []
+    inputs = {Path(path).resolve() for path in (*args.user_wav, args.voice) if path}
+    if lost := [str(path) for path in (*wavs, *texts) if path.resolve() in inputs]:
+        raise UserError(f"--out {args.out}: would overwrite the recording {lost[0]}; name another file or folder")
     for path, wav in zip(args.user_wav, wavs):  # before the weights are read
         if probe_audio(path).duration_sec == 0:
             raise UserError(f"--user-wav {path}: holds no sound; record it again")

@@ -191,7 +191,7 @@ def filled_rank(path, rank: int, size: int, sharding: str, node: int) -> dict[st
         module.to_empty(device="cpu")
         for parameter in module.parameters():
             local_rows(parameter)[1].fill_(torch.nan)
-        load_weights(module, StoredWeights(path, 0), seed=1)
+        load_weights(module, StoredWeights(path, 0), seed=1, gather=lambda own: [own, set()])
         held = {name: local_rows(parameter) for name, parameter in module.named_parameters()}
         return {name: (start, rows.numpy()) for name, (start, rows) in held.items()}
     finally:
@@ -238,7 +238,7 @@ def test_loading_holds_one_copy_and_a_tensor(tmp_path):
     lm = build_lm(kwargs, torch.bfloat16)
     layout = {k: (torch.bfloat16, tuple(v.shape)) for k, v in fused(lm).items()}
     write_safetensors(
-        tmp_path / "model.safetensors", layout, ((k, torch.zeros(shape)) for k, (_, shape) in layout.items())
+        tmp_path / "model.safetensors", layout, ((k, torch.ones(shape)) for k, (_, shape) in layout.items())
     )
     (tmp_path / "config.json").write_text(json.dumps(kwargs))
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -111,7 +111,8 @@ def test_words_are_written_as_json(models, users, call, tmp_path, monkeypatch, c
     written = paths[1].read_text()
     assert json.loads(written) == {"user": str(users[0]), "words": [list(word) for word in words]} and "ü" in written
     assert f"{paths[0]}: Grüezi wohl\n" in capsys.readouterr().out
-    call(command.main, models[8], "--user-wav", *users, "--out", tmp_path, "--text", tmp_path / "all", "--tail-sec", 0)
+    folders = "--out", tmp_path / "replies", "--text", tmp_path / "all"
+    call(command.main, models[8], "--user-wav", *users, *folders, "--tail-sec", 0)
     assert {path.name for path in (tmp_path / "all").iterdir()} == {"a.json", "b.json", "c.json"}
 
 

@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from torch import Tensor
 
+from finetune.claim import claimed
 from finetune.cli import UserError
+from finetune.files import sync, sync_tree
 from finetune.model.layout import fuse
 from finetune.model.stored import ADAPTERS_NAME, WEIGHTS_NAME, StoredModel
 from finetune.model.weights import write_safetensors
@@ -65,26 +69,47 @@ def export_model(source: StoredModel, out: Path, runtime: str, merge: bool, dtyp
 
     out = out.absolute()
     partial = out.with_name(f".{out.name}.tmp")
+    if partial.exists() and not (partial / ".claim").exists():
+        raise UserError(f"{partial}: is in the way, and no export has made it; move it, or name another folder")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        need = sum(torch.Size(shape).numel() * dtype.itemsize for _, shape in layout.values())
-        need += sum(path.stat().st_size for path in copies.values())
-        free = shutil.disk_usage(partial).free
-        if need > free:
-            space = f"needs {need / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free"
-            raise UserError(f"{out}: {space}; free some, or name a folder elsewhere")
-        for copy, path in copies.items():
-            shutil.copyfile(path, partial / copy)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (partial / "README.md").write_text(model_card(source, config, out.name))
-        write_safetensors(partial / name, layout, tensors)
+        partial.mkdir(parents=True, exist_ok=True)
+        with claimed(partial):
+            try:
+                texts = {
+                    "config.json": json.dumps(config, indent=2) + "\n",
+                    "README.md": model_card(source, config, out.name),
+                }
+                _write(partial, out, layout, tensors, name, copies, texts)
+            except BaseException:
+                shutil.rmtree(partial)
+                raise
         partial.replace(out)
+        sync(out.parent)
     except OSError as error:
         raise UserError(f"{out}: could not be written ({error.strerror or error}); name a folder elsewhere") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return config
+
+
+def _write(
+    folder: Path, out: Path, layout: dict, tensors: Iterable[tuple[str, Tensor]], name: str, copies: dict[str, Path],
+    texts: dict[str, str],
+) -> None:  # fmt: skip
+    """Write the files of an export to the folder that becomes `out`, in place of what a dead export has left there."""
+    for path in folder.iterdir():
+        if path.name != ".claim":
+            path.unlink()
+    need = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
+    need += sum(path.stat().st_size for path in copies.values())
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        space = f"needs {need / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free"
+        raise UserError(f"{out}: {space}; free some, or name a folder elsewhere")
+    for copy, path in copies.items():
+        shutil.copyfile(path, folder / copy)
+    for text, content in texts.items():
+        (folder / text).write_text(content)
+    write_safetensors(folder / name, layout, tensors)
+    sync_tree(folder)
 
 
 def push_to_hub(folder: Path, repository: str) -> str:
