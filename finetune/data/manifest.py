@@ -74,7 +74,7 @@ def parse_line(manifest: Path, number: int, raw: bytes, offset: int = 0) -> Line
 def raw_lines(manifest: Path) -> Iterator[tuple[int, int, bytes]]:
     """Yield (number, offset in bytes, content) of the lines but blank ones. Raises UserError if the file is damaged."""
     if not manifest.exists():
-        raise UserError(f"{manifest}: {why_missing(manifest)}")
+        raise UserError(f"{manifest}: {why_missing(manifest).replace('no such file', 'no such manifest')}")
     number = offset = 0
     try:
         with (gzip.open if manifest.suffix == ".gz" else open)(regular(manifest), "rb") as file:
@@ -131,7 +131,8 @@ def parse_sources(value: str) -> list[tuple[Path, float]]:
         else:
             precomputed = source.stem.endswith("_precomputed")
             tool = "precompute_codes.py" if precomputed else "python -m finetune.tools.make_manifest"
-            raise UserError(f"{source}: {why_missing(source)}; `{tool}` makes a manifest")
+            reason = why_missing(source).replace("no such file", "no such manifest")
+            raise UserError(f"{source}: {reason}; `{tool}` makes it")
     if not sources:
         raise UserError("names no manifest")
     total = sum(weight for _, weight in sources)

@@ -73,7 +73,10 @@ class RunData:
         files = itertools.chain.from_iterable(w.prompts(self.world.rank, self.world.size) for w in sources)
         wanted = self.prompter.check(self.world.gather(self.prompter.scan(files)))
         with self.world.main_first():  # the first one fills the cache of encoded voices
-            voices = load_voices(wanted, self.mimi, self._fingerprint, embed, self.delays, self.args.trains_embeddings)
+            voices = load_voices(
+                wanted, self.mimi, self._fingerprint, embed, self.delays, self.args.trains_embeddings,
+                self.prompter.room([]),
+            )  # fmt: skip
         if all(windows.precomputed for windows in sources):
             self.mimi.cache_clear()  # it was needed for new voices only
             gc.collect()  # moshi's streaming modules are reference cycles

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,13 @@ from torch import Tensor
 
 from finetune.audio.codec import encode_audio
 from finetune.audio.codes import audio_fingerprint, save_tensors
-from finetune.audio.files import SAMPLE_RATE, read_audio
+from finetune.audio.files import FRAME_RATE, SAMPLE_RATE, read_audio
+from finetune.audio.speech import voice_activity
 from finetune.cli import UserError
 
 LOUDNESS = -24.0  # LUFS, integrated: NVIDIA's runtime normalises voice recordings to this
+
+SPEECH_FRAMES = 12  # 1 s; less speech than that hardly conveys a voice
 
 
 def cache_folder() -> Path:
@@ -45,12 +47,28 @@ def normalise(pcm: np.ndarray, name: str) -> np.ndarray:
     return (pcm * np.power(10.0, (LOUDNESS - loudness) / 20.0)).astype(np.float32)
 
 
+def check_speech(speech: np.ndarray, frames: int | None, name: str) -> None:
+    """Raise UserError if hardly any of a voice prompt is speech. Runtimes take a recording from its first sample on.
+
+    Args:
+        speech: bool [N], of `voice_activity`.
+        frames: how many of them are used; None: all.
+    """
+    used, first = speech[:frames], int(np.argmax(speech)) / FRAME_RATE
+    if used.sum() >= min(SPEECH_FRAMES, len(speech) / 2):
+        return
+    found = f"{used.sum() / FRAME_RATE:.1f} s of speech in the {len(used) / FRAME_RATE:.1f} s of it that are used"
+    remedy = f"cut what is before {first:.1f} s" if speech[len(used) :].any() else "take a recording with more speech"
+    raise UserError(f"{name}: has {found}, too little for a voice prompt; {remedy}")
+
+
 def encode_recordings(
-    paths: list[Path], mimi: Callable[[], MimiModel], fingerprint: str
+    paths: list[Path], mimi: Callable[[], MimiModel], fingerprint: str, frames: int | None = None
 ) -> tuple[dict[Path, Tensor], list[str]]:
     """Return the codes [8, N] int64 of recordings, and one sentence for each recording that cannot be used.
 
     Codes are cached on disk under the codec's `fingerprint` and the recording's. `mimi` is called if some are missing.
+    Of a longer recording only `frames` will be used: these must hold speech.
     """
     folder = cache_folder() / "codes"
     try:
@@ -64,16 +82,24 @@ def encode_recordings(
         for path in paths:
             try:
                 key = hashlib.sha256(f"{fingerprint}/{audio_fingerprint(path)}".encode()).hexdigest()[:32]
-                with suppress(Exception):  # torch raises nearly anything on a file that a crash has truncated
-                    codes[path] = torch.load(folder / f"{key}.pt", weights_only=True).long()
-                if path not in codes:
-                    yield path, folder / f"{key}.pt", load_recording(path)
+                pcm = None
+                try:
+                    entry = torch.load(folder / f"{key}.voice", weights_only=True)
+                    known, speech = entry["codes"].long(), entry["speech"].numpy()
+                except Exception:  # torch raises nearly anything on a file that a crash has truncated
+                    pcm = load_recording(path)
+                    speech = voice_activity(pcm)
+                check_speech(speech, frames, str(path))
+                if pcm is None:
+                    codes[path] = known
+                else:
+                    yield path, folder / f"{key}.voice", pcm
             except UserError as error:
                 problems.append(str(error))
 
     recordings = missing()
     while batch := list(itertools.islice(recordings, 64)):
-        for (path, cached, _), new in zip(batch, encode_audio(mimi(), [pcm for _, _, pcm in batch])):
+        for (path, cached, pcm), new in zip(batch, encode_audio(mimi(), [pcm for _, _, pcm in batch])):
             codes[path] = new
-            save_tensors(cached, new.to(torch.int16))
+            save_tensors(cached, {"codes": new.to(torch.int16), "speech": torch.from_numpy(voice_activity(pcm))})
     return codes, problems

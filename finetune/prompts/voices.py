@@ -95,7 +95,7 @@ def _list_voices(folder: Path) -> dict[str, Path]:
 
 def load_voices(
     files: list[Path], mimi: Callable[[], MimiModel], fingerprint: Callable[[], str],
-    embed: Callable[[Tensor], Tensor], delays: list[int], trains_embeddings: bool,
+    embed: Callable[[Tensor], Tensor], delays: list[int], trains_embeddings: bool, frames: int | None = None,
 ) -> dict[Path, VoicePrompt]:  # fmt: skip
     """Load voices: encode recordings (or take them from the cache), and check each `.pt` against the model.
 
@@ -103,11 +103,12 @@ def load_voices(
         mimi, fingerprint: return the codec and its fingerprint; called only when needed.
         embed: see `load_embedded`.
         trains_embeddings: refuse every `.pt`, because it holds outputs of the tables from before training.
+        frames: how many of a recording will be used at the most.
     Raises:
         UserError: lists every file that cannot be used.
     """
     recordings = [path for path in files if path.suffix != ".pt"]
-    encoded, problems = encode_recordings(recordings, mimi, fingerprint()) if recordings else ({}, [])
+    encoded, problems = encode_recordings(recordings, mimi, fingerprint(), frames) if recordings else ({}, [])
     voices = {path: VoicePrompt(path.name, codes=codes) for path, codes in encoded.items()}
     for path in (path for path in files if path.suffix == ".pt"):
         try:

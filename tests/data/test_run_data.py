@@ -125,12 +125,13 @@ def test_codes_of_another_codec_end_the_run_at_its_start(world, tmp_path, start)
 
 
 def test_settings_reach_the_tokenizers(start):
-    settings = {"data.speakers": ["A", "B"], "data.keep_and_shift": False, "data.cache_mb": 3, "duration_sec": 0.57}
+    speakers = ["A", "SPEAKER_MAIN"]
+    settings = {"data.speakers": speakers, "data.keep_and_shift": False, "data.cache_mb": 3, "duration_sec": 0.57}
     for prompts in (False, True):
         data = start(prompts, **settings)
         assert data.window_frames == 8 and (data.prompter is not None) == prompts
         for tokenizer in data._tokenizers.values():
-            assert tokenizer.speakers == ["A", "B"] and tokenizer.interleaver.keep_and_shift is False
+            assert tokenizer.speakers == speakers and tokenizer.interleaver.keep_and_shift is False
             assert tokenizer.cache.limit == 3 * 2**20 and tokenizer.window_frames == 8
             assert tokenizer.prompter is data.prompter
             assert tokenizer.mimi_fingerprint == fingerprint_mimi(data.mimi())

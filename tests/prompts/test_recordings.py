@@ -79,7 +79,7 @@ def test_codes_are_those_of_the_loaded_recording_and_then_come_from_the_cache(co
     cached, _ = encode_recordings(paths, no_codec, "codec")
     assert all(cached[path].dtype == torch.int64 and torch.equal(cached[path], made[path]) for path in paths)
     files = list((cache_folder() / "codes").iterdir())
-    assert len(files) == 3 and all(torch.load(file).dtype == torch.int16 for file in files)
+    assert len(files) == 3 and all(torch.load(file)["codes"].dtype == torch.int16 for file in files)
 
 
 def test_codes_are_made_again_for_another_codec_or_recording_and_if_a_crash_has_truncated_them(codec, tmp_path):
@@ -114,3 +114,14 @@ def test_the_cache_is_in_the_home_folder_or_where_the_user_says(tmp_path, monkey
         encode_recordings([], no_codec, "codec")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache/moshi-personaplex-finetune"
+
+
+@pytest.mark.parametrize("silence, frames, used", [(0, None, True), (0, 25, True), (3, None, True), (3, 25, False)])
+def test_the_part_of_a_recording_that_is_used_must_hold_speech(codec, tmp_path, silence, frames, used):
+    """Also if its codes are in the cache: prompt.max_sec may have changed."""
+    sound = np.concatenate([np.zeros((1, silence * 24_000)), noise(48_000, seed=0)], axis=1)
+    write_wav(tmp_path / "v.wav", sound, 24_000)
+    for limit in (None, frames):
+        codes, problems = encode_recordings([tmp_path / "v.wav"], lambda: "mimi", "codec", limit)
+    assert bool(codes) == used and len(problems) == (not used)
+    assert used or ("v.wav" in problems[0] and f"{silence:.1f} s" in problems[0])

@@ -111,7 +111,7 @@ def files(tmp_path, monkeypatch):
     for name in ("A.pt", "B.pt"):
         save_voice(tmp_path / name, tiny_lm(16), random_voice(random.Random(0), 9))
 
-    def encode(paths, mimi, fingerprint):
+    def encode(paths, mimi, fingerprint, frames):
         assert (mimi(), fingerprint) == ("mimi", "codec")
         good = [path for path in paths if "bad" not in path.name]
         return {path: torch.ones(8, 5) for path in good}, [f"{path}: bad" for path in paths if path not in good]

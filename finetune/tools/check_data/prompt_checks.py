@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 
 from finetune.args import TrainArgs
-from finetune.audio.files import FRAME_RATE, FRAME_SIZE
+from finetune.audio.files import FRAME_RATE
+from finetune.audio.speech import voice_activity
 from finetune.audio.words import Word
 from finetune.cli import UserError
 from finetune.data.manifest import resolve_path
 from finetune.data.prompter import Prompter
 from finetune.model.pretrained import Pretrained
 from finetune.prompts.hybrid import VoicePrompt, prompt_length
-from finetune.prompts.recordings import load_recording
+from finetune.prompts.recordings import check_speech, load_recording
 from finetune.prompts.same_speaker import load_same_speaker, same_speaker_file, voice_segments
 from finetune.prompts.text import SYSTEM_TAG, wrap_system_prompt
 from finetune.prompts.voices import VoiceBook, load_voices
@@ -101,7 +102,9 @@ class PromptChecker:
 
     def _load_voice(self, path: Path) -> VoicePrompt:
         if path.suffix != ".pt":
-            frames = math.ceil(len(load_recording(path)) / FRAME_SIZE)
+            speech = voice_activity(load_recording(path))
+            check_speech(speech, self.prompter.room([]), str(path))
+            frames = len(speech)
             return VoicePrompt(path.name, codes=torch.zeros(CODEBOOKS, frames, dtype=torch.int64))
 
         def embed(_: torch.Tensor) -> torch.Tensor:

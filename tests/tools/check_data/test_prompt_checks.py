@@ -18,6 +18,7 @@ from finetune.prompts.hybrid import build_prompt
 from finetune.prompts.same_speaker import same_speaker_file
 from finetune.prompts.segment_files import save_same_speaker
 from finetune.prompts.voices import VoiceBook, load_voices
+from finetune.tools.check_data import prompt_checks
 from tests.tools.check_data.conftest import kinds_of
 
 
@@ -84,10 +85,8 @@ def test_stored_segments_are_checked_as_in_training(corpus):
 
 
 def test_a_voice_is_loaded_once_and_an_archive_that_fails_is_asked_once(corpus, monkeypatch):
-    loads = []
-    monkeypatch.setattr(
-        "finetune.tools.check_data.prompt_checks.load_recording", lambda path: loads.append(path) or torch.zeros(19_200)
-    )
+    loads, load = [], prompt_checks.load_recording
+    monkeypatch.setattr(prompt_checks, "load_recording", lambda path: loads.append(path) or load(path))
     monkeypatch.setattr("finetune.model.pretrained.Pretrained.voices_archive", lambda self: loads.append("archive"))
     for i, line in enumerate(corpus.all_lines()):
         line["voice_prompt"] = ("cedar", "nobody")[i % 2]
