@@ -183,6 +183,7 @@ def tiny_module() -> nn.Module:
 
 def filled_rank(path, rank: int, size: int, sharding: str, node: int) -> dict[str, tuple[int, np.ndarray]]:
     """{name: (first row, rows)} that one of `size` ranks holds after filling its shard; collectives move nothing."""
+    torch.set_num_threads(1)  # torch makes its pool of threads again after a fork, which two threads cannot do at once
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         module = tiny_module()
