@@ -15,6 +15,7 @@ from finetune.checkpointing import load_checkpoint, newest_complete
 from finetune.cli import UserError, run_fire
 from finetune.config import load_args
 from finetune.data.run_data import RunData
+from finetune.data.windows import many_epochs
 from finetune.distributed import World, make_mesh, multiplies_bfloat16, session, shard
 from finetune.lora import add_adapters
 from finetune.metrics import Metrics
@@ -149,6 +150,8 @@ def describe(args: TrainArgs, spec: ModelSpec, weights: StoredWeights, data: Run
         log("%d recorded or .pt voices; %.0f %% of the windows lose their text prompt, %.0f %% their voice prompt",
             len(data.prompter.voices), 100 * prompt.drop_text, 100 * prompt.drop_voice)  # fmt: skip
     log("%.1f steps per epoch; %d steps = %.2f epochs", windows / per_step, steps, steps * per_step / windows)
+    if sentence := many_epochs(data.train, steps * per_step):
+        logger.warning("WARNING: %s: lower max_steps, or add data", sentence)
 
 
 if __name__ == "__main__":

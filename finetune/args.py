@@ -36,6 +36,7 @@ class DataArgs(Settings):
         True, description="Delay a word until the previous one is out; false truncates the previous one."
     )
     speakers: list[str] = Field(["SPEAKER_MAIN"], description="Speakers whose words become the text stream.")
+    drop_tags: bool = Field(True, description="Leave out tags of transcribers, such as `[laughter]`, `<unk>` or `%uh`.")
 
 
 class PathsArgs(Settings):
@@ -130,11 +131,12 @@ class TrainArgs(Settings):
 
 
 # Settings (or whole sections) that may change when a run is resumed; all others decide what the weights become.
+# data.drop_tags is one of them, because runs that began without it go on.
 CHANGEABLE = {
     "run_dir", "max_steps", "log_freq", "do_eval", "eval_freq", "eval_max_samples", "eval_free_samples",
     "eval_free_sec", "do_ckpt", "ckpt_freq", "ckpt_every_minutes", "num_ckpt_keep", "save_adapters",
     "gradient_checkpointing", "device", "sharding", "overwrite_run_dir", "wandb", "tensorboard", "data.num_workers",
-    "data.cache_mb", "data.max_bad_samples", "data.eval_data", "batch_size", "num_microbatches",
+    "data.cache_mb", "data.max_bad_samples", "data.drop_tags", "data.eval_data", "batch_size", "num_microbatches",
 }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def expand(path: str) -> Path:
 
 def why_missing(path: Path) -> str:
     """Return why there is no file at `path`: what the path looks like, or what is there instead."""
-    if path.is_symlink():
+    if os.path.islink(path):
         return f"is a link to {os.readlink(path)}, which is not there"
     if "\\" in str(path) and "/" not in str(path.name.replace("\\", "")):
         return "no such file; its path has backslashes, which separate folders on Windows only: write /"

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import yaml
 
@@ -127,13 +128,19 @@ def write_adpcm(path, sample_rate, blocks):
     write_riff(path, form, data)
 
 
-def write_panic(path):
-    """Damage that sphn's Rust code does not expect: a file of two channels whose header says seven."""
-    write_adpcm(path, 24_000, 40)
-    content = bytearray(path.read_bytes())
-    assert content[22] == 2
-    content[22] = 7
-    path.write_bytes(content)
+def write_media(path, pcm, rate, codec, container=None, options=None):
+    """Write float [channels, samples] in any format that ffmpeg can encode."""
+    pcm = np.ascontiguousarray(pcm, dtype=np.float32)
+    layout = {1: "mono", 2: "stereo"}[len(pcm)]
+    with av.open(str(path), "w", format=container, options=options or {}) as out:
+        stream = out.add_stream(codec, rate=rate, layout=layout)
+        if codec == "wmav2":
+            stream.bit_rate = 64_000
+        convert = av.AudioResampler(stream.codec_context.format, layout, rate, stream.codec_context.frame_size or 1024)
+        frame = av.AudioFrame.from_ndarray(pcm, format="fltp", layout=layout)
+        frame.sample_rate, frame.pts = rate, 0
+        for part in [*convert.resample(frame), *convert.resample(None), None]:
+            out.mux(stream.encode(part))
 
 
 def alive(pid: int) -> bool:

@@ -261,6 +261,7 @@ def test_words_written_while_whisper_runs_are_kept(tmp_path, run, monkeypatch):
     [
         "{", "[" * 100_000, "[]", b"\xff",
         {"alignments": None},
+        {"segments": [{"start": 0.1, "end": 0.4, "text": "hello"}]},
         {"alignments": [["hello", 0.1, 0.4]]},
         {"alignments": [["hello", [0.1, 0.4], ["SPEAKER_MAIN"]]]},
         {"alignments": [], "annotate.py": None},
@@ -500,3 +501,28 @@ def test_a_mistake_is_reported_before_torch_is_imported():
     code = "import sys, annotate; print(sorted({'torch', 'whisper', 'numba'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_summary_compares_words_with_speech(tmp_path, run, capsys):
+    """Files without these numbers, as those of earlier versions, are left out of the shares."""
+
+    def output(name: str, words: int, **origin):
+        rows = [["tea", [n, n + 0.1], "SPEAKER_MAIN"] for n in range(words)]
+        content = {"alignments": rows, "annotate.py": {"speakers": {"SPEAKER_MAIN": MAIN | origin}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return name
+
+    names = [
+        output("fine", 8, sound_sec=10.0, worded_sec=9.0, on_speech=8, unsure=2),
+        output("german", 2, sound_sec=30.0, worded_sec=1.0, on_speech=1, unsure=20, language="de"),
+        output("old", 90, sound_sec=60.0),
+    ]
+    assert run(*names) == 0
+    shown, report = capsys.readouterr().out, report_of(tmp_path)
+    assert report["speech_with_words"] == pytest.approx(10 / 40) and report["words_on_speech"] == pytest.approx(9 / 10)
+    assert report["unsure"] == 22 and report["languages"] == {"en": 2, "de": 1}
+    (doubtful,) = report["listen_first"]
+    assert "german" in doubtful["path"] and "20 of 22 words" in doubtful["why"][0]
+    assert "25%" in shown and "90%" in shown and "de in 1" in shown
+    assert run(output("old", 1)) == 0
+    assert report_of(tmp_path)["speech_with_words"] is None

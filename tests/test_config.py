@@ -50,6 +50,7 @@ run_dir: "{run}"
 DEFAULTS = {
     "data.train_data": "", "data.eval_data": "", "data.shuffle": False, "data.num_workers": 2, "data.cache_mb": 256.0,
     "data.max_bad_samples": 100, "data.keep_and_shift": True, "data.speakers": ["SPEAKER_MAIN"], "run_dir": "r",
+    "data.drop_tags": True,
     "moshi_paths.hf_repo_id": None, "moshi_paths.moshi_path": None, "moshi_paths.mimi_path": None,
     "moshi_paths.tokenizer_path": None, "moshi_paths.config_path": None, "lora.enable": False, "lora.rank": 64,
     "lora.scaling": 2.0, "lora.ft_embed": False, "full_finetuning": False, "optim.lr": 1e-4, "optim.depformer_lr": None,
@@ -100,7 +101,7 @@ def test_each_setting_arrives_from_the_file_and_from_the_command_line(config, tm
     values = {
         "data.train_data": f"{manifest}:0.7,{manifest}:0.3", "data.eval_data": manifest, "data.shuffle": True,
         "data.num_workers": 0, "data.cache_mb": 0.5, "data.max_bad_samples": 0, "data.keep_and_shift": False,
-        "data.speakers": ["A", "B"], "run_dir": "elsewhere", "moshi_paths.hf_repo_id": "a/b",
+        "data.drop_tags": False, "data.speakers": ["A", "B"], "run_dir": "elsewhere", "moshi_paths.hf_repo_id": "a/b",
         "moshi_paths.moshi_path": "hf://a/b/c.safetensors", "moshi_paths.mimi_path": file,
         "moshi_paths.tokenizer_path": file, "moshi_paths.config_path": file, "lora.enable": False, "lora.rank": 1,
         "lora.scaling": 0.5, "lora.ft_embed": True, "full_finetuning": True, "optim.lr": 3e-5,
@@ -134,10 +135,11 @@ def test_each_setting_arrives_from_the_file_and_from_the_command_line(config, tm
 def test_what_may_change_when_a_run_is_resumed():
     """Everything else decides what the weights become: duration_sec and seed change the order of the data, say."""
     changeable = {
-        "batch_size", "ckpt_every_minutes", "ckpt_freq", "data.cache_mb", "data.eval_data", "data.max_bad_samples",
-        "data.num_workers", "device", "do_ckpt", "do_eval", "eval_free_samples", "eval_free_sec", "eval_freq",
-        "eval_max_samples", "gradient_checkpointing", "log_freq", "max_steps", "num_ckpt_keep", "num_microbatches",
-        "overwrite_run_dir", "run_dir", "save_adapters", "sharding", "tensorboard", "wandb",
+        "batch_size", "ckpt_every_minutes", "ckpt_freq", "data.cache_mb", "data.drop_tags", "data.eval_data",
+        "data.max_bad_samples", "data.num_workers", "device", "do_ckpt", "do_eval", "eval_free_samples",
+        "eval_free_sec", "eval_freq", "eval_max_samples", "gradient_checkpointing", "log_freq", "max_steps",
+        "num_ckpt_keep", "num_microbatches", "overwrite_run_dir", "run_dir", "save_adapters", "sharding", "tensorboard",
+        "wandb",
     }  # fmt: skip
     assert changeable == CHANGEABLE
 

@@ -28,6 +28,7 @@ from tests.support import ROOT, live, script, train_here, write_config
 
 SCRIPTS = {"train", "train_personaplex", "annotate", "precompute_codes"}
 WORDS = {"alignments": [["hello", [0.2, 0.6], "SPEAKER_MAIN"]]}
+WHISPERX = {"segments": [{"words": [{"word": "hello", "start": 0.2, "end": 0.6}]}]}
 NOWHERE = "/proc/nowhere"  # a folder that nobody can create, not even root
 
 
@@ -211,6 +212,8 @@ report = partial(Mistake, "report")
 found_by_check = partial(Mistake, "check_data", code=1)
 not_encoded = partial(Mistake, "precompute_codes", code=1)
 not_listed = partial(Mistake, "make_manifest", code=1)
+import_words = partial(Mistake, "import_words")
+not_imported = partial(Mistake, "import_words", code=1)
 
 
 def setting(named: str | tuple[str, ...], problems: int = 1, command: str = "train", **settings) -> Mistake:
@@ -610,6 +613,28 @@ HOSTILE = [
     config("c.yaml:1", "wandb: {SECRET9, SECRET9}"),
     config("c.yaml:2", "wandb:\n  key: *SECRET9\n"),
     config("c.yaml", "wandb:\n key: SECRET9\n  a: b\n"),
+    make_manifest("--call '('", lambda w: [w.folder, w / "a.jsonl", "--call", "("]),
+    make_manifest("t.csv:2 path audio_filepath title", lambda w: [w.file("t.csv", "title\nx\n"), w / "a.jsonl"]),
+    make_manifest("t.jsonl JSON", lambda w: [w.file("t.jsonl", "{"), w / "a.jsonl"]),
+    not_listed("agent/1.wav */1.* caller user", lambda w: [
+        w.folder, w / "a.jsonl"] if w.call("agent/1.wav", channels=1) else []),
+    import_words("--speaker Ann SPEAKER_00=SPEAKER_MAIN", lambda w: [w.manifest(w.call()), "--speaker", "Ann"]),
+    import_words("none.jsonl", lambda w: [w / "none.jsonl"]),
+    import_words("--transcripts /gone", lambda w: [w.manifest(w.call()), "--transcripts", w / "gone"]),
+    import_words("--transcripts some.jsonl .ctm", lambda w: [w.manifest(w.call()), "--transcripts", w / "some.jsonl"]),
+    import_words("call.ctm", lambda w: [w.manifest(w.call(words=None))]),
+    import_words("ANN 1 --speaker ANN=SPEAKER_MAIN", lambda w: [
+        w.manifest(w.call()), "--transcripts", w.file("t.ctm", "call ANN 1 0.5 hi\n")]),
+    not_imported("call.json --set-aside --transcripts", lambda w: [
+        w.manifest(w.call(words=WHISPERX)), "--speaker", "*=SPEAKER_MAIN"]),
+    not_imported("call.json SPEAKER_MAIN rename", lambda w: [
+        w.manifest(w.call()), "--transcripts", w.file("t.ctm", "call A 1 0.5 hi\n"), "--speaker", "A=SPEAKER_MAIN"]),
+    not_imported("call.ctm:2", lambda w: [
+        w.manifest(w.call(words=None)), w.file("call.ctm", "call A 1 0.5 hi\ncall A x 0.5 hi\n")][:1]),
+    not_imported("call.ctm", lambda w: [w.manifest(w.call(words=None)), pipe(w.file("call.ctm"))][:1]),
+    not_imported("call.txt 2 --spread annotate.py", lambda w: [
+        w.manifest(w.call(words=None)), "--speaker", "A=SPEAKER_MAIN", w.file("call.txt", "1 2 A: hi you\n")][:3]),
+    sound("call.json finetune.tools.import_words", words=WHISPERX),
 ]
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from finetune.audio.words import MAIN_SPEAKER, parse_word
+from finetune.audio.words import MAIN_SPEAKER, PROMPT_FIELDS, parse_word
 from finetune.cli import UserError
 from finetune.files import replacing
 
+USER_SPEAKER = "SPEAKER_USER"  # the user's label in Kyutai's data; training reads the agent's words, of MAIN_SPEAKER
 RECORD = "annotate.py"  # key of the record
 
 
@@ -30,12 +31,14 @@ def load_output(output: Path) -> dict:
     """Return the content of a .json, {} if there is none. Raises UserError if it is not one of word times."""
     advice = "move or rename it, and run the same command again"
     try:
-        content = json.loads(output.read_text(encoding="utf-8"))
+        content = json.loads(output.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{output}: exists but cannot be read ({error}); {advice}") from None
     rows = content.get("alignments", []) if isinstance(content, dict) else None
+    if rows == [] and "alignments" not in content and not content.keys() <= {RECORD, *PROMPT_FIELDS}:
+        rows = None  # of another program
     try:
         for row in rows if isinstance(rows, list) else [rows]:
             parse_word(row)

@@ -1,17 +1,18 @@
 """Read audio files as float32 arrays [channels, samples], whole or in part, and write 16-bit wavs.
 
-A segment is bit for bit that part of the whole file. sphn decodes; it seeks to the exact sample only in plain wav, flac
-and aiff, so files of other formats (mp3, ogg, m4a, ADPCM) are decoded whole first. Resampling is a finite filter: an
-output sample depends on its position in the file and on the sound around it. (`sphn.resample` delays the sound by tens
-of milliseconds, loses the end, and its output depends on where it starts.)
+A segment is bit for bit that part of the whole file. sphn decodes plain wav, flac and aiff, PyAV everything else. In
+formats whose frames depend on earlier ones (mp3, ogg, m4a, ADPCM) a file is decoded from its start, and whole into a
+temporary file if another part is asked for. Resampling is a finite filter: an output sample depends on its position in
+the file and on the sound around it. (`sphn.resample` delays the sound by tens of milliseconds, loses the end, and its
+output depends on where it starts.)
 """
 
+import itertools
 import os
 import tempfile
-import threading
 import wave
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
 from math import ceil, gcd
 from pathlib import Path
@@ -20,19 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import sphn
 
+from finetune.audio.headers import read_audio_header
 from finetune.cli import UserError
 from finetune.files import regular, replacing, why_missing
 
 SAMPLE_RATE = 24_000  # Hz, Mimi (moshi/models/loaders.py: SAMPLE_RATE)
 FRAME_RATE = 12.5  # frames per second, Mimi (moshi/models/loaders.py: FRAME_RATE)
 FRAME_SIZE = 1920  # samples of one frame: SAMPLE_RATE / FRAME_RATE
-SAME_SOUND = 0.98  # correlation above which two channels hold one recording
 _EXPORT = "export it again as wav or flac"
 _MAX_AMPLITUDE = 100.0  # full scale is 1; samples 40 dB above it are in another scale or garbage
 _KEPT_FILES = 2  # decoded files that are kept, of formats without exact seeking
-_one_at_a_time = threading.Lock()  # for decoding whole files: one in memory is enough
-_PLAIN_WAV = (b"\1\0", b"\3\0", b"\6\0", b"\7\0")  # formats with samples of one size: PCM, float, A-law, mu-law
-_EXTENSIBLE_WAV = b"\xfe\xff"  # a later field holds the format
+_PIECE_SEC = 20  # of the pieces in which a file is decoded to disk
 # The filter is a Kaiser-windowed sinc. To 24 kHz it passes up to 10.7 kHz and attenuates by 86 dB from 12 kHz on.
 _ZERO_CROSSINGS = 48  # on each side
 _CUTOFF = 0.945  # relative to the lower of the two Nyquist frequencies
@@ -47,7 +46,7 @@ def to_frames(seconds: float) -> int:
 class AudioInfo(NamedTuple):
     channels: int
     sample_rate: int  # Hz
-    duration_sec: float  # from the header; a truncated file decodes to less
+    duration_sec: float  # from the header, or of what is there if a wav's header is wrong
 
 
 def probe_audio(path: str | Path) -> AudioInfo:
@@ -122,17 +121,22 @@ class AudioFile:
 
     def __init__(self, path: str | Path):
         self._path = path
+        if not os.path.exists(path):
+            raise UserError(f"{path}: {why_missing(Path(path))}")
         try:
-            self._file = _call(sphn.FileReader, str(regular(Path(path))))
-        except ValueError as error:
-            if not Path(path).exists():
-                raise UserError(f"{path}: {why_missing(Path(path))}") from None
+            self._file, held_sec = _open(str(regular(Path(path))))
+        except (ValueError, PermissionError) as error:
             reason = str(error).split(": ", 1)[-1]
             raise UserError(f"{path}: not readable as audio ({reason}); {_EXPORT}") from None
-        self.info = AudioInfo(self._file.channels, int(self._file.sample_rate), self._file.duration_sec)
+        seconds = self._file.duration_sec if held_sec is None else held_sec
+        self.info = AudioInfo(self._file.channels, int(self._file.sample_rate), seconds)
         if self.info.channels < 1 or not 1000 <= self.info.sample_rate <= 200_000:
             raise UserError(f"{path}: its header says {self.info[0]} channel(s) at {self.info[1]} Hz; {_EXPORT}")
-        self._seeks_exactly = _seeks_exactly(path)
+
+    @property
+    def seeks_exactly(self) -> bool:
+        """Whether decoding can start anywhere."""
+        return getattr(self._file, "seeks_exactly", True)  # sphn is only used where it does
 
     @cached_property
     def _whole(self) -> np.ndarray:
@@ -142,17 +146,14 @@ class AudioFile:
     def decode(self, start_sec: int, duration_sec: int | None = None) -> np.ndarray:
         """Return float32 [channels, samples] from `start_sec` on; to the end of the file if `duration_sec` is None."""
         rate = self.info.sample_rate
-        if not self._seeks_exactly:
+        if not self.seeks_exactly and start_sec * rate != self._file.position:
             stop = None if duration_sec is None else (start_sec + duration_sec) * rate
-            return np.array(self._whole[:, start_sec * rate : stop])
+            return np.ascontiguousarray(self._whole[:, start_sec * rate : stop])
         if duration_sec is None:
             if start_sec == 0:
-                return self.decode_all()
+                return self._samples(self._file.decode_all)
             duration_sec = ceil(max(0.0, self.info.duration_sec - start_sec)) + 1
         return self._samples(self._file.decode, float(start_sec), float(duration_sec))[:, : duration_sec * rate]
-
-    def decode_all(self) -> np.ndarray:
-        return self._samples(self._file.decode_all)
 
     def _samples(self, decode: Callable, *args: float) -> np.ndarray:
         try:
@@ -177,15 +178,15 @@ def _call(function: Callable, *args: Any) -> Any:
         raise ValueError(error) from None
 
 
-def _seeks_exactly(path: str | Path) -> bool:
-    """Whether sphn seeks to the exact sample. It misses by milliseconds in formats whose frames depend on earlier ones
-    (mp3, Vorbis, AAC), and finds nothing in ADPCM."""
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    if head.startswith(b"RIFF"):
-        form = head.partition(b"fmt ")[2]
-        return (form[28:30] if form[4:6] == _EXTENSIBLE_WAV else form[4:6]) in _PLAIN_WAV
-    return head.startswith((b"fLaC", b"FORM"))
+def _open(path: str) -> tuple[Any, float | None]:
+    """Return a sphn.FileReader or a Decoder, and the seconds of sound of a wav whose header says something else."""
+    header = read_audio_header(path)
+    if header.plain:
+        with suppress(ValueError):  # what else sphn cannot open, such as flac of unknown length
+            return _call(sphn.FileReader, path), header.held_sec
+    from finetune.audio.decoding import Decoder  # takes 0.1 s, which plain files are spared
+
+    return Decoder(path, length_is_wrong=header.held_sec is not None), header.held_sec
 
 
 @lru_cache(_KEPT_FILES)
@@ -194,20 +195,22 @@ def _decode_to_disk(path: str, size: int, mtime_ns: int) -> np.ndarray:
 
     `size` and `mtime_ns` are the file's, so that a file that has changed is decoded again.
     """
-    with _one_at_a_time:
-        pcm = AudioFile(path).decode_all()
-        if pcm.size == 0:
-            return pcm
-        try:
-            with tempfile.TemporaryFile() as file:
-                file.write(pcm)
-                file.flush()
-                return np.memmap(file, np.float32, "r", shape=pcm.shape)
-        except OSError as error:
-            raise UserError(
-                f"{path}: decoded it needs {pcm.nbytes / 1e9:.1f} GB in {tempfile.gettempdir()} ({error.strerror}); "
-                "make room, set TMPDIR to a larger disk, or keep recordings as wav or flac"
-            ) from None
+    audio, written = AudioFile(path), 0
+    try:
+        with tempfile.TemporaryFile() as file:
+            for second in itertools.count(0, _PIECE_SEC):
+                piece = audio.decode(second, _PIECE_SEC)
+                written += file.write(np.ascontiguousarray(piece.T))
+                if piece.shape[1] < _PIECE_SEC * audio.info.sample_rate:
+                    break
+            file.flush()
+            shape = (written // 4 // audio.info.channels, audio.info.channels)
+            return (np.memmap(file, np.float32, "r", shape=shape) if written else np.zeros(shape, np.float32)).T
+    except OSError as error:
+        raise UserError(
+            f"{path}: decoded it needs more than {written / 1e9:.1f} GB in {tempfile.gettempdir()} ({error.strerror}); "
+            "make room, set TMPDIR to a larger disk, or keep recordings as wav or flac"
+        ) from None
 
 
 class Resampler:

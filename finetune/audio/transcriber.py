@@ -18,6 +18,7 @@ import whisper
 import whisper_timestamped
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 
+from finetune.audio.agreement import match_words
 from finetune.audio.files import read_audio
 from finetune.audio.speech import detect_speech, find_spans, frame_levels, speech_threshold
 from finetune.audio.words import Word
@@ -54,6 +55,9 @@ class Transcript(NamedTuple):
     duration: float  # seconds
     sound_sec: float  # of speech
     repairs: dict[str, int]  # words dropped or moved, by reason
+    worded_sec: float = 0.0  # of the speech, with words
+    on_speech: int = 0  # words during speech
+    unsure: int = 0  # words of which Whisper was unsure, and which were dropped, during speech
 
 
 def read_blocks(path: Path, channel: int) -> Iterator[tuple[float, np.ndarray]]:
@@ -155,20 +159,28 @@ class Transcriber:
         words: list[Word] = []
         repairs: Counter[str] = Counter()
         language, duration, speech_sec = self.language, 0.0, 0.0
+        worded_sec, on_speech, unsure = 0.0, 0, 0
         for offset, pcm in read_blocks(path, channel):
             length = len(pcm) / WHISPER_RATE
             speech = find_speech(pcm)
             segments = speech_segments(speech, self.margin_sec, length)
             if segments:
                 raw, language = self._transcribe(pcm, segments, language, repairs)
-                for text, *times in repair_words(raw, speech, length, repairs):
+                dropped = [(word["text"], float(word["start"]), float(word["end"])) for word in raw if is_unsure(word)]
+                unsure += int(match_words(speech, LEVEL_SEC, dropped)[0].sum())
+                repaired = repair_words(raw, speech, length, repairs)
+                said, close = match_words(speech, LEVEL_SEC, repaired)
+                on_speech += int(said.sum())
+                worded_sec += float((speech & close).sum()) * LEVEL_SEC
+                for text, *times in repaired:
                     # Whole milliseconds, rounded down so that no word ends after its file.
                     start, end = (floor((time + offset) * 1000 + 1e-6) / 1000 for time in times)
                     words.append((text, start, end))
             speech_sec += float(speech.sum()) * LEVEL_SEC
             duration = offset + length
         language = language if words else None
-        return Transcript(words, language, round(duration, 3), round(speech_sec, 2), dict(repairs))
+        return Transcript(words, language, round(duration, 3), round(speech_sec, 2), dict(repairs),
+                          round(worded_sec, 2), on_speech, unsure)  # fmt: skip
 
     def _transcribe(self, pcm, segments, language, repairs) -> tuple[list[dict], str | None]:
         """Return (words, language) of all segments. They are transcribed in one call, as Whisper works best on full 30
@@ -205,6 +217,17 @@ class Transcriber:
         return words, result["language"] if words else language
 
 
+def has_letters(word: dict) -> bool:
+    """Return whether a word of whisper-timestamped has a letter or a digit."""
+    return any(letter.isalnum() for letter in word["text"])
+
+
+def is_unsure(word: dict) -> bool:
+    """Return whether a word of whisper-timestamped is too uncertain to keep."""
+    unsure = word["phrase confidence"] < MIN_PHRASE_CONFIDENCE or word["confidence"] < MIN_WORD_CONFIDENCE
+    return has_letters(word) and unsure
+
+
 def repair_words(raw: list[dict], speech: np.ndarray, duration_sec: float, repairs: Counter) -> list[Word]:
     """Return words in order, inside [0, `duration_sec`], of positive length, none of them in silence.
 
@@ -218,10 +241,10 @@ def repair_words(raw: list[dict], speech: np.ndarray, duration_sec: float, repai
     last_start = max(0.0, duration_sec - LEVEL_SEC)
     for word in raw:
         text, start, end = word["text"].strip(), float(word["start"]), float(word["end"])
-        if not any(letter.isalnum() for letter in text):
+        if not has_letters(word):
             repairs["dropped: no letters"] += 1
             continue
-        if word["phrase confidence"] < MIN_PHRASE_CONFIDENCE or word["confidence"] < MIN_WORD_CONFIDENCE:
+        if is_unsure(word):
             repairs["dropped: not sure"] += 1
             continue
         # A rounding error beyond the ends of the file is not a mistake.

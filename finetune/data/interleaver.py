@@ -128,14 +128,15 @@ class Tokenizer(abc.ABC):
         speakers: whose words make the text.
         prompter: chooses prompts; None: samples are dialogue only.
         cache_mb: memory for the contents of files, in MB.
+        drop_tags: leave out the tags of transcribers, such as [laughter].
     """
 
     def __init__(
         self, interleaver: Interleaver, window_frames: int, speakers: Sequence[str] = (MAIN_SPEAKER,),
-        prompter: Prompter | None = None, cache_mb: float = 256,
+        prompter: Prompter | None = None, cache_mb: float = 256, drop_tags: bool = True,
     ):  # fmt: skip
         self.interleaver, self.window_frames, self.speakers = interleaver, window_frames, list(speakers)
-        self.prompter, self.cache = prompter, LRUCache(cache_mb)
+        self.prompter, self.cache, self.drop_tags = prompter, LRUCache(cache_mb), drop_tags
 
     def read(self, line: Line, index: int, generator: np.random.Generator | None = None) -> Draft:
         """Read the `index`-th window of a file, without Mimi. `generator` draws the prompt dropout, None drops nothing.
@@ -159,7 +160,7 @@ class Tokenizer(abc.ABC):
 
     def _words(self, audio: Path) -> tuple[tuple[list[Word], dict], int]:
         """Return ((words, prompt fields) of the .json, their approximate size in bytes)."""
-        words, extra = read_words(audio, self.speakers)
+        words, extra = read_words(audio, self.speakers, self.drop_tags)
         return (words, extra), 200 + 150 * len(words)
 
     @abc.abstractmethod

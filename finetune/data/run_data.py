@@ -4,18 +4,23 @@ import contextlib
 import functools
 import gc
 import itertools
+import logging
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from moshi.models import MimiModel
 
-from finetune.args import TrainArgs
+from finetune.args import DataArgs, TrainArgs
+from finetune.audio.agreement import find_disagreements, measure_agreement
 from finetune.audio.codes import audio_fingerprint, check_codes, fingerprint_file, load_codes
-from finetune.audio.files import to_frames
-from finetune.audio.words import parse_word, read_sidecar
+from finetune.audio.files import probe_audio, read_audio, to_frames
+from finetune.audio.speech import frame_levels
+from finetune.audio.words import parse_word, read_sidecar, read_words
 from finetune.cli import UserError
 from finetune.data.batch import Batch, Sample
 from finetune.data.dataset import get_dataset_iterator, spread_samples
@@ -28,6 +33,8 @@ from finetune.model.pretrained import Pretrained
 from finetune.prompts.embedded import embed_column
 from finetune.prompts.hybrid import VoicePrompt
 from finetune.prompts.voices import VoiceBook, load_voices
+
+logger = logging.getLogger(__name__)
 
 
 class RunData:
@@ -54,6 +61,8 @@ class RunData:
         self.train = open_windows(args.data.train_data, self.window_frames)
         self.held_out = open_windows(args.data.eval_data, self.window_frames) if args.do_eval else None
         check_speakers(self.train, args.data.speakers)
+        if world.is_main:
+            warn_of_words(self.train, args.data)
         self.text_tokenizer = checkpoint.tokenizer()
         self.mimi = functools.cache(lambda: checkpoint.mimi(world.device))
         self._fingerprint = functools.cache(lambda: fingerprint_file(checkpoint.mimi_weights()))
@@ -85,7 +94,7 @@ class RunData:
     def _tokenizer(self, windows: Windows) -> Tokenizer:
         data = self.args.data
         interleaver = Interleaver(self.text_tokenizer, data.keep_and_shift)
-        common = (interleaver, self.window_frames, data.speakers, self.prompter, data.cache_mb)
+        common = (interleaver, self.window_frames, data.speakers, self.prompter, data.cache_mb, data.drop_tags)
         if windows.precomputed:
             for index in windows.indexes:
                 _check_codec(index.line(0), self._fingerprint())
@@ -147,6 +156,40 @@ def check_speakers(windows: Windows, speakers: list[str], files: int = 50) -> No
             f"data.speakers is {', '.join(speakers)}, and the words of the data are of {', '.join(found)}; name the "
             "agent's label"
         )
+
+
+def warn_of_words(windows: Windows, data: DataArgs, files: int = 16, limit_sec: float = 3.0) -> None:
+    """Log a warning if the words of some `files`, evenly spread, are not where the agent speaks.
+
+    It takes little more than `limit_sec`: a minute from the middle of each file is read. Files without audio are left
+    out, and so are those that cannot be read: their windows are reported when their turn comes.
+    """
+    every = [(index, file) for index in windows.indexes for file in range(0, index.files, -(-index.files // files))]
+    end = time.monotonic() + limit_sec
+    compared, found = [], []
+    for index, file in every[:: -(-len(every) // files)]:
+        with contextlib.suppress(UserError):
+            line = index.line(file)
+            if time.monotonic() > end or not line.path.is_file():
+                continue
+            channels, rate, duration_sec = probe_audio(line.path)
+            words, _ = read_words(line.path, data.speakers, data.drop_tags)
+            if channels != 2 or not words:
+                continue
+            start, size = max(0, int(duration_sec) // 2 - 30), rate // 50
+            levels = np.stack([frame_levels(pcm, size) for pcm in read_audio(line.path, start, 60.0, rate)])
+            own = measure_agreement(levels, size / rate, [(text, s - start, e - start) for text, s, e in words])
+            compared.append(own)
+            for _, detail in find_disagreements(own):
+                found.append(f"{line.path}, read from {start} s on: {detail}")
+                break
+    if found:
+        speech = sum(own.speech_sec for own in compared), sum(own.covered * own.speech_sec for own in compared)
+        said = sum(own.words for own in compared), sum(own.on_agent * own.words for own in compared)
+        covered, on_agent = (100 * part / max(whole, 1e-9) for whole, part in (speech, said))
+        numbers = f"{covered:.0f} % of the agent's speech has words, {on_agent:.0f} % of the words are on its speech"
+        logger.warning("WARNING: words and sound disagree in %d of %d files that were compared: %s; %s", len(found),
+                       len(compared), numbers, what_to_do(found))  # fmt: skip
 
 
 def what_to_do(problems: list[str]) -> str:

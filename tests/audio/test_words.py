@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from finetune.audio.words import read_alignments, read_prompt_fields, read_sidecar, read_words
+from finetune.audio.words import is_tag, read_alignments, read_prompt_fields, read_sidecar, read_words
 from finetune.cli import UserError
 
 
@@ -12,6 +12,21 @@ def test_words_of_the_named_speakers_and_of_nobody_are_read_in_the_order_of_thei
     rows = [["u", [2, 2.5], "SPEAKER_USER"], ["a", [1, 9], "SPEAKER_MAIN"], ["n", [1, 2]], ["o", [3, 4], None]]
     assert read_alignments(rows) == [("a", 1.0, 9.0), ("n", 1.0, 2.0)]
     assert [word[0] for word in read_alignments(rows, ["SPEAKER_USER", "SPEAKER_MAIN"])] == ["a", "n", "u"]
+
+
+TAGS = ["[laughter]", "<unk>", "{breath}", "((unclear))", "((", "))", "%uh", "*sighs*", " <unk> "]
+
+
+@pytest.mark.parametrize("text", TAGS)
+def test_tags_are_left_out_unless_they_are_wanted(text):
+    rows = [["a", [1, 2]], [text, [2, 3]], ["b", [3, 4]]]
+    assert is_tag(text) and [word[0] for word in read_alignments(rows)] == ["a", "b"]
+    assert read_alignments(rows, drop_tags=False)[1] == (text, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("text", ["hello", "100%", "%", "(yes)", "[a", "a]", "<3", "5%of", "it's", "-", "日本", ""])
+def test_words_are_no_tags(text):
+    assert not is_tag(text) and read_alignments([[text, [1, 2]]]) == [(text, 1.0, 2.0)]
 
 
 BAD_ROWS = [

@@ -194,6 +194,20 @@ def test_the_text_has_the_words_of_the_speakers(tmp_path, speakers, present):
     assert [token in draft.text for token in (100, 200)] == present and draft.pcm.shape == (2, 96_000)
 
 
+@pytest.mark.parametrize("drop", [True, False])
+def test_tags_are_left_out_of_the_text(tmp_path, drop):
+    write_wav(tmp_path / "a.wav", np.full((2, 24_000 * 4), 0.1), 24_000)
+    (tmp_path / "a.json").write_text(json.dumps({"alignments": [["1:1", [0.5, 0.6]], ["[2:1]", [1.5, 1.6]]]}))
+
+    class Bracketed(Pieces):
+        def encode(self, text, **options):
+            return super().encode(text.strip("[]"), **options)
+
+    reader = InterleavedTokenizer(Interleaver(Bracketed()), 50, drop_tags=drop)
+    text = reader.read(Line(1, tmp_path / "a.wav", {}, tmp_path), 0).text
+    assert 100 in text and (200 in text) != drop
+
+
 def test_codes_that_training_cannot_use_are_refused(parts, encoded, tmp_path):
     _, stored = tokenizers(parts)
     line = next(read_manifest(encoded, []))

@@ -1,13 +1,17 @@
 """The data of a run: what is checked at its start, what its settings change, and when Mimi is loaded."""
 
 import contextlib
+import json
 import multiprocessing
+import shutil
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 
 from finetune.audio.codes import fingerprint_mimi, load_codes, save_codes
+from finetune.audio.files import write_wav
 from finetune.cli import UserError
 from finetune.config import load_args
 from finetune.data import run_data
@@ -127,13 +131,14 @@ def test_codes_of_another_codec_end_the_run_at_its_start(world, tmp_path, start)
 def test_settings_reach_the_tokenizers(start):
     speakers = ["A", "SPEAKER_MAIN"]
     settings = {"data.speakers": speakers, "data.keep_and_shift": False, "data.cache_mb": 3, "duration_sec": 0.57}
+    settings["data.drop_tags"] = False
     for prompts in (False, True):
         data = start(prompts, **settings)
         assert data.window_frames == 8 and (data.prompter is not None) == prompts
         for tokenizer in data._tokenizers.values():
             assert tokenizer.speakers == speakers and tokenizer.interleaver.keep_and_shift is False
             assert tokenizer.cache.limit == 3 * 2**20 and tokenizer.window_frames == 8
-            assert tokenizer.prompter is data.prompter
+            assert tokenizer.prompter is data.prompter and tokenizer.drop_tags is False
             assert tokenizer.mimi_fingerprint == fingerprint_mimi(data.mimi())
 
 
@@ -176,3 +181,53 @@ def test_all_workers_end_when_the_data_are_closed(start):
     data.close()
     assert set(multiprocessing.active_children()) == before
     assert [next(stream, None) for stream in streams] == [None, None]
+
+
+# --- Words and sound --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoilt(world, tmp_path):
+    """Settings with a copy of the recordings in which the words of the first `files` are late."""
+
+    def make(seconds: float, files: int) -> dict:
+        lines = list(read_manifest(world / "data/train.jsonl", []))[:12]
+        for i, line in enumerate(lines):
+            content = json.loads(line.path.with_suffix(".json").read_text())
+            late = seconds if i < files else 0.0
+            content["alignments"] = [[w, [s + late, e + late], who] for w, (s, e), who in content["alignments"]]
+            (tmp_path / f"{i}.json").write_text(json.dumps(content))
+            shutil.copy(line.path, tmp_path / f"{i}.wav")
+        rows = [line.fields | {"path": f"{i}.wav"} for i, line in enumerate(lines)]
+        return {"data.train_data": str(write_lines(tmp_path / "spoilt.jsonl", rows)), "do_eval": False}
+
+    return make
+
+
+def test_words_that_disagree_with_the_sound_are_a_warning_at_the_start(start, spoilt, caplog):
+    start(**spoilt(0.0, 99))
+    assert not caplog.records
+    data = start(**spoilt(0.5, 99))
+    assert len(data.train) > 0 and [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "in 12 of 12 files" in caplog.text and "0.5 s late" in caplog.text and "0.wav" in caplog.text
+    caplog.clear()
+    start(**spoilt(0.5, 1))
+    assert "in 1 of 12 files" in caplog.text
+    caplog.clear()
+    start(rank=FakeWorld(1, 2, 1, 2, torch.device("cpu")), **spoilt(0.5, 99))
+    assert not caplog.records, "only the main rank warns"
+
+
+def test_files_that_cannot_be_compared_cost_no_run(start, spoilt, tmp_path, caplog, monkeypatch):
+    settings = spoilt(0.5, 99)
+    (tmp_path / "0.wav").unlink()
+    (tmp_path / "1.wav").write_bytes(b"no audio")
+    (tmp_path / "2.json").write_text("{")
+    write_wav(tmp_path / "3.wav", np.zeros((1, 24_000), np.int16))
+    (tmp_path / "4.json").write_text('{"alignments": []}')
+    start(**settings)
+    assert "in 7 of 7 files" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(run_data.time, "monotonic", iter(range(0, 10_000, 4)).__next__)
+    start(**settings)
+    assert not caplog.records, "no time is left for the second file, and the first is not there"

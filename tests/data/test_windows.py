@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from finetune.cli import UserError
-from finetune.data.windows import EvalOrder, ManifestIndex, RankShare, WindowOrder, count_windows, open_windows
+from finetune.data.windows import (
+    EvalOrder,
+    ManifestIndex,
+    RankShare,
+    WindowOrder,
+    count_windows,
+    many_epochs,
+    open_windows,
+)
 from tests.data.support import write_lines
 from tests.support import PEAK, script
 
@@ -173,3 +181,14 @@ def test_a_finite_stream_ends_after_as_many_microbatches_on_all_ranks(ranks, cou
     assert {share.microbatches for share in shares} == {count}
     assert [p for m in range(count) for share in shares for p in share.positions(m)] == list(range(2, 7))
     assert not any(shares[-1].positions(count)), "beyond the end there is nothing"
+
+
+def test_more_than_16_passes_over_any_manifest_are_many(tmp_path):
+    lines = [{"path": f"{i}.wav", "duration": 8.0} for i in range(30)]
+    large = write_lines(tmp_path / "large.jsonl", lines)
+    small = write_lines(tmp_path / "small.jsonl", lines[:10])
+    assert many_epochs(open_windows(str(large), 100), 16 * 30) is None
+    assert str(large) in many_epochs(open_windows(str(large), 100), 17 * 30)
+    mixture = open_windows(f"{large}:0.5,{small}:0.5", 100)
+    assert many_epochs(mixture, 320) is None
+    assert str(small) in many_epochs(mixture, 340), "the small one is repeated three times as often"

@@ -399,3 +399,12 @@ def test_the_settings_of_readme_for_a_card_fit_it(capsys, card, values, need):
     assert code == 0 and re.search(rf"sum: .* {need} +[\d.]+\n", text)
     sizes = map(int, re.search(r"a step: (\d+) x (\d+) x 1 windows", text).groups())
     assert math.prod(sizes) == 32
+
+
+def test_many_passes_over_the_data_are_noted(config, capsys, tmp_path):
+    """The windows of all GPUs count: 16 passes over 40 windows on one, and 32 on two."""
+    manifest = tmp_path / "calls.jsonl"
+    manifest.write_text("".join(f'{{"path": "{i}.wav", "duration": 3, "codes_path": "{i}.pt"}}\n' for i in range(40)))
+    run = [config, f"data.train_data={manifest}", "batch_size=1", "num_microbatches=1", "max_steps=640"]
+    assert "the run passes" not in plan(capsys, *run, "duration_sec=3")[1]
+    assert "the run passes 32 times" in plan(capsys, *run, "duration_sec=3", "--gpus", 2)[1]

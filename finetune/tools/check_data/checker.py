@@ -9,23 +9,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from finetune.args import TrainArgs
+from finetune.audio.agreement import find_disagreements, measure_agreement
 from finetune.audio.codes import fingerprint_file
-from finetune.audio.files import SAME_SOUND, probe_audio, to_frames
+from finetune.audio.files import probe_audio, to_frames
 from finetune.audio.stream import HEADER_TOLERANCE_SEC, decodable_sec
 from finetune.audio.words import Word
 from finetune.cli import UserError
 from finetune.data.interleaver import load_dialogue_codes
+from finetune.files import why_missing
 from finetune.model.pretrained import Pretrained
 from finetune.tools.check_data.findings import FileFacts
 from finetune.tools.check_data.prompt_checks import PromptChecker
-from finetune.tools.check_data.talk import LEVEL_SEC, StereoSound, hear_stereo, response_gaps, words_on_the_right
+from finetune.tools.check_data.talk import LEVEL_SEC, StereoSound, hear_stereo, response_gaps
 from finetune.tools.check_data.text_checks import TextChecker
 
 UNUSED_SEC = 1.0  # audio after the manifest's duration that may go unused
 QUIET_DB = -60.0  # dBFS; a channel that is never louder is silent
 CLIPPED_SHARE = 1e-4  # of the samples of a channel
-BLEEDING = 0.7  # correlation of the channels; separate microphones give about 0, a stereo microphone 0.8 and more
-SWAPPED_WORDS = 3  # the least number of words that must be louder on the right; and they must be a majority
 
 
 class Checker:
@@ -41,7 +41,7 @@ class Checker:
         self.checkpoint, self.share_sec = checkpoint, share_sec
         self.window_frames = to_frames(args.duration_sec)
         data = args.data
-        self.text = TextChecker(checkpoint.tokenizer(), data.keep_and_shift, data.speakers, self.window_frames)
+        self.text = TextChecker(checkpoint.tokenizer(), data, self.window_frames)
         self.prompts = PromptChecker(args, checkpoint, kwargs, self.window_frames) if prompts else None
 
     @functools.cached_property
@@ -64,8 +64,8 @@ class Checker:
                 starts = (i * self.window_frames for i in range(len(facts.windows)))
                 facts.windows = [max(0, min(self.window_frames, frames - start)) for start in starts]
                 self.text.check(facts, words, frames)
-        if sound is not None and words:
-            check_sides(sound, words, facts)
+        if sound is not None and words is not None:
+            check_agreement(sound, words, facts)
         if self.prompts is not None:
             self.prompts.check(facts, extra, words or [], entry)
         return facts
@@ -100,7 +100,7 @@ def check_audio(facts: FileFacts, has_codes: bool, share_sec: float) -> StereoSo
     """Return up to `share_sec` of the audio, or None if it cannot be used; with codes it need not be there."""
     path = facts.line.path
     if not os.path.exists(path):
-        facts.add("codes only" if has_codes else "missing", "no such file")
+        facts.add("codes only" if has_codes else "missing", why_missing(path))
         return None
     try:
         if not os.path.isfile(path):
@@ -136,15 +136,15 @@ def _check_levels(sound: StereoSound, facts: FileFacts) -> None:
             facts.add(f"silent {name}", f"nothing over {QUIET_DB:g} dB{scope}")
         elif sound.clipped[i] > CLIPPED_SHARE * sound.samples:
             facts.add("clipping", f"{sound.clipped[i] / sound.samples:.2%} of the {name}'s samples{scope}")
-    if not silent.any() and abs(sound.correlation) > BLEEDING:
-        kind = "same channels" if sound.correlation > SAME_SOUND else "bleeding"
-        facts.add(kind, f"correlation {sound.correlation:.2f}{scope}")
+    if not silent.any() and sound.shared:
+        facts.add("same channels" if sound.shared.is_one_recording else "bleeding", f"{sound.shared}{scope}")
     if not silent.all():
         facts.digest = hashlib.sha256(levels.tobytes()).hexdigest()
 
 
-def check_sides(sound: StereoSound, words: Sequence[Word], facts: FileFacts) -> None:
-    """Find out whether the agent's words are on the right."""
-    decoded, right = words_on_the_right(sound.levels, words)
-    if right >= SWAPPED_WORDS and right > decoded / 2:
-        facts.add("swapped", f"{right} of {decoded} of the agent's words are louder on the right")
+def check_agreement(sound: StereoSound, words: Sequence[Word], facts: FileFacts) -> None:
+    """Find out whether the agent's words are where the agent speaks."""
+    facts.agreement = measure_agreement(sound.levels, LEVEL_SEC, words)
+    if words:
+        for kind, detail in find_disagreements(facts.agreement):
+            facts.add(kind, detail)

@@ -17,7 +17,7 @@ from finetune.cli import UserError
 from finetune.data.batch import TextStats
 from finetune.data.manifest import Line, check_duration, parse_line, parse_sources, raw_lines
 from finetune.data.prompter import check_context
-from finetune.data.windows import WindowOrder, count_windows, open_windows
+from finetune.data.windows import WindowOrder, count_windows, many_epochs, open_windows
 from finetune.jobs.failures import HoursBar
 from finetune.jobs.workers import run_tasks
 from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
@@ -27,6 +27,7 @@ from finetune.tools.plan.sizes import open_sizes
 
 MAX_DECODED_HOURS = 200  # of all files together
 MIN_DECODED_SEC = 30.0  # of each file, even if that is more in all
+RARE_LANGUAGE = 0.1  # of the files; a language in fewer may be a mistake of Whisper's
 
 
 class CheckResult(NamedTuple):
@@ -64,7 +65,10 @@ def check_run(args: TrainArgs, prompts: bool | None = None, workers: int | None 
                 tasks.append(FileFacts(bool(held_out), number, line, skipped))
         if manifests and len(problems) == earlier:
             try:
-                open_windows(args.data.eval_data if held_out else args.data.train_data, window_frames)
+                windows = open_windows(args.data.eval_data if held_out else args.data.train_data, window_frames)
+                drawn = args.max_steps * args.batch_size * args.num_microbatches
+                if not held_out and (detail := many_epochs(windows, drawn)):
+                    problems.append(Problem("epochs", str(manifests[0][0]), f"{detail} on one process"))
             except UserError as error:
                 problems.append(Problem("mixed", str(manifests[0][0]), str(error)))
 
@@ -155,6 +159,12 @@ def compare_files(facts: list[FileFacts], args: TrainArgs) -> list[Problem]:
             found = f"only of {', '.join(labels)}" if labels else "nor of anyone else"
             detail = f"no words of {', '.join(args.data.speakers)} in {len(wordless)} files, {found}"
             problems.append(Problem("no agent", str(wordless[0].line.manifest), detail))
+    languages = collections.Counter(own.language for own in facts if own.language)
+    for own in facts:
+        if own.language and languages[own.language] < RARE_LANGUAGE * languages.total():
+            most = languages.most_common(1)[0][0]
+            detail = f"{own.line.path}: annotate.py heard {own.language}, in most other files {most}"
+            problems.append(Problem("other language", own.place, detail))
     codecs = collections.Counter(own.mimi for own in facts if own.mimi)
     usual = codecs.most_common(1)[0][0] if codecs else None
     for own in facts:
@@ -193,6 +203,9 @@ def add_up(facts: list[FileFacts], manifests: int, weights: list[float] | None, 
     decoded_sec = sum(own.decoded_sec for own in facts)
     agent, user, overlap = talk / max(decoded_sec, 1e-9)
     readable = [own for own in facts if any(own.windows)]
+    compared = [own.agreement for own in facts if own.agreement is not None]
+    speech_sec, words = (sum(values) for values in zip((0, 0), *((a.speech_sec, a.words) for a in compared)))
+    share = lambda name: sum(getattr(a, name) * a.words for a in compared) / max(words, 1)  # of the words
     return {
         "files": len(facts),
         "hours": frames / FRAME_RATE / 3600,  # that training reads
@@ -210,6 +223,10 @@ def add_up(facts: list[FileFacts], manifests: int, weights: list[float] | None, 
         "agent": agent,  # of the decoded time
         "user": user,
         "overlap": overlap,
+        "covered": sum(a.covered * a.speech_sec for a in compared) / max(speech_sec, 1e-9),  # of the agent's speech
+        "on_agent": share("on_agent"),  # of the words: the agent speaks there
+        "on_user": share("on_user"),  # only the user speaks
+        "on_nobody": share("on_nobody"),
         "words": sum(own.words for own in readable),
         "tokens": sum(own.tokens for own in readable),
         "dropped": text.dropped / max(text.placed + text.dropped, 1),  # of the tokens: they find no frame

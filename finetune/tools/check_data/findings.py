@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from finetune.audio.agreement import Agreement
 from finetune.data.batch import TextStats
 from finetune.data.manifest import Line
 from finetune.prompts.text import SYSTEM_TAG
@@ -23,7 +24,7 @@ KINDS = {  # {level: {kind: (title, remedy)}}
                      f"with both voices in one channel needs {_DIARISE} first"),
         "same channels": ("the same sound in both channels", "this is a mono recording: get both sides as separate "
                           f"channels, or separate the speakers with {_DIARISE}"),
-        "swapped": ("channels swapped: the agent's words are loud on the right", "training takes the left channel as "
+        "swapped": ("channels swapped: the agent's words are on the right", "training takes the left channel as "
                     "the agent: swap them (sox in.wav out.wav remix 2 1); if left is the agent already, these are the "
                     "user's words: annotate the left channel (annotate.py --channel 0)"),
         "duration": ("duration that costs windows", "write the duration that make_manifest finds"),
@@ -49,6 +50,23 @@ KINDS = {  # {level: {kind: (title, remedy)}}
         "silent user": ("user (right) silent", "teaches the agent to talk alone; is the channel right?"),
         "bleeding": ("each channel contains the other speaker", "training needs them apart: was it a stereo "
                      "microphone, or were there loudspeakers next to an open one?"),
+        "shifted": ("words shifted in time", "the text would be early or late by as much: correct the times of the "
+                    ".json, or move it away and run annotate.py again"),
+        "part swapped": ("channels swapped for a part of the call, or words of the user among the agent's", "listen to "
+                         "that part: swap the channels there, or correct the speakers in the .json"),
+        "one label": ("words of both speakers under the agent's label", "the agent would be trained to say the user's "
+                      "words: label them by speaker, or annotate the left channel alone (annotate.py --channel 0)"),
+        "misplaced": ("words where nobody speaks", "the times are not those of this recording: correct them, or move "
+                      "the .json away and run annotate.py again"),
+        "few words": ("speech of the agent without words", "the agent would be trained to speak without text there: "
+                      "transcribe the rest, or leave the file out"),
+        "sentences": ("several words in one entry", "the tokens of an entry follow its start at 12.5 per second, "
+                      "whenever they are said: give the time of each word (annotate.py does)"),
+        "unsure": ("words dropped by annotate.py because Whisper was unsure", "a model that does not know the language "
+                   "does this: annotate again with --lang, or with a --whisper-model without .en"),
+        "tags": ("tags of transcribers, trained as if they were said", "set data.drop_tags to true"),
+        "epochs": ("many passes over the same data", "lower max_steps or add data: the model learns them by heart, and "
+                   "the held-out loss rises"),
         "no words": ("no words of the agent", "the text stream would be padding; if the agent speaks there, annotate "
                      "again or check data.speakers"),
         "unsorted": ("word times out of order", "nothing: they are sorted when read"),
@@ -76,6 +94,10 @@ KINDS = {  # {level: {kind: (title, remedy)}}
     "note": {
         "codes only": ("codes whose audio cannot be read", "nothing: training needs the codes only; the levels were "
                        "not checked"),
+        "dropped tags": ("tags of transcribers", "nothing: they are left out; data.drop_tags: false trains them as "
+                         "words"),
+        "other language": ("another language than in most files", "listen to it: if the language is wrong, annotate it "
+                           "again with --lang"),
         "unwrapped": (f"text prompt without {SYSTEM_TAG} tags", "nothing: it is wrapped automatically"),
     },
 }  # fmt: skip
@@ -106,10 +128,12 @@ class FileFacts:
     words: int = 0
     tokens: int = 0
     labels: set[str] = field(default_factory=set)  # of all speakers
+    language: str | None = None  # that annotate.py heard
     text: TextStats = field(default_factory=TextStats)  # over the windows
     densest: float = 0.0  # tokens per second in the window with most of them
     decoded_sec: float = 0.0  # of the audio that was checked
     talk_sec: tuple[float, float, float] = (0.0, 0.0, 0.0)  # agent, user, both at once
+    agreement: Agreement | None = None  # of words and sound, if there are both
     gaps: list[float] = field(default_factory=list)  # see response_gaps
     digest: str | None = None  # of the checked audio: equal for equal sound in any container
     mimi: str | None = None  # fingerprint of the codec that made the codes

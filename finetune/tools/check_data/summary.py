@@ -1,5 +1,6 @@
 """The findings as text and as a picture."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,11 @@ def _table(result: CheckResult) -> list[str]:
         "agent speaks": "{agent:.1%}",
         "user speaks": "{user:.1%}",
         "both at once": "{overlap:.1%}",
+        "agent's speech with words": "{covered:.1%}",
         "words of the agent": "{words:,}",
+        "  while the agent speaks": "{on_agent:.1%}",
+        "  while only the user speaks": "{on_user:.1%}",
+        "  while nobody speaks": "{on_nobody:.1%}",
         "their text tokens": "{tokens:,}",
         "  that find no frame": "{dropped:.1%}",
         "words that come late": "{late:.1%}",
@@ -73,8 +78,11 @@ def _table(result: CheckResult) -> list[str]:
             "different voices": "{voices:,}",
             "mean prompt, frames": "{mean_prompt:.1f}",
         }
+    languages = Counter(own.language for own in result.facts if own.language)
+    heard = [f"languages that annotate.py heard: {', '.join(f'{name} {n:,}' for name, n in languages.most_common())}"]
     head = " " * 34 + "".join(f"{name:>14}" for name, _ in zip(("training", "held out"), columns))
-    return [head, *(f"{name:<34}" + "".join(f"{form.format(**t):>14}" for t in columns) for name, form in rows.items())]
+    table = (f"{name:<34}" + "".join(f"{form.format(**t):>14}" for t in columns) for name, form in rows.items())
+    return [head, *table, *(heard if languages else [])]
 
 
 def _arithmetic(result: CheckResult, memory: int | None) -> list[str]:

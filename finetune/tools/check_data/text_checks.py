@@ -2,12 +2,14 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections import Counter
 
 import sentencepiece
 
+from finetune.args import DataArgs
+from finetune.audio.annotation import RECORD, OutputRecord, origins
 from finetune.audio.files import FRAME_RATE
-from finetune.audio.words import Word, parse_word, read_sidecar, read_words, sidecar
+from finetune.audio.words import MAIN_SPEAKER, Word, is_tag, parse_word, read_sidecar, read_words, sidecar
 from finetune.cli import UserError
 from finetune.data.interleaver import Interleaver
 from finetune.tools.check_data.findings import FileFacts
@@ -17,41 +19,65 @@ LATE_SEC = 1.0  # mean delay of the late words of a window
 END_TOLERANCE_SEC = 0.5  # by which a word may outlast the audio
 BROKEN_SHARE = 0.2  # byte or unknown pieces per letter
 MIN_LETTERS = 20  # needed to judge the script of a file
+LONGEST_SPOKEN_SEC = 3.0  # an entry that lasts longer is more than a word; those of Whisper include pauses of 1 to 2 s
+SENTENCES, SENTENCE_SHARE = 3, 0.1  # entries of several words; a few ("New York") are normal
+UNSURE, UNSURE_SHARE = 5, 0.2  # words dropped as unsure; of English speech, an English model drops next to none
 
 
 class TextChecker:
-    """Checks words of `speakers`.
+    """Checks the words that training reads with the settings `data`.
 
     Args:
         window_frames: longest dialogue of a window.
     """
 
-    def __init__(
-        self, tokenizer: sentencepiece.SentencePieceProcessor, keep_and_shift: bool, speakers: Sequence[str],
-        window_frames: int,
-    ):  # fmt: skip
-        self.tokenizer, self.speakers, self.window_frames = tokenizer, speakers, window_frames
-        self.interleaver = Interleaver(tokenizer, keep_and_shift)
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor, data: DataArgs, window_frames: int):
+        self.tokenizer, self.speakers, self.window_frames = tokenizer, data.speakers, window_frames
+        self.drop_tags = data.drop_tags
+        self.interleaver = Interleaver(tokenizer, data.keep_and_shift)
 
     def read(self, facts: FileFacts) -> tuple[list[Word] | None, dict]:
         """Return (words, prompt fields of the .json); the words are None if the .json is missing or broken."""
         path = facts.line.path
         try:
-            words, extra = read_words(path, self.speakers)
+            words, extra = read_words(path, self.speakers, self.drop_tags)
         except UserError as error:
             facts.add("bad words file" if os.path.exists(sidecar(path)) else "no words file", str(error))
             return None, {}
-        rows = read_sidecar(path)["alignments"]
+        content = read_sidecar(path)
+        rows = content["alignments"]
         facts.words, facts.labels = len(words), {str(row[2]) for row in rows if len(row) > 2}
         if not words:
             others = f", only of {', '.join(sorted(facts.labels))}" if facts.labels else ""
             spoken = f"; the agent speaks for {facts.talk_sec[0]:.0f} s" if facts.talk_sec[0] >= 1 else ""
             facts.add("no words", f"no words of {', '.join(self.speakers)}{others}{spoken}")
-        starts = [parse_word(row)[1] for row in rows if len(row) < 3 or row[2] in self.speakers]
+        own = [parse_word(row) for row in rows if len(row) < 3 or row[2] in self.speakers]
+        tags = Counter(text.strip() for text, *_ in own if is_tag(text))
+        if tags:
+            examples = ", ".join(tag for tag, _ in tags.most_common(3))
+            found = f"{tags.total()} of {len(own)} entries, such as {examples}"
+            facts.add("dropped tags" if self.drop_tags else "tags", found)
+        self._check_origin(facts, content)
+        starts = [start for _, start, _ in own]
         backward = sum(b < a for a, b in itertools.pairwise(starts))
         if backward:
             facts.add("unsorted", f"{backward} of {len(words)} words start before the previous one")
         return words, extra
+
+    def _check_origin(self, facts: FileFacts, content: dict) -> None:
+        """Read what annotate.py recorded about its words, if they are its own."""
+        try:
+            OutputRecord.model_validate(content[RECORD], strict=True)
+        except (KeyError, ValueError):
+            return
+        origin = origins(content).get(MAIN_SPEAKER, {})
+        if isinstance(origin.get("language"), str):
+            facts.language = origin["language"]
+        unsure = origin.get("unsure", 0)
+        if unsure >= UNSURE and unsure > UNSURE_SHARE * (facts.words + unsure):
+            model = origin.get("whisper_model", "Whisper")
+            found = f"{unsure} of {facts.words + unsure} words that {model} gave for the agent's speech were dropped"
+            facts.add("unsure", found)
 
     def check(self, facts: FileFacts, words: list[Word], frames: int) -> None:
         """Check the words of a file whose audio has `frames` frames."""
@@ -72,6 +98,12 @@ class TextChecker:
             found = f"{broken} byte or unknown pieces for {letters} letters"
             facts.add("script", f"{found}, such as {len(ids)} tokens for {word!r}")
         self._place(facts, words)
+        several = [word for word in words if " " in word[0].strip() or word[2] - word[1] > LONGEST_SPOKEN_SEC]
+        if len(several) > SENTENCE_SHARE * len(words) and len(several) >= min(SENTENCES, len(words)):
+            text, start, end = max(several, key=lambda word: len(word[0]))
+            found = f"{len(several)} of {len(words)} entries, such as {text[:60]!r} over {end - start:.1f} s"
+            lost = facts.text.dropped / max(1, facts.text.placed + facts.text.dropped)
+            facts.add("sentences", f"{found}; {lost:.0%} of the tokens find no frame")
 
     def _place(self, facts: FileFacts, words: list[Word]) -> None:
         """Place the words of each window on its frames, and find those that come too fast."""

@@ -2,13 +2,24 @@
 
     python -m finetune.tools.make_manifest calls data/calls.jsonl --split 0.02
 
-Writes data/calls.jsonl and, for the share --split of the files, data/calls_eval.jsonl; next to data/train.jsonl it is
-data/eval.jsonl. Paths are relative to the manifests' folder, or absolute for files outside of it. Training needs
+Writes data/calls.jsonl and, for about the share --split of the files, data/calls_eval.jsonl; next to data/train.jsonl
+it is data/eval.jsonl. Paths are relative to the manifests' folder, or absolute for files outside of it. Training needs
 stereo: left the agent, right the user.
 
+FOLDER may also be a list of recordings: a .csv or .tsv with the names of its columns, a manifest of NeMo, cuts of
+Lhotse (.jsonl or .jsonl.gz), or a manifest. The path is in the column path, audio_filepath, file_name, filename, file,
+audio, wav or recording; call, speaker, text_prompt and voice_prompt are kept. Recordings are taken whole, whatever part
+of them a row names: training cuts its own windows.
+
 Two mono files of a call are joined into a stereo wav in --pairs-dir; the sources are never changed. They are recognised
-by the ends of their names: call1_agent.wav and call1_user.wav, or _left/_right, _a/_b, .L/.R, or --left-suffix and
---right-suffix. A mono file with both voices is refused, because this command cannot separate speakers.
+by the ends of their names, call1_agent.wav and call1_user.wav, or _left/_right, _a/_b, .L/.R; or by a folder,
+agent/call1.wav and user/call1.wav, or call1/agent.wav and call1/user.wav. A folder of the agent may also be called
+assistant or left, one of the user caller, customer, client or right. --left-suffix and --right-suffix give other ends
+and folders. A mono file with both voices is refused, because this command cannot separate speakers.
+
+--split holds out whole calls: call1_part0.wav and call1_part1.wav (also piece, seg, segment, chunk), or call1_a.wav and
+call1_b.wav, are never on both sides. Other names of pieces need --call; a line of a manifest may also have its own
+"call". A number alone (call_0001.wav) is no piece.
 
 A second run adds new files, keeps existing lines with everything that was added to them, and moves no file from one
 manifest to the other. Exit code 1 if a file was refused, 2 for a mistake in the command itself.
@@ -16,20 +27,21 @@ manifest to the other. Exit code 1 if a file was refused, 2 for a mistake in the
 
 import argparse
 import collections
-import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from finetune.cli import UserError
 from finetune.data.manifest import read_manifest
-from finetune.files import replacing
+from finetune.files import replacing, why_missing
 from finetune.jobs.failures import HoursBar, show_list
 from finetune.jobs.workers import run_tasks
 from finetune.parser import Parser
-from finetune.tools.make_manifest.pairs import SIDE_SUFFIXES, JoinedPair, Pair, join_pair, pair_up, side_of
+from finetune.tools.make_manifest.calls import call_of, choose_held_out, print_split
+from finetune.tools.make_manifest.pairs import JoinedPair, Pair, join_pair, pair_up
 from finetune.tools.make_manifest.recordings import (
     AUDIO_SUFFIXES,
     MIXED,
@@ -38,6 +50,8 @@ from finetune.tools.make_manifest.recordings import (
     find_recordings,
     inspect_recording,
 )
+from finetune.tools.make_manifest.sides import SIDES, own_sides, side_of
+from finetune.tools.make_manifest.tables import TABLES, read_table
 
 
 def read_known(path: Path) -> dict[Path, dict]:
@@ -50,22 +64,11 @@ def read_known(path: Path) -> dict[Path, dict]:
     return known
 
 
-def choose_held_out(names: Sequence[str], share: float, seed: int, already: int, total: int) -> set[str]:
-    """Return the new files to hold out, those with the smallest hashes, so that `share` of all files is held out.
-
-    If `share` is positive and there are two files, at least one file is held out and one is not.
-    """
-    target = round(share * total)
-    if share > 0 and total > 1:
-        target = min(max(target, 1), total - 1)
-    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).hexdigest())
-    return set(ranked[: max(0, target - already)])
-
-
 def main(argv: list[str] | None = None) -> int:
     args = _parse_args(argv)
-    files = find_recordings(args.folder, args.pairs_dir)
-    if not files:
+    table = args.table
+    files = [path for path in table.fields if path.exists()] if table else find_recordings(args.folder, args.pairs_dir)
+    if not files and not table:
         raise UserError(f"{args.folder}: holds no audio file ({', '.join(sorted(AUDIO_SUFFIXES))})")
     stem = args.out.stem
     eval_out = args.out.with_name((stem.replace("train", "eval") if "train" in stem else f"{stem}_eval") + ".jsonl")
@@ -73,29 +76,40 @@ def main(argv: list[str] | None = None) -> int:
     known = train | held_out
     new: dict[Path, float] = {}  # {stereo file: seconds}
     refused: Refusals = collections.defaultdict(list)
+    fields = table.fields if table else {}
+    for path in fields.keys() - set(files):
+        refused["in the table, but the file is missing"].append(f"{path}: {why_missing(path)}")
 
     # 1. Stereo files stay as they are, mono files are joined.
     unknown = _find_unknown(files, args, known)
     infos = _run(inspect_recording, unknown, [None] * len(unknown), "inspecting", args.workers, refused)
-    mono = _sort_by_channels(infos, args.suffixes, new, refused)
-    pairs = pair_up(sorted(mono), args.suffixes, args.folder, args.pairs_dir, refused)
+    mono = _sort_by_channels(infos, args, new, refused)
+    pairs = pair_up(sorted(mono), args.sides, args.folder, args.pairs_dir, refused)
     durations = [max(infos[pair.left].duration_sec, infos[pair.right].duration_sec) for pair in pairs]
     joined = _run(join_pair, pairs, durations, "joining", args.workers, refused)
     for pair, result in joined.items():
+        fields = fields | {pair.target: fields.get(pair.right, {}) | fields.get(pair.left, {})}
         if pair.target in known:
             known[pair.target]["duration"] = round(result.duration_sec, 3)
         else:
             new[pair.target] = result.duration_sec
 
-    # 2. The split depends on paths relative to the folder: the data may move to another disk.
-    roots = {path: args.pairs_dir if path.is_relative_to(args.pairs_dir) else args.folder for path in new}
-    names = {path: path.relative_to(root).as_posix() for path, root in roots.items()}
-    chosen = choose_held_out(list(names.values()), args.split, args.seed, len(held_out), len(known) + len(new))
+    # 2. The split. It depends on calls, and on paths relative to the folder: the data may move to another disk.
+    calls = {path: _call_of(path, known[path], args) for path in known}
+    sides_of = {calls[path]: lines for lines in (held_out, train) for path in lines}  # of calls with known pieces
+    undecided: dict[str, list[str]] = {}
+    for path in sorted(new):
+        calls[path] = _call_of(path, fields.get(path, {}), args)
+        if calls[path] not in sides_of:
+            undecided.setdefault(calls[path], []).append(_name_of(path, args).as_posix())
+    followers = collections.Counter(id(sides_of[calls[path]]) for path in new if calls[path] in sides_of)
+    counts = [len(lines) + followers[id(lines)] for lines in (train, held_out)]
+    chosen = choose_held_out(undecided, args.split, args.seed, *counts)
     base = args.out.parent
     for path in sorted(new):
         written = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
-        lines = held_out if names[path] in chosen else train
-        lines[path] = {"path": written, "duration": round(new[path], 3)}
+        lines = sides_of.get(calls[path], held_out if calls[path] in chosen else train)
+        lines[path] = {"path": written, "duration": round(new[path], 3)} | fields.get(path, {})
 
     # 3. Manifests and summary.
     manifests = {path: lines for path, lines in ((args.out, train), (eval_out, held_out)) if lines}
@@ -105,7 +119,10 @@ def main(argv: list[str] | None = None) -> int:
             with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(fields, ensure_ascii=False) + "\n" for fields in manifests[path].values())
     print(f"{args.folder}: {len(files)} recordings")
+    if table and table.parts:
+        print(f"{table.parts} rows name a part of a recording, or one once more: recordings are taken whole")
     _print_summary(infos, joined, list(new), list(known), refused)
+    print_split(train, held_out, calls, args.split)
     outside = [path for lines in manifests.values() for path in lines if not path.is_relative_to(base)]
     if outside:
         print(f"{len(outside)} files lie outside {base}: their paths are absolute, so do not move them")
@@ -116,18 +133,26 @@ def main(argv: list[str] | None = None) -> int:
         print("no manifest was written: there is nothing to train on")
         return 1
     shown = " and ".join(map(str, manifests))
-    print(f"next: word times with annotate.py for {shown}, then python -m finetune.tools.check_data config.yaml")
+    print(
+        f"next: word times for {shown} with annotate.py, or from transcripts with finetune.tools.import_words; then "
+        "python -m finetune.tools.check_data config.yaml"
+    )
     return int(bool(refused))
 
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Return the arguments, checked, with absolute paths and `suffixes` [(left, right)]."""
+    """Return the arguments, checked, with absolute paths and `sides`."""
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the recordings, also in subfolders")
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="the recordings, also in subfolders; or a table of them"
+    )
     parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="manifest to write or to extend")
     parser.add_argument("--split", type=float, default=0.02, help="share of the files to hold out; 0: none")
     parser.add_argument("--seed", type=int, default=0, help="another seed holds out other files")
-    parser.add_argument("--left-suffix", help="end of an agent's file name (before .wav), instead of those above")
+    parser.add_argument("--call", type=_pattern, metavar="REGEX", help="what it matches in a path (or its first group) "
+                        "is the name of the call, e.g. '([^/]+)_[0-9]+'")  # fmt: skip
+    parser.add_argument("--left-suffix", help="end of an agent's file name (before .wav), or name of the agent's "
+                        "folder, instead of those above")  # fmt: skip
     parser.add_argument("--right-suffix", help="the same for the user")
     parser.add_argument("--pairs-dir", type=Path, help="folder for the joined files (OUT_pairs if absent)")
     parser.add_argument("--workers", type=int, help="processes (one per core if absent); 0: only this one")
@@ -136,20 +161,42 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("folder", "out", "pairs_dir"):
         setattr(args, name, Path(os.path.abspath(getattr(args, name).expanduser())))
     suffixes = (args.left_suffix, args.right_suffix)
-    args.suffixes = SIDE_SUFFIXES if suffixes == (None, None) else [suffixes]
+    args.sides = SIDES if suffixes == (None, None) else own_sides(*(suffix or "" for suffix in suffixes))
+    args.table = None
+    if args.folder.is_file() and args.folder.suffix in TABLES:
+        args.table = read_table(args.folder)
+        args.folder = Path(os.path.commonpath([path.parent for path in args.table.fields]))
     if not args.folder.is_dir():
-        raise UserError(f"{args.folder}: no such folder")
+        raise UserError(f"{args.folder}: no such folder, nor a table ({', '.join(TABLES)})")
     if args.out.suffix != ".jsonl":
         raise UserError(f"{args.out}: the manifest's name must end in .jsonl")
     if not 0 <= args.split < 1:
         raise UserError(f"--split {args.split}: is a share, at least 0 and below 1")
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers {args.workers}: cannot be negative")
-    if not all(left and right and left.lower() != right.lower() for left, right in args.suffixes):
+    if not all(left and right and left.lower() != right.lower() for left, right in args.sides.suffixes):
         raise UserError("--left-suffix and --right-suffix go together and differ, e.g. _agent and _user")
     if args.folder.is_relative_to(args.pairs_dir):
         raise UserError(f"--pairs-dir {args.pairs_dir}: holds the recordings themselves; choose another folder")
     return args
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
+
+
+def _name_of(path: Path, args: argparse.Namespace) -> Path:
+    """Return a path relative to the folder of the recordings or of the pairs, if it lies there."""
+    roots = [root for root in (args.pairs_dir, args.folder) if path.is_relative_to(root)]
+    return path.relative_to(roots[0]) if roots else path
+
+
+def _call_of(path: Path, fields: dict, args: argparse.Namespace) -> str:
+    """Return the call of a file: what its line says, or else its name."""
+    return str(fields["call"]) if fields.get("call") else call_of(_name_of(path, args), args.sides, args.call)
 
 
 def _find_unknown(files: list[Path], args: argparse.Namespace, known: dict[Path, dict]) -> list[Path]:
@@ -158,7 +205,7 @@ def _find_unknown(files: list[Path], args: argparse.Namespace, known: dict[Path,
     Raises UserError if a known pair was joined the other way round.
     """
     sides = set()
-    for pair in pair_up(files, args.suffixes, args.folder, args.pairs_dir, collections.defaultdict(list)):
+    for pair in pair_up(files, args.sides, args.folder, args.pairs_dir, collections.defaultdict(list)):
         if pair.reversed_target in known:
             raise UserError(
                 f"{args.out}: has {pair.reversed_target.name}, and these suffixes would make {pair.target.name}, with "
@@ -191,17 +238,17 @@ def _start(function: Callable, rank: int) -> Callable:
 
 
 def _sort_by_channels(
-    infos: dict[Path, RecordingInfo], suffixes: Sequence[tuple[str, str]], new: dict[Path, float], refused: Refusals
+    infos: dict[Path, RecordingInfo], args: argparse.Namespace, new: dict[Path, float], refused: Refusals
 ) -> list[Path]:
     """Add the stereo files to `new`. Returns the files with a single sound, each of which may be a side of a call."""
     mono = []
     for path, info in infos.items():
         if info.channels > 2:
             refused["more than two channels; export the agent's and the user's"].append(f"{path}: has {info.channels}")
-        elif info.channels == 2 and not info.alike:
+        elif info.channels == 2 and not (info.shared and info.shared.is_one_recording):
             new[path] = info.duration_sec
-        elif info.channels == 2 and side_of(path, suffixes) is None:
-            refused[f"the same sound in both channels. {MIXED}"].append(str(path))
+        elif info.channels == 2 and side_of(path.relative_to(args.folder), args.sides) is None:
+            refused[f"the same sound in both channels. {MIXED}"].append(f"{path}: {info.shared}")
         else:
             mono.append(path)
     return mono
@@ -227,6 +274,13 @@ def _print_summary(
         "a side is silent in the excerpts that were inspected": [
             f"{path}: {'left (agent)' if infos[path].silent[0] else 'right (user)'}" for path in stereo
             if any(infos[path].silent)
+        ],
+        "one speaker is heard in both channels; training needs them apart": [
+            f"{path}: {infos[path].shared}" for path in stereo if infos[path].shared
+        ] + [f"{pair.left}: {result.shared}" for pair, result in joined.items() if result.shared],
+        "the header of a wav states another length than its sound has; the sound is used to its end": [
+            f"{path}: {info.stated_sec:.1f} s in the header, {info.duration_sec:.1f} s of sound"
+            for path, info in infos.items() if info.stated_sec is not None
         ],
         "in the manifest, but the file is missing": [str(path) for path in known if not path.exists()],
         **{f"refused: {reason}": rows for reason, rows in refused.items()},

@@ -6,14 +6,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetune.audio.files import SAME_SOUND, probe_audio, read_audio
+from finetune.audio.channels import SharedVoice, find_shared_voice
+from finetune.audio.files import probe_audio, read_audio
+from finetune.audio.headers import read_audio_header
 from finetune.audio.stream import decodable_sec
 from finetune.cli import UserError
 
-# Includes formats that cannot be read: a file of such a format is refused by name, not left out silently.
+# A file that has such a name and cannot be read is refused by name, not left out silently.
 AUDIO_SUFFIXES = {
     ".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".mp4", ".aac", ".aif", ".aiff", ".caf", ".wma", ".amr",
-    ".au", ".webm", ".mka",
+    ".au", ".webm", ".mka", ".w64", ".rf64", ".bwf", ".sph", ".mp2", ".m4b", ".3gp", ".weba", ".spx", ".mov", ".mkv",
 }  # fmt: skip
 EXCERPT_SEC = 10  # length of the excerpts from start, middle and end in which channels are compared
 SILENT_RMS = 1e-3  # -60 dB of full scale, below which a channel counts as silent
@@ -29,12 +31,13 @@ Refusals = dict[str, list[str]]  # {reason: files with what there is to say abou
 class RecordingInfo(NamedTuple):
     channels: int
     duration_sec: float  # that can be decoded, whatever the header says
-    alike: bool  # there are several channels and they hold the same sound
+    stated_sec: float | None  # in the header of a wav, if the sound in it has another length
+    shared: SharedVoice | None  # a voice that both channels hold
     silent: tuple[bool, ...]  # for each channel, in the excerpts
 
 
 def inspect_recording(path: Path) -> RecordingInfo:
-    """Measure the duration of a file and compare its channels in up to three excerpts.
+    """Measure the duration of a file and compare its channels in up to three excerpts, if it has two.
 
     Raises UserError if the file cannot be decoded or is empty.
     """
@@ -43,15 +46,13 @@ def inspect_recording(path: Path) -> RecordingInfo:
     if not seconds:
         raise UserError(f"{path}: holds no samples")
     if seconds <= 3 * EXCERPT_SEC:
-        pcm = read_audio(path, 0, 3 * EXCERPT_SEC, info.sample_rate)
+        excerpts = [read_audio(path, 0, 3 * EXCERPT_SEC, info.sample_rate)]
     else:
         starts = (0, int(seconds / 2), int(seconds - EXCERPT_SEC))
-        pcm = np.concatenate([read_audio(path, start, EXCERPT_SEC, info.sample_rate) for start in starts], axis=1)
-    products = pcm @ pcm.T
-    norms = np.sqrt(np.diag(products))
-    correlated = norms.min() > 0 and (products / np.outer(norms, norms)).min() > SAME_SOUND
-    silent = tuple(bool(rms < SILENT_RMS) for rms in np.sqrt((pcm**2).mean(axis=1)))
-    return RecordingInfo(info.channels, seconds, info.channels > 1 and bool(correlated), silent)
+        excerpts = [read_audio(path, start, EXCERPT_SEC, info.sample_rate) for start in starts]
+    silent = tuple(bool(rms < SILENT_RMS) for rms in np.sqrt((np.concatenate(excerpts, axis=1) ** 2).mean(axis=1)))
+    shared = find_shared_voice(excerpts, info.sample_rate) if info.channels == 2 else None
+    return RecordingInfo(info.channels, seconds, read_audio_header(path).stated_sec, shared, silent)
 
 
 def find_recordings(folder: Path, excluded: Path) -> list[Path]:

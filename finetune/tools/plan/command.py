@@ -21,9 +21,11 @@ import math
 from pathlib import Path
 
 from finetune.args import TrainArgs
+from finetune.audio.files import to_frames
 from finetune.cli import UserError
 from finetune.config import load_args, parse_yaml
 from finetune.data.manifest import parse_sources, read_manifest
+from finetune.data.windows import many_epochs, open_windows
 from finetune.parser import Parser
 from finetune.streams import N_STREAMS
 from finetune.tools.plan.sizes import RunSizes, open_sizes
@@ -134,6 +136,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--gpu-memory {given.gpu_memory:g}: must be more than --reserve {given.reserve:g}")
     args, live, notes = read_plan_settings(given.config, given.overrides)
     sizes, name, more_notes = open_sizes(args, live, given.personaplex, given.gpus, given.gpus_per_node)
+    with contextlib.suppress(UserError):  # the data may not be there yet
+        drawn = args.max_steps * args.batch_size * args.num_microbatches * given.gpus
+        notes += filter(None, [many_epochs(open_windows(args.data.train_data, to_frames(args.duration_sec)), drawn)])
     text, fits = describe_plan(sizes, name, int(given.gpu_memory * GIB), int(given.reserve * GIB))
     print("\n".join([*(f"note: {note}" for note in notes + more_notes), text]))
     return int(not fits)

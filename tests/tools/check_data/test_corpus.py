@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.audio.agreement import Agreement
 from finetune.audio.files import to_frames
 from finetune.config import load_args
 from finetune.data.batch import TextStats
@@ -95,6 +96,27 @@ def test_codes_of_another_model_are_refused(corpus):
     torch.save(torch.load(path) | {"mimi": "another"}, path)
     (problem,) = corpus.check(**{"moshi_paths.hf_repo_id": str(other)}).problems
     assert problem.kind == "codes" and problem.place.endswith("train.jsonl:2") and "another" in problem.detail
+
+
+def test_a_rare_language_is_noted_and_all_are_counted(corpus):
+    for i, line in enumerate(corpus.lines["train"] * 3):
+        shutil.copy(corpus.folder / line["path"], corpus.folder / f"{i}.wav")
+        content = json.loads((corpus.folder / line["path"]).with_suffix(".json").read_text())
+        origin = {"channel": 0, "duration": 9.0, "sound_sec": 5.0, "repairs": {}, "language": "es" if i == 5 else "en"}
+        content["annotate.py"] = {"speakers": {"SPEAKER_MAIN": origin}}
+        (corpus.folder / f"{i}.json").write_text(json.dumps(content))
+    corpus.lines["train"] = [row | {"path": f"{i}.wav"} for i, row in enumerate(corpus.lines["train"] * 3)]
+    result = corpus.check()
+    (problem,) = [problem for problem in result.problems if problem.kind == "other language"]
+    assert problem.place.endswith("train.jsonl:6") and not result.failed
+    assert "en 11, es 1" in describe_check(result)
+
+
+@pytest.mark.parametrize(("steps", "kinds"), [(16, []), (17, ["epochs"])])
+def test_too_many_epochs_are_a_warning(corpus, steps, kinds):
+    """Four windows, and four in each step."""
+    result = corpus.check(max_steps=steps, batch_size=4, duration_sec=30)
+    assert kinds_of(result) == kinds and not result.failed
 
 
 # --- Manifests ----------------------------------------------------------------------------------------------------
@@ -227,6 +249,16 @@ def test_shares_are_of_the_decoded_time_and_of_readable_windows(config):
         "agent": 4 / 40, "user": 6 / 40, "overlap": 1.5 / 40, "hours": 8 / 3600, "decoded_hours": 40 / 3600, "words": 4,
         "tokens": 9, "prompts": 1, "voices": 1, "dropped": 2 / 8, "late": 1 / 4, "text_padding": 0.94,
     }  # fmt: skip
+    assert {key: totals[key] for key in expected} == pytest.approx(expected)
+
+
+def test_the_agreement_of_all_files_is_weighted_by_speech_and_by_words(config):
+    facts = [facts_of("a.wav"), facts_of("b.wav"), facts_of("c.wav")]
+    base = Agreement(30, 10.0, 0.9, 1.0, 0.0, 0.0, 0.9, 0.0, 0.9, (0.0, 0.0), 0.9, 0.9, 0.1)
+    facts[0].agreement = base
+    facts[1].agreement = base._replace(words=10, speech_sec=30.0, covered=0.5, on_agent=0.2, on_user=0.5, on_nobody=0.3)
+    totals = add_up(facts, 1, None, load_args(config))
+    expected = {"covered": 0.6, "on_agent": 0.8, "on_user": 0.125, "on_nobody": 0.075}
     assert {key: totals[key] for key in expected} == pytest.approx(expected)
 
 

@@ -1,4 +1,4 @@
-"""Levels of both channels, who speaks when, how soon the agent answers, and which channel says the words."""
+"""Levels of both channels, who speaks when, and how soon the agent answers."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,6 @@ from finetune.tools.check_data.talk import (
     hear_stereo,
     measure_stereo,
     response_gaps,
-    words_on_the_right,
 )
 from tests.tools.check_data.conftest import write_pcm
 
@@ -29,7 +28,7 @@ def known(*parts: tuple[int, np.ndarray]) -> StereoSound:
     levels = np.full((2, max(50 * second + part.shape[1] for second, part in parts)), np.nan)
     for second, part in parts:
         levels[:, 50 * second : 50 * second + part.shape[1]] = part
-    return StereoSound(levels, np.zeros((2, 2)), np.zeros(2), 0)
+    return StereoSound(levels, None, np.zeros(2), 0)
 
 
 # --- Levels -----------------------------------------------------------------------------------------------------------
@@ -49,14 +48,13 @@ def test_clipping_is_two_samples_in_a_row_at_full_scale():
     assert measured((0, pcm), (1, pcm)).clipped.tolist() == [6, 0]
 
 
-def test_the_correlation_is_that_of_the_channels_over_all_pieces():
-    left, right = np.random.default_rng(0).standard_normal((2, 1600)) / 10
-    assert measured((0, [left, -0.3 * left])).correlation == pytest.approx(-1)
-    mixed = np.stack([left, left + right])
-    both = np.concatenate([mixed, 2 * mixed[:, :800]], axis=1)
-    expected = (both[0] * both[1]).sum() / np.sqrt((both**2).sum(axis=1).prod())
-    assert measured((0, mixed), (9, 2 * mixed[:, :800])).correlation == pytest.approx(expected, rel=1e-5)
-    assert measured((0, np.zeros((2, 1600)))).correlation == 0
+def test_a_voice_in_both_channels_is_found_in_any_piece():
+    left, right = np.random.default_rng(0).standard_normal((2, 2 * RATE)) / 10
+    apart, mixed = [left, right], [left, right + 0.5 * left]
+    assert measured((0, apart), (9, apart)).shared is None
+    for pieces in (((0, apart), (9, mixed)), ((0, mixed), (9, apart))):
+        assert measured(*pieces).shared.level_db == pytest.approx(-12, abs=0.5)  # half the call, half the amplitude
+    assert measured((0, np.zeros((2, 1600)))).shared is None
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 44_100])
@@ -117,36 +115,3 @@ def test_speech_within_that_of_the_other_takes_no_turn():
     assert gaps([(1.2, 2.0)], [(1, 2)]) == [], "up to the same end"
     assert gaps([(1.2, 2.02)], [(1, 2)]) == [-0.8], "but not beyond"
     assert gaps([(1, 4), (5, 6)], [(2, 3)]) == [], "a word of the user while the agent speaks"
-
-
-# --- Words ------------------------------------------------------------------------------------------------------------
-
-
-def right(agent: list[float], user: list[float], words, second: int = 0) -> tuple[int, int]:
-    """(words decoded, words on the right) for levels that last 0.1 s each."""
-    levels = known((second, np.repeat([agent, user], 5, axis=1).astype(float))).levels
-    return words_on_the_right(levels, [("word", *times) for times in words])
-
-
-def test_a_word_is_on_the_right_if_that_is_more_than_6_db_louder():
-    words = [(0.0, 0.1), (0.1, 0.2), (0.2, 0.3), (0.3, 0.4)]
-    assert right([-20] * 4, [-26.1, -25.9, -14.1, -13.9], words) == (4, 1)
-    assert right([-80] * 4, [-54.9, -55.1, -80, -80], words) == (4, 1), "nothing below -55 is speech"
-
-
-def test_the_power_over_a_word_is_averaged():
-    assert right([-80, -30], [-20, -80], [(0.0, 0.2)]) == (1, 1)  # -23 dB against -33; mean levels: -50 against -55
-
-
-def test_words_outside_of_what_was_decoded_are_not_counted():
-    words = [(9.95, 10.05), (10.0, 10.1), (10.1, 10.14), (10.14, 10.2), (10.34, 10.5), (10.36, 10.5), (11, 12)]
-    # Before the segment; decoded; too short (2 levels); decoded; the last 3 levels; only 2 of them; after it.
-    assert right([-80] * 4, [-20] * 4, words, second=10) == (3, 3)
-    assert right([-80] * 4, [-20] * 4, [(-0.1, 0.3)]) == (0, 0)
-
-
-def test_each_word_is_compared_in_its_own_segment():
-    left_loud, right_loud = np.full((2, 50), -80.0), np.full((2, 50), -80.0)
-    left_loud[0], right_loud[1] = -20, -20
-    words = [("a", 0.5, 0.7), ("b", 5.0, 5.5), ("c", 10.2, 10.5), ("d", 20.0, 20.2), ("e", 21.0, 21.2)]
-    assert words_on_the_right(known((0, left_loud), (10, right_loud), (20, left_loud)).levels, words) == (3, 1)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from finetune.args import DataArgs
 from finetune.tools.check_data.text_checks import TextChecker
 from tests.tools.check_data.conftest import facts_of, kinds_of
 
@@ -29,7 +30,7 @@ def check(words, windows=1, keep_and_shift=True, real_sec=None):
     facts = facts_of(windows=windows)
     facts.windows = [100] * windows
     facts.real_sec = real_sec or windows * 100 * FRAME
-    TextChecker(LetterTokenizer(), keep_and_shift, ["SPEAKER_MAIN"], 100).check(facts, times, windows * 100)
+    TextChecker(LetterTokenizer(), DataArgs(keep_and_shift=keep_and_shift), 100).check(facts, times, windows * 100)
     return facts
 
 
@@ -103,7 +104,61 @@ def test_words_of_other_speakers_and_their_order_do_not_count(tmp_path):
     rows = [["b", [2, 3], "A"], ["x", [1, 2], "U"], ["a", [1, 2], "A"], ["c", [4, 5], "B"], ["d", [5, 6]]]
     (tmp_path / "a.json").write_text(json.dumps({"alignments": rows, "text_prompt": "Hi."}))
     facts = facts_of(str(tmp_path / "a.wav"))
-    words, extra = TextChecker(LetterTokenizer(), True, ["A", "B"], 100).read(facts)
+    words, extra = TextChecker(LetterTokenizer(), DataArgs(speakers=["A", "B"]), 100).read(facts)
     assert [word[0] for word in words] == ["a", "b", "c", "d"] and extra == {"text_prompt": "Hi."}
     assert facts.words == 4 and facts.labels == {"A", "B", "U"}
     assert kinds_of(facts) == ["unsorted"] and "1 of 4" in facts.problems[0].detail
+
+
+def read(tmp_path, rows, drop_tags=True, **content):
+    (tmp_path / "a.json").write_text(json.dumps({"alignments": rows} | content))
+    facts = facts_of(str(tmp_path / "a.wav"))
+    words, _ = TextChecker(LetterTokenizer(), DataArgs(drop_tags=drop_tags), 100).read(facts)
+    return facts, words
+
+
+def test_tags_of_transcribers_are_counted_and_left_out(tmp_path):
+    rows = [[text, [i, i + 1]] for i, text in enumerate(("hello", "[noise]", "%uh", "[noise]"))]
+    rows.append(["<unk>", [5, 6], "SPEAKER_USER"])
+    for drop, kind, kept in ((True, "dropped tags", 1), (False, "tags", 4)):
+        facts, words = read(tmp_path, rows, drop)
+        assert kinds_of(facts) == [kind] and len(words) == facts.words == kept
+        assert "3 of 4 entries" in facts.problems[0].detail and "[noise], %uh" in facts.problems[0].detail
+
+
+@pytest.mark.parametrize(
+    ("texts", "seconds", "is_found"),
+    [
+        (["hello this is we"], 1.0, True),
+        (["hello"], 3.1, True),
+        (["hello"], 3.0, False),
+        (["New York"] + ["a"] * 9, 0.5, False),
+        (["a b"] * 3 + ["a"] * 9, 0.5, True),
+        (["a b"] * 3 + ["a"] * 27, 0.5, False),
+        (["a b"] * 2 + ["a"] * 4, 0.5, False),
+        ([" hello ", "you"], 0.5, False),
+    ],
+)
+def test_several_words_in_an_entry(texts, seconds, is_found):
+    frames = seconds / FRAME
+    facts = check([(text, 100 * i, frames) for i, text in enumerate(texts)], windows=len(texts))
+    assert kinds_of(facts) == ["sentences"] * is_found
+
+
+def test_tokens_that_find_no_frame_are_named_with_sentences():
+    (problem,) = [p for p in check([("a" * 20 + " " + "b" * 19, 80, 30)]).problems if p.kind == "sentences"]
+    assert "50% of the tokens" in problem.detail
+
+
+@pytest.mark.parametrize(("words", "unsure", "is_found"), [(4, 5, True), (0, 4, False), (20, 5, False), (19, 5, True)])
+def test_words_dropped_as_unsure(tmp_path, words, unsure, is_found):
+    origin = {"channel": 0, "duration": 9.0, "sound_sec": 5.0, "repairs": {}, "language": "de", "unsure": unsure}
+    rows = [["a", [i, i + 0.5], "SPEAKER_MAIN"] for i in range(words)]
+    facts, _ = read(tmp_path, rows, **{"annotate.py": {"speakers": {"SPEAKER_MAIN": origin}}})
+    assert facts.language == "de" and ("unsure" in kinds_of(facts)) == is_found
+
+
+@pytest.mark.parametrize("record", [None, [], {"speakers": []}, {"speakers": {"SPEAKER_MAIN": {"language": "de"}}}])
+def test_a_record_of_another_program_is_not_read(tmp_path, record):
+    facts, _ = read(tmp_path, [["a", [0, 1]]], **{"annotate.py": record})
+    assert facts.language is None and not facts.problems
