@@ -19,7 +19,7 @@ _ROOT = Path(__file__).parents[1]
 
 # Strings that no message may show; `finetune.config` adds those of the settings.
 secrets: set[str] = set()
-_SECRET = re.compile(r"wandb|(^|[._-])(key|token)$|api_?key|secret|password", re.IGNORECASE)
+_SECRET = re.compile(r"wandb(?!\.(project|run_name)$)|(^|[._-])(key|token)$|api_?key|secret|password", re.IGNORECASE)
 
 
 class UserError(Exception):

@@ -125,6 +125,12 @@ def test_ctrl_c_while_modules_are_imported(command):
         assert process.wait(30) in (-signal.SIGINT, 130) and process.stderr.read() == "interrupted\n"
 
 
+def test_what_may_be_secret():
+    """The name of a project is none: hiding `moshi` would spoil every message that holds the word."""
+    assert all(map(cli.is_secret, ("wandb", "wandb.key", "wandb.kye", "key", "api_key", "hub.token", "password")))
+    assert not any(map(cli.is_secret, ("wandb.project", "wandb.run_name", "moshi_paths.tokenizer_path", "run_dir")))
+
+
 def test_no_room():
     assert all(cli.no_room(OSError(code, "x")) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
     assert not cli.no_room(OSError(errno.EACCES, "x")) and not cli.no_room(ValueError("x"))
