@@ -69,7 +69,7 @@ def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
     torch.manual_seed(args.seed)
     check_run_dir(args)
 
-    # 1. Find the files of the model. Only their headers are read for now.
+    # 1. Find the files of the model. Step 3 reads their values; here only headers are read.
     paths = vars(args.moshi_paths) | {"hf_repo_id": args.moshi_paths.hf_repo_id or spec.default_repo}
     checkpoint = Pretrained(**paths)
     if checkpoint.raw_config.get("lora"):

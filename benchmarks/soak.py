@@ -79,7 +79,7 @@ def is_evaluating(run_dir: Path, since: float) -> bool:
 
 
 def start_twice(folder: Path, steps: int, env: dict[str, str], first: subprocess.Popen) -> None:
-    """Start the command beside a run of it. Raises UserError unless it is refused."""
+    """Start the command while another run of it lives. Raises UserError unless it is refused."""
     second = subprocess.run(command(folder, folder / "killed", steps), capture_output=True, text=True, env=env)
     if first.poll() is None and (second.returncode == 0 or "in use by" not in second.stderr):
         raise UserError(f"a second run was not refused: {second.stderr[-2000:]}")

@@ -216,7 +216,7 @@ def refuse_update(run: TrainingRun, loss: float, norm: float, own_loss: float, b
 
 
 def limit_skipped(run: TrainingRun) -> None:
-    """Raise UserError, on all ranks, if so many windows could not be read that the data as a whole seem wrong."""
+    """Raise UserError, on all ranks, if more windows than allowed, or all of the first ones, could not be read."""
     progress, limit = run.progress, run.args.data.max_bad_samples
     enough = progress.position >= MIN_WINDOWS or progress.step == run.args.max_steps
     none_read = enough and progress.skipped == progress.position

@@ -126,7 +126,7 @@ def check_run_dir(args: TrainArgs) -> None:
 
 
 def stored_settings(folder: Path) -> dict:
-    """Return the settings of a run as they are nested in its args.yaml, without those that no longer exist."""
+    """Return the settings of a run nested as in its args.yaml, without those that no longer exist."""
 
     def existing(values: dict, section: str = "") -> dict:
         return {

@@ -16,6 +16,7 @@ import yaml
 
 import train
 from finetune.args import SETTINGS
+from finetune.audio.files import FRAME_RATE, FRAME_SIZE
 from finetune.config import load_args
 from finetune.distributed import session
 from finetune.metrics import read_rows
@@ -34,7 +35,7 @@ def live(world: Path) -> dict[str, str]:
 
 
 def script(*command: object, processes: int | None = None, timeout: float = 120, check: bool = True, **env: str):
-    """Runs `python command` (or torchrun with so many processes) in the repository; returns the finished process."""
+    """Run `python command` (or torchrun with N `processes`) in the repository; return the finished process."""
     launcher = [sys.executable]
     if processes is not None:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -181,3 +182,15 @@ def run_ranks(*command: object, codes: tuple[int, ...] | None = (0, 0), timeout:
             process.kill()
     assert codes is None or codes == tuple(process.returncode for process in processes), "\n".join(outputs)
     return outputs
+
+
+def speech_like(seconds, spans, level_db=-25.0, noise_db=None):
+    """float32 [samples] at 24 kHz: noise at `level_db` dBFS in the spans (seconds), over a background at `noise_db`."""
+    rng = np.random.default_rng(0)
+    pcm = np.zeros(round(seconds * FRAME_RATE) * FRAME_SIZE)
+    if noise_db is not None:
+        pcm += rng.normal(0, 10 ** (noise_db / 20), len(pcm))
+    for start, end in spans:
+        first, last = (round(t * FRAME_RATE) * FRAME_SIZE for t in (start, end))
+        pcm[first:last] += rng.normal(0, 10 ** (level_db / 20), last - first)
+    return pcm.astype(np.float32)

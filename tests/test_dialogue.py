@@ -8,24 +8,13 @@ import pytest
 import sentencepiece
 import torch
 
-from finetune.audio.files import FRAME_RATE, FRAME_SIZE, read_audio
+from finetune.audio.files import FRAME_RATE, read_audio
 from finetune.audio.speech import voice_activity
 from finetune.audio.words import read_alignments
 from finetune.data.interleaver import Interleaver
 from finetune.dialogue import measure_reply, repetition, reply_verdict, spoken_words, summarise_replies
 from finetune.tools.toy.language import WORDS
-
-
-def sound(seconds, spans, level_db=-25.0, noise_db=None):
-    """float32 [samples]: noise at `level_db` dBFS in the spans (seconds), over a background at `noise_db`."""
-    rng = np.random.default_rng(0)
-    pcm = np.zeros(round(seconds * FRAME_RATE) * FRAME_SIZE)
-    if noise_db is not None:
-        pcm += rng.normal(0, 10 ** (noise_db / 20), len(pcm))
-    for start, end in spans:
-        first, last = (round(t * FRAME_RATE) * FRAME_SIZE for t in (start, end))
-        pcm[first:last] += rng.normal(0, 10 ** (level_db / 20), last - first)
-    return pcm.astype(np.float32)
+from tests.support import speech_like
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +93,8 @@ def scene(seconds, user, agent, tokenizer, **kwargs):
     for start, _, count in agent:
         first = round(start * FRAME_RATE)
         text[first : first + count] = [token] * count
-    agent_pcm = sound(seconds, [(start, end) for start, end, _ in agent], **kwargs)
-    return measure_reply(agent_pcm, sound(seconds, user, **kwargs), torch.tensor(text), tokenizer)
+    agent_pcm = speech_like(seconds, [(start, end) for start, end, _ in agent], **kwargs)
+    return measure_reply(agent_pcm, speech_like(seconds, user, **kwargs), torch.tensor(text), tokenizer)
 
 
 # The user speaks 1-3 s and 3.6-5.2 s: one turn with one pause; it ends at 5.2 s. Word counts are the agent's.
@@ -142,12 +131,12 @@ def test_take_over_latency_and_backchannels(agent, tor_turn, latency, tor_pause,
 
 
 def test_a_word_may_come_a_little_before_its_sound(tokenizer):
-    agent = sound(16, [(6, 6.8)])
+    agent = speech_like(16, [(6, 6.8)])
     token = next(ids[0] for ids in map(tokenizer.encode, WORDS) if len(ids) == 1)
     for first, taken in ((73, 1), (72, 0)):  # 0.16 s before the sound, and 0.24 s
         text = [3] * 200
         text[first : first + 2] = [token] * 2
-        assert measure_reply(agent, sound(16, [(1, 5)]), text, tokenizer)["tor_turn"] == taken
+        assert measure_reply(agent, speech_like(16, [(1, 5)]), text, tokenizer)["tor_turn"] == taken
 
 
 def test_pauses_are_longer_than_hesitations_and_shorter_than_ends(tokenizer):
@@ -178,10 +167,10 @@ def test_shares_and_paces(tokenizer):
     assert found["overlap"] == pytest.approx(1.04 / 20)
     assert found["words"] == 15 and found["words_per_minute"] == pytest.approx(45)
     assert found["words_per_minute_speaking"] == pytest.approx(15 / 7.52 * 60)
-    unread = measure_reply(sound(20, [(4, 9)]), sound(20, [(0, 4)]), [3] * 250)
+    unread = measure_reply(speech_like(20, [(4, 9)]), speech_like(20, [(0, 4)]), [3] * 250)
     assert unread["words"] is None and unread["words_per_minute"] is None and unread["tor_turn"] == 1
     assert unread["repetition"] == 0, "padding does not count"
-    shorter = measure_reply(sound(10, [(4, 9.04)]), sound(20, [(0, 4)]), [3] * 125)
+    shorter = measure_reply(speech_like(10, [(4, 9.04)]), speech_like(20, [(0, 4)]), [3] * 125)
     assert shorter["seconds"] == 20 and shorter["silence"] == pytest.approx(1 - 5.04 / 20)
     nothing = measure_reply(np.zeros(0), np.zeros(0), [], tokenizer)
     assert nothing["silence"] is None and nothing["words_per_minute"] is None
@@ -209,8 +198,8 @@ def test_backchannels_are_those_during_turns_of_the_user(tokenizer):
 
 
 def test_without_a_tokenizer_a_backchannel_is_recognised_by_its_length():
-    user = sound(20, [(1.04, 5.04)])
-    short, long = (measure_reply(sound(20, [(6, end)]), user, [5] * 250) for end in (6.8, 7.2))
+    user = speech_like(20, [(1.04, 5.04)])
+    short, long = (measure_reply(speech_like(20, [(6, end)]), user, [5] * 250) for end in (6.8, 7.2))
     assert (short["tor_turn"], long["tor_turn"]) == (0, 1)
 
 

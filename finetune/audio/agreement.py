@@ -169,7 +169,7 @@ def find_disagreements(own: Agreement) -> list[tuple[str, str]]:
         kinds.append(("misplaced", f"{on_nobody} of {own.words} words are where nobody speaks"))
     wordless = own.speech_sec * (1 - own.covered)
     if own.covered < COVERED_SHARE and wordless >= WORDLESS_SEC and not mixed:
-        found = f"the agent speaks for {own.speech_sec:.1f} s, of which {wordless:.1f} s have no words"
+        found = f"the agent speaks for {own.speech_sec:.1f} s, and {wordless:.1f} s of it have no words"
         kinds.append(("few words", found))
     return kinds
 

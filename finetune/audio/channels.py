@@ -85,7 +85,7 @@ class ChannelComparison:
             self._add_block(pcm[:, first:last])
 
     def _add_block(self, pcm: np.ndarray) -> None:
-        if pcm.shape[1] < self._frame // 2:  # nothing can be told from it
+        if pcm.shape[1] < self._frame // 2:  # too short to compare
             return
         if pcm.shape[1] < self._frame + 2 * self._lags:
             missing = self._frame + self._lags - pcm.shape[1]

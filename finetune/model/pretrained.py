@@ -37,7 +37,7 @@ PERSONAPLEX = ModelSpec("personaplex", "nvidia/personaplex-7b-v1", dep_q=DEP_Q, 
 
 
 class Unreachable(UserError):
-    """A file that the hub may have: without a network or permission, its absence cannot be told."""
+    """A file that the hub may have: without a network or permission, nobody knows whether it is there."""
 
 
 class Pretrained:

@@ -5,6 +5,7 @@ import pytest
 
 from finetune.audio.files import FRAME_RATE, FRAME_SIZE
 from finetune.audio.speech import Span, detect_speech, find_spans, frame_levels, speech_threshold, voice_activity
+from tests.support import speech_like
 
 # --- Levels and spans -------------------------------------------------------------------------------------------------
 
@@ -82,18 +83,6 @@ def test_pauses_of_180_ms_are_filled_and_sounds_of_80_ms_removed(level_sec, paus
 # --- Frames of 80 ms, in which evaluation measures --------------------------------------------------------------------
 
 
-def sound(seconds, spans, level_db=-25.0, noise_db=None):
-    """float32 [samples] at 24 kHz: noise at `level_db` dBFS in the spans (seconds), over a background at `noise_db`."""
-    rng = np.random.default_rng(0)
-    pcm = np.zeros(round(seconds * FRAME_RATE) * FRAME_SIZE)
-    if noise_db is not None:
-        pcm += rng.normal(0, 10 ** (noise_db / 20), len(pcm))
-    for start, end in spans:
-        first, last = (round(t * FRAME_RATE) * FRAME_SIZE for t in (start, end))
-        pcm[first:last] += rng.normal(0, 10 ** (level_db / 20), last - first)
-    return pcm.astype(np.float32)
-
-
 def seconds_of_speech(pcm):
     """Spans of voice activity in seconds."""
     return [(s.first / FRAME_RATE, s.last / FRAME_RATE) for s in find_spans(voice_activity(pcm))]
@@ -104,13 +93,13 @@ SPEECH = [(0.8, 2.0), (3.2, 3.52), (5.6, 8.0)]
 
 @pytest.mark.parametrize(("level_db", "noise_db"), [(-28, None), (-28, -60), (-28, -45), (-12, -45)])
 def test_speech_is_found_over_silence_and_noise(level_db, noise_db):
-    assert seconds_of_speech(sound(12, SPEECH, level_db, noise_db)) == SPEECH
-    assert seconds_of_speech(sound(10, [], noise_db=noise_db)) == []
+    assert seconds_of_speech(speech_like(12, SPEECH, level_db, noise_db)) == SPEECH
+    assert seconds_of_speech(speech_like(10, [], noise_db=noise_db)) == []
 
 
 def test_soft_speech_in_a_silent_channel_is_found_and_the_other_speaker_in_the_headphones_is_not():
-    assert seconds_of_speech(sound(12, SPEECH, -45)) == SPEECH
-    assert seconds_of_speech(sound(12, SPEECH, -14) + sound(12, [(9, 11)], -54)) == SPEECH
+    assert seconds_of_speech(speech_like(12, SPEECH, -45)) == SPEECH
+    assert seconds_of_speech(speech_like(12, SPEECH, -14) + speech_like(12, [(9, 11)], -54)) == SPEECH
 
 
 def test_audio_of_any_length_has_voice_activity():

@@ -135,8 +135,8 @@ def import_words(args: argparse.Namespace) -> int:
             failed[path] = str(error) if isinstance(error, UserError) else f"{path}: {error.strerror}"
 
     # 3. Summary.
-    told = ", ".join(f"{number} words of {speaker}" for speaker, number in sorted(words.items())) or "no words"
-    print(f"{args.manifest}: {len(lines)} recordings, {len(done)} with imported words: {told}")
+    shown = ", ".join(f"{number} words of {speaker}" for speaker, number in sorted(words.items())) or "no words"
+    print(f"{args.manifest}: {len(lines)} recordings, {len(done)} with imported words: {shown}")
     show_list("of all words:", [f"{number} {what}" for what, number in counts.most_common()])
     missing = [str(path) for path, own in sources.items() if not own]
     show_list(f"{len(agentless)} x no words of {MAIN_SPEAKER}, the agent:", agentless, limit=5)

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in fields.keys() - set(files):
         refused["in the table, but the file is missing"].append(f"{path}: {why_missing(path)}")
 
-    # 1. Stereo files stay as they are, mono files are joined.
+    # 1. Stereo files are used unchanged, mono files are joined.
     unknown = _find_unknown(files, args, known)
     infos = _run(inspect_recording, unknown, [None] * len(unknown), "inspecting", args.workers, refused)
     mono = _sort_by_channels(infos, args, new, refused)

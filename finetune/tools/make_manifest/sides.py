@@ -26,7 +26,7 @@ def own_sides(left: str, right: str) -> SideNames:
 
 class Side(NamedTuple):
     call: str  # path of the call: that of the file without what tells the side
-    kind: int  # index of the pair of suffixes; -1: told by the folder
+    kind: int  # index of the pair of suffixes; -1: the folder says it
     right: bool
 
 

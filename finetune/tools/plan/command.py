@@ -57,7 +57,7 @@ def read_plan_settings(config: str, overrides: list[str]) -> tuple[TrainArgs, bo
 
 
 def describe_plan(sizes: RunSizes, name: str, memory: int, reserve: int) -> tuple[str, bool]:
-    """Return (the plan as text, whether the run fits into `memory` bytes of which `reserve` stay free)."""
+    """Return (the plan as text, whether the run fits into `memory` bytes and leaves `reserve` of them free)."""
     args, state, evaluation, flops = sizes.args, sizes.state, sizes.evaluation, sizes.flops()
     windows, frames = args.batch_size * args.num_microbatches * sizes.ranks, sizes.frames + sizes.prompt_frames
     steps = [sizes.step(args.batch_size, checkpointing) for checkpointing in (True, False)]

@@ -29,7 +29,7 @@ class SavedReply(NamedTuple):
 
 
 class RunManifest(NamedTuple):
-    """A manifest of the run as it is now."""
+    """The present state of a manifest of the run."""
 
     path: Path
     weight: float

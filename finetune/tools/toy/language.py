@@ -19,7 +19,7 @@ class ToyRole(NamedTuple):
 # All frequencies are multiples of 25 Hz: whole periods in half a frame, so that a sound is alike in all its frames.
 PITCHES = (100, 125, 150, 175, 200, 225, 250, 275)  # Hz
 TIMBRES = (7350, 7950, 8550, 9150, 9750)  # Hz
-BANDS = tuple(range(900, 6301, 600))  # Hz, centres of the bands of which two or three sound in a frame of a word
+BANDS = tuple(range(900, 6301, 600))  # Hz, centres of the bands; two or three of them sound in a frame of a word
 AGENT_VOICES = {
     "basalt": ToyVoice(0, 0),
     "cedar": ToyVoice(2, 1),
