@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # Two threads gain little on models this small, and slow down badly when another process takes a core.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-slurm test-speech lint bench clean
+.PHONY: install demo test test-slurm test-speech test-runtime lint bench clean
 
 install: $(INSTALLED)
 
@@ -29,6 +29,10 @@ test-slurm: $(INSTALLED)
 # Word times on real speech: AUDIO is the wav of the tests in tests/speech, WHISPER a tiny.en model as .pt.
 test-speech: $(INSTALLED)
 	AUDIO="$(AUDIO)" WHISPER="$(WHISPER)" $(BIN)/python -m pytest tests/speech
+
+# NVIDIA's runtime beside ours: PERSONAPLEX is a clone of github.com/NVIDIA/personaplex. Two minutes.
+test-runtime: $(INSTALLED)
+	PERSONAPLEX="$(abspath $(PERSONAPLEX))" $(BIN)/python -m pytest tests/runtime
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,40 +3,55 @@
   python annotate.py data/egs.jsonl --whisper-model medium --num-workers 4
   python annotate.py data/egs.jsonl --personaplex --text-prompt "You are a helpful assistant." --voice-prompt NATF2.pt
   python annotate.py data/egs.jsonl.gz --shards 64 --partition gpu
+  python annotate.py /mnt/read_only/egs.jsonl --output-dir words
 
 A manifest holds JSON lines, {"path": "calls/1.wav", "duration": 63.2}, with paths relative to its folder. A line may
 have its own "text_prompt" and "voice_prompt", which take precedence over the flags, as the flags do over those in an
 earlier .json. The audio is stereo: agent left, user right.
 
+With --output-dir nothing is written next to the recordings: the words go to DIR/calls/1.json, and DIR/egs.jsonl is a
+manifest whose lines name them as "words_path". Train on that one.
+
 A second run does only what is missing. A file that fails does not stop the others: the reason is written to
-<file>.json.err. The summary, also in annotate_report.json next to the manifest, lists words, repairs, failures and the
-files to check by ear. finetune.tools.check_data then checks the data as training reads them.
+<file>.json.err. The summary, also in <manifest>_annotate_report.json next to the manifest, lists words, repairs,
+failures and the files to check by ear. finetune.tools.check_data then checks the data as training reads them.
 
 For SLURM, sbatch reads account, quality of service and time limit from SBATCH_ACCOUNT, SBATCH_QOS and SBATCH_TIMELIMIT.
 The workers share the cores of a machine, unless OMP_NUM_THREADS sets the threads of each.
 """
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from finetune.audio.annotation import USER_SPEAKER, add_words, load_output, missing_speakers, origins, write_output
+from finetune.audio.annotate_report import make_report, print_report
+from finetune.audio.annotation import (
+    ALIGNERS,
+    DEFAULT_ALIGNER,
+    USER_SPEAKER,
+    AnnotateTask,
+    add_words,
+    load_output,
+    missing_speakers,
+    write_output,
+)
 from finetune.audio.files import probe_audio
-from finetune.audio.words import MAIN_SPEAKER, read_alignments, sidecar
+from finetune.audio.words import MAIN_SPEAKER
 from finetune.claim import claimed
 from finetune.cli import UserError, run
 from finetune.data.manifest import read_manifest
-from finetune.files import replacing, why_missing
-from finetune.jobs.failures import Failures, HoursBar, forget_error, show_list
+from finetune.data.words_folder import check_writable, redirect_words
+from finetune.files import expand, replacing, why_missing
+from finetune.jobs.bars import HoursBar
+from finetune.jobs.failures import Failures, forget_error, show_list
 from finetune.jobs.slurm import run_shards
 from finetune.jobs.workers import cores, device_of, run_workers
 from finetune.parser import Parser
@@ -47,17 +62,6 @@ from finetune.prompts.text import wrap_system_prompt
 
 CHANNELS = {"0": {MAIN_SPEAKER: 0}, "1": {MAIN_SPEAKER: 1}, "both": {MAIN_SPEAKER: 0, USER_SPEAKER: 1}}
 CPUS_PER_WORKER = 4  # requested from SLURM: audio is decoded and words are aligned on the CPU
-WORDLESS_SEC = 3.0  # of speech; a file with as much and without words is listed
-UNSURE_SHARE = 0.2  # of the words; a file in which more were dropped as unsure is listed
-
-
-class AnnotateTask(NamedTuple):
-    """One audio file."""
-
-    path: Path
-    output: Path  # its .json
-    duration: float | None  # seconds, from the manifest
-    prompts: dict[str, str]  # prompt fields for the .json
 
 
 # --- 1. Command line and files ----------------------------------------------------------------------------------------
@@ -66,6 +70,8 @@ class AnnotateTask(NamedTuple):
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("egs", type=Path, metavar="MANIFEST", help=".jsonl or .jsonl.gz file")
+    parser.add_argument("--output-dir", type=expand, metavar="DIR", help="folder for the words and a manifest that "
+                        "names them, if they cannot lie next to the recordings")  # fmt: skip
     parser.add_argument("-l", "--local", action="store_true", help="run on this machine, as without --partition")
     parser.add_argument("--num-workers", type=int, help="processes with a model each; default: one per GPU, or 1")
     parser.add_argument("-S", "--shards", type=int, default=1, help="number of SLURM jobs; without --partition, "
@@ -73,6 +79,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--partition", help="submit to this SLURM partition")
     parser.add_argument("--lang", help="language code such as en; default: detected in each file")
     parser.add_argument("--whisper-model", default="medium", help="name (downloaded once) or path of a .pt")
+    parser.add_argument("--aligner", default=DEFAULT_ALIGNER, metavar="NAME", help=f"{' or '.join(ALIGNERS)}, or "
+                        "module:function for another one (see finetune/audio/aligners.py)")  # fmt: skip
     parser.add_argument("--channel", choices=CHANNELS, default="0", help="the agent's, whose words are written (for "
                         "training it is 0); both: also the user's words, as SPEAKER_USER")  # fmt: skip
     parser.add_argument("--personaplex", action="store_true", help="also write the prompts to the .json")
@@ -89,9 +97,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--local and --partition exclude each other")
     if args.shards < 1 or (args.num_workers is not None and args.num_workers < 1):
         raise UserError("--shards and --num-workers must be at least 1")
+    check_aligner(args.aligner)
     if not args.personaplex and (args.text_prompt or args.voice_prompt):
         raise UserError("--text-prompt and --voice-prompt require --personaplex")
     return args
+
+
+def check_aligner(name: str) -> None:
+    """Raise UserError if there is no such aligner, without importing it."""
+    module, _, function = ALIGNERS.get(name, name).partition(":")
+    if not module or not function:
+        raise UserError(f"--aligner {name}: is neither {' nor '.join(ALIGNERS)}, nor module:function")
+    for needed in (module, "stable_whisper" if name == "stable-ts" else module):
+        try:
+            spec = importlib.util.find_spec(needed)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None:
+            remedy = "run pip install '.[stable-ts]'" if needed != module else "is it in a folder of PYTHONPATH?"
+            raise UserError(f"--aligner {name}: there is no module {needed}; {remedy}")
 
 
 def read_tasks(args: argparse.Namespace, problems: list[str]) -> list[AnnotateTask]:
@@ -101,7 +125,7 @@ def read_tasks(args: argparse.Namespace, problems: list[str]) -> list[AnnotateTa
     """
     tasks: dict[Path, AnnotateTask] = {}
     for line in read_manifest(args.egs, problems):
-        output = sidecar(line.path)
+        output = line.words_path
         other = tasks.get(output)
         if other is not None and other.path != line.path:
             problems.append(f"{args.egs}, line {line.number}: {line.path} and {other.path} share one .json")
@@ -125,6 +149,39 @@ def prompt_fields(fields: dict, args: argparse.Namespace) -> dict[str, str]:
         raise UserError("text_prompt and voice_prompt must be strings")
     prompts = {"text_prompt": wrap_system_prompt(text), "voice_prompt": voice.strip()}
     return {key: value for key, value in prompts.items() if value}
+
+
+def check_folders(tasks: list[AnnotateTask], args: argparse.Namespace) -> None:
+    """Raise UserError if a .json that is missing cannot be written, before Whisper has heard anything.
+
+    Folders that only "words_path" names are made.
+    """
+    remedy = "choose another --output-dir" if args.output_dir else "write the words elsewhere with --output-dir"
+    by_folder: dict[Path, list[AnnotateTask]] = {}
+    for task in tasks:
+        by_folder.setdefault(task.output.parent, []).append(task)
+    for folder, own in by_folder.items():
+        if not folder.is_dir() and folder == own[0].path.parent:
+            continue  # the recordings are missing too, which is reported for each
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror}); {remedy}") from None
+        try:
+            check_writable(folder, remedy)
+        except UserError:
+            if any(is_unfinished(task, args) for task in own):
+                raise
+
+
+def is_unfinished(task: AnnotateTask, args: argparse.Namespace) -> bool:
+    """Return whether something has to be written to the .json of a file."""
+    try:
+        content = load_output(task.output)
+    except UserError:
+        return False
+    prompts_missing = any(content.get(key) != value for key, value in task.prompts.items())
+    return prompts_missing or bool(missing_speakers(content, CHANNELS[args.channel]))
 
 
 def needs_whisper(task: AnnotateTask, args: argparse.Namespace) -> bool:
@@ -152,12 +209,18 @@ def start_worker(args: argparse.Namespace, devices: list[str], rank: int) -> Cal
     if not args.verbose:
         warnings.simplefilter("ignore")
         logging.getLogger("whisper_timestamped").setLevel(logging.ERROR)
-    transcriber = Transcriber(args.whisper_model, device, args.lang, args.keep_silence_in_segments)
-    return partial(transcribe, transcriber, Path(args.whisper_model).name.removesuffix(".pt"))
+    aligner = ALIGNERS.get(args.aligner, args.aligner)
+    transcriber = Transcriber(args.whisper_model, device, args.lang, args.keep_silence_in_segments, aligner)
+    origin = {"whisper_model": Path(args.whisper_model).name.removesuffix(".pt")}
+    if args.aligner != DEFAULT_ALIGNER:
+        origin["aligner"] = args.aligner
+    return partial(transcribe, transcriber, origin)
 
 
-def transcribe(transcriber: Callable, model: str, job: tuple[AnnotateTask, dict[str, int]]) -> dict[str, dict]:
-    """Return for each speaker the "words" of the .json, and the record of their origin."""
+def transcribe(
+    transcriber: Callable, origin: dict[str, str], job: tuple[AnnotateTask, dict[str, int]]
+) -> dict[str, dict]:
+    """Return for each speaker the "words" of the .json, and the record of their origin, to which `origin` belongs."""
     task, speakers = job
     if probe_audio(task.path).channels <= max(speakers.values()):
         raise UserError(f"{task.path}: is mono, and --channel asks for the second channel (agent left, user right)")
@@ -165,7 +228,7 @@ def transcribe(transcriber: Callable, model: str, job: tuple[AnnotateTask, dict[
     for speaker, channel in speakers.items():
         transcript = transcriber(task.path, channel)
         words = [[text, [start, end], speaker] for text, start, end in transcript.words]
-        results[speaker] = {"channel": channel, "whisper_model": model} | transcript._asdict() | {"words": words}
+        results[speaker] = {"channel": channel} | origin | transcript._asdict() | {"words": words}
     return results
 
 
@@ -225,98 +288,7 @@ def describe(speaker: str, part: dict) -> str:
     return f"{len(part['words'])} words of {speaker} ({part['language']}), repairs: {repairs or 'none'}"
 
 
-# --- 4. Report --------------------------------------------------------------------------------------------------------
-
-
-def examine_output(task: AnnotateTask, content: dict) -> dict:
-    """Return the row of a file in the report, with the reasons to check it by ear, which `doubt` weighs."""
-    words = len(read_alignments(content["alignments"]))
-    origin = origins(content).get(MAIN_SPEAKER, {})
-    duration, repairs = origin.get("duration", task.duration or 0.0), origin.get("repairs", {})
-    wordless_sec = 0.0 if words or origin.get("sound_sec", 0.0) < WORDLESS_SEC else origin["sound_sec"]
-    unsure = origin.get("unsure", 0)
-    doubted = unsure if unsure > UNSURE_SHARE * (words + unsure) else 0
-    silent, given_up = repairs.get("dropped: in silence", 0), repairs.get("given up: segments", 0)
-    doubts = {
-        f"no words in {wordless_sec:.0f} s of speech": wordless_sec,
-        f"{doubted} of {words + unsure} words in speech dropped as unsure ({origin.get('language')})": doubted,
-        f"{silent} words dropped where the audio is silent": silent,
-        f"{given_up} segments that Whisper could not transcribe": 10 * given_up,
-    }
-    return {
-        "path": str(task.path),
-        "hours": duration / 3600,
-        "words": words,
-        "language": origin.get("language"),
-        "unsure": unsure,
-        "repairs": repairs,
-        # Only of files whose record has them.
-        "agreement": {key: origin[key] for key in ("sound_sec", "worded_sec", "on_speech") if "worded_sec" in origin},
-        "listen": [reason for reason, doubt in doubts.items() if doubt],
-        "doubt": sum(doubts.values()),
-    }
-
-
-def make_report(tasks: list[AnnotateTask], failed: Failures, problems: list[str], manifest: Path) -> dict:
-    """Return the report on all files of a manifest, whichever run annotated them."""
-    rows = []
-    for task in tasks:
-        if str(task.output) in failed:
-            continue
-        try:
-            content = load_output(task.output)
-        except UserError as error:
-            failed[str(task.output)] = str(error)
-            continue
-        if "alignments" in content:
-            rows.append(examine_output(task, content))
-        elif not failed.add_earlier(task.output):  # its shard died before it reported the file
-            failed[str(task.output)] = f"{task.path}: was not done"
-    words, hours = sum(row["words"] for row in rows), sum(row["hours"] for row in rows)
-    repairs = sum((Counter(row["repairs"]) for row in rows), Counter())
-    share = lambda key, whole: sum(row["agreement"].get(key, 0) for row in rows) / whole if whole else None
-    doubtful = sorted((row for row in rows if row["doubt"]), key=lambda row: -row["doubt"])
-    return {
-        "manifest": str(manifest),
-        "files": len(rows),
-        "failed": len(failed),
-        "hours": hours,
-        "words": words,
-        "words_per_minute": words / hours / 60 if hours else 0.0,
-        "speech_with_words": share("worded_sec", sum(row["agreement"].get("sound_sec", 0.0) for row in rows)),
-        "words_on_speech": share("on_speech", sum(row["words"] for row in rows if row["agreement"])),
-        "unsure": sum(row["unsure"] for row in rows),
-        "languages": dict(Counter(row["language"] for row in rows if row["language"]).most_common()),
-        "repairs": dict(sorted(repairs.items())),
-        "listen_first": [{"path": row["path"], "why": row["listen"]} for row in doubtful],
-        "failures": dict(sorted(failed.items())),
-        "bad_lines": problems,
-        "by_file": rows,
-    }
-
-
-def print_summary(report: dict, path: Path) -> None:
-    print(
-        f"{report['files']} files annotated, {report['failed']} failed, {len(report['bad_lines'])} bad lines: "
-        f"{report['hours']:.2f} h, {report['words']} words, {report['words_per_minute']:.0f} words per minute"
-    )
-    if report["words_on_speech"] is not None and report["speech_with_words"] is not None:
-        covered, on_speech = report["speech_with_words"], report["words_on_speech"]
-        print(
-            f"{covered:.0%} of the speech has words, and {on_speech:.0%} of the words are on speech; "
-            f"{report['unsure']} words in speech were dropped as unsure"
-        )
-    if report["languages"]:
-        heard = (f"{language} in {files}" for language, files in report["languages"].items())
-        print(f"languages: {', '.join(heard)} files")
-    show_list("repairs:", [f"{number} {what}" for what, number in report["repairs"].items()])
-    show_list("listen to these first:", [f"{row['path']}: {'; '.join(row['why'])}" for row in report["listen_first"]])
-    show_list("bad lines:", report["bad_lines"])
-    show_list("failed (--rerun-errors tries them again):", list(report["failures"].values()))
-    print(f"report: {path}")
-
-
-# --- 5. Main ----------------------------------------------------------------------------------------------------------
+# --- 4. Main ----------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -324,26 +296,33 @@ def main(argv: list[str] | None = None) -> int:
     args.egs = args.egs.absolute()
     if not args.egs.exists():
         raise UserError(f"{args.egs}: {why_missing(args.egs)}")
-    with claimed(args.egs):
-        return annotate(args)
-
-
-def annotate(args: argparse.Namespace) -> int:
-    """Annotate the files, write the report and print its summary. Returns the exit code."""
     problems: list[str] = []
+    if args.output_dir:
+        args.output_dir = Path(os.path.abspath(args.output_dir))
+        args.egs = redirect_words(args.egs, args.output_dir, problems)
+    else:
+        check_writable(args.egs.parent, "the report belongs next to the manifest; write it elsewhere with --output-dir")
+    with claimed(args.egs):
+        return annotate(args, problems)
+
+
+def annotate(args: argparse.Namespace, problems: list[str]) -> int:
+    """Annotate the files, write the report and print its summary. Returns the exit code.
+
+    `problems`: sentences about bad lines, to which those of this manifest are added.
+    """
     tasks = read_tasks(args, problems)
     if not args.partition:
         device_of(args.device, 0)
-    for folder in dict.fromkeys(task.output.parent for task in tasks):
-        if folder.is_dir() and not os.access(folder, os.W_OK):  # before Whisper hears anything
-            raise UserError(f"{folder}: cannot be written to, and the .json of {tasks[0].path.name} belongs next to it")
+    check_folders(tasks, args)
     model = Path(args.whisper_model)
-    if model.is_file():
+    of_whisper = args.aligner in ALIGNERS  # the model of another aligner is its own affair
+    if of_whisper and model.is_file():
         if model.suffix != ".pt":
             raise UserError(f"{model}: a Whisper model file ends with .pt (openai-whisper's format)")
         args.whisper_model = str(model.resolve())
-    elif any(needs_whisper(task, args) for task in tasks):
-        from finetune.audio.transcriber import download_whisper
+    elif of_whisper and any(needs_whisper(task, args) for task in tasks):
+        from finetune.audio.aligners import download_whisper
 
         download_whisper(args.whisper_model)  # before several workers would write the same file
 
@@ -354,10 +333,13 @@ def annotate(args: argparse.Namespace) -> int:
     failed = Failures({output: sentence for part in results for output, sentence in part.items()})
 
     report = make_report(tasks, failed, problems, args.egs)
-    path = args.egs.parent / "annotate_report.json"
+    stem = args.egs.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+    path = args.egs.with_name(f"{stem}_annotate_report.json")  # one for each of several manifests in a folder
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
-    print_summary(report, path)
+    print_report(report, path)
+    if args.output_dir:
+        print(f"to train on these words: {args.egs}")
     show_list("dead shards:", dead)
     all_failed = report["files"] == 0
     return int(bool(dead) or all_failed or (args.strict and bool(report["failed"] or problems)))

@@ -7,11 +7,17 @@
 A manifest holds JSON lines, {"path": "calls/1.wav", "duration": 63.2}, with paths relative to its folder. The audio is
 stereo: agent left, user right. For each file codes/calls/1.wav.pt is written, and for each manifest
 train_precomputed.jsonl: its lines with all their fields, "codes_path" added and "duration" corrected. Train on that.
-Word times and prompts stay in the .json next to each wav.
+The words and prompts of each file are copied to words/calls/1.wav.json, and the voices that they name to voices/. So
+the output folder is all that training needs: it may be copied to another machine, without the recordings.
 
-A second run encodes only files whose codes are missing, or were made by another Mimi or of audio that has changed. A
-file that fails does not stop the others: it is listed at the end and in <codes>.err, and left out of the new manifest.
+A second run encodes only files whose codes are missing, or were made by another Mimi or of audio that has changed, and
+copies words that have changed; run it whenever they have, because training refuses copies that are out of date. A file
+that fails does not stop the others: it is listed at the end and in <codes>.err, and left out of the new manifest.
 Give data sets in different folders different output folders.
+
+Kyutai's and NVIDIA's runtimes make different codes of the same sound after its first 10 s. Codes are those of the
+runtime that serves the model of --hf-repo; --personaplex chooses NVIDIA's. Training refuses codes of the other one, so
+give the codes of each an output folder of its own.
 
 For SLURM, sbatch reads account, quality of service and time limit from SBATCH_ACCOUNT, SBATCH_QOS and SBATCH_TIMELIMIT.
 """
@@ -21,56 +27,39 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from moshi.models import MimiModel
 
-from finetune.audio.codec import encode_streams
 from finetune.audio.codes import (
     audio_fingerprint,
     check_codes,
-    fingerprint_file,
     in_range,
     load_codes,
-    open_audio,
-    save_codes,
     save_tensors,
 )
-from finetune.audio.files import SAMPLE_RATE, probe_audio, to_frames
-from finetune.audio.memory import default_slots, keep_freed_memory
-from finetune.audio.stream import stream_audio
-from finetune.audio.words import MAIN_SPEAKER
+from finetune.audio.encode_files import CHANNELS, EncodeTask, audio_stamp, encode_files
+from finetune.audio.files import to_frames
+from finetune.audio.words import MAIN_SPEAKER, sidecar
 from finetune.claim import claimed
 from finetune.cli import UserError, run
-from finetune.data.manifest import read_manifest
-from finetune.files import replacing
-from finetune.jobs.failures import Failures, HoursBar, forget_error, show_list
+from finetune.data.manifest import path_from, read_manifest
+from finetune.data.portable import Copier
+from finetune.files import expand, replacing, why_missing
+from finetune.jobs.failures import forget_error, show_list
 from finetune.jobs.slurm import run_shards
 from finetune.jobs.workers import device_of
 from finetune.model.pretrained import MOSHI, Pretrained
 from finetune.parser import Parser
-from finetune.prompts.same_speaker import same_speaker_file
 from finetune.prompts.segment_files import has_same_speaker, save_same_speaker
+from finetune.streams import DEP_Q
 
-CHANNELS = 2  # agent, user
 SUFFIX = "_precomputed.jsonl"  # of the new manifests
 ROUNDING_SEC = 0.01  # a duration in a manifest that is off by less is left unchanged
 TRUNCATED_SEC = 1.0  # a file that is shorter by more than its manifest says is listed
-
-
-class EncodeTask(NamedTuple):
-    """One audio file. Paths are strings, which take a third of the memory of Path: there may be a million files."""
-
-    path: str
-    codes: str  # path of the file of codes
-    duration: float | None  # seconds, from the manifest
 
 
 class EncodeResult(NamedTuple):
@@ -79,6 +68,8 @@ class EncodeResult(NamedTuple):
     durations: dict[str, float]  # file of codes: true seconds of its audio
     failed: dict[str, str]  # file of codes that could not be made: reason
     voiceless: list[str]  # a sentence for each audio file whose same_speaker voice could not be made
+    wordless: list[str]  # and for each whose words cannot be read
+    unknown_voices: set[str]  # names of voices that are no files here
     encoded_sec: float  # audio encoded in this run
     wall_sec: float  # from the moment the codec was loaded
 
@@ -92,6 +83,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the codes and the new manifests")
     parser.add_argument("--hf-repo", default=MOSHI.default_repo, help="hub repository or folder of the model to train")
     parser.add_argument("--mimi-path", help="Mimi weights to use instead of the repository's")
+    parser.add_argument("--personaplex", action="store_true", help="make the codes for train_personaplex.py, also if "
+                        "--hf-repo is a Moshi to start from")  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda or cuda:1; default: cuda if there is one")
     parser.add_argument("--slots", type=int, help="channels encoded at once; default: 32 on a CPU, up to 64 on a GPU")
     parser.add_argument("--exact", action="store_true", help="give each file the very codes that it gets alone, where "
@@ -99,6 +92,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--same-speaker", action="store_true", help="also encode agents for voice: same_speaker")
     parser.add_argument("--speakers", nargs="+", default=[MAIN_SPEAKER], metavar="LABEL", help="whose words are the "
                         "agent's, as in data.speakers; for --same-speaker")  # fmt: skip
+    parser.add_argument("--voices-dir", type=expand, metavar="DIR", help="folder of the voices that the data name, as "
+                        "prompt.voices_dir; they are copied to the output folder")  # fmt: skip
     parser.add_argument("--num-load-threads", type=int, default=4, help="threads that decode and resample")
     parser.add_argument("-S", "--shards", type=int, default=1, help="number of SLURM jobs; without --partition, "
                         "of processes on this machine")  # fmt: skip
@@ -109,6 +104,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--shards and --num-load-threads must be at least 1")
     if args.slots is not None and args.slots < CHANNELS:
         raise UserError(f"--slots {args.slots}: must be at least {CHANNELS}, the channels of a stereo file")
+    if args.voices_dir is not None and not args.voices_dir.is_dir():
+        raise UserError(f"--voices-dir {args.voices_dir}: {why_missing(args.voices_dir)}")
     return args
 
 
@@ -132,6 +129,7 @@ def read_tasks(args: argparse.Namespace, problems: list[str]) -> dict[str, Encod
     taken: set[str] = set()
     earlier = read_earlier(args.output_dir, targets)
     for source in args.manifests:
+        folder = str(source.parent)
         for line in read_manifest(source, problems):
             path = os.path.normpath(line.path)
             if path in tasks:
@@ -140,7 +138,8 @@ def read_tasks(args: argparse.Namespace, problems: list[str]) -> dict[str, Encod
             if codes in taken or (earlier.get(codes, path) != path and not made_from(codes, path)):
                 codes = f"{codes.removesuffix('.pt')}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.pt"
             taken.add(codes)
-            tasks[path] = EncodeTask(path, codes, line.duration)
+            words = str(line.words_path) if "words_path" in line.fields else None
+            tasks[path] = EncodeTask(path, codes, line.duration, words, folder)
     if not tasks:
         raise UserError("; ".join([f"{args.manifests[0]}: names no audio file", *problems[:1]]))
     return dict(sorted(tasks.items(), key=lambda item: (-(item[1].duration or float("inf")), item[0])))
@@ -162,19 +161,6 @@ def made_from(codes: str, path: str) -> bool:
         return load_codes(Path(codes))["audio"] == audio_fingerprint(Path(path))
     except UserError:
         return False
-
-
-def audio_stamp(path: Path) -> dict[str, str | int]:
-    """Return the date (ns) of a file and a digest of all of it, to be saved with its codes.
-
-    Raises UserError if the file cannot be read.
-    """
-    with open_audio(path) as file:
-        date = os.fstat(file.fileno()).st_mtime_ns  # before reading: a file that changes meanwhile gets a later date
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-        return {"audio_mtime_ns": date, "audio_sha256": digest.hexdigest()}
 
 
 def encoded_duration(task: EncodeTask, mimi_fingerprint: str, exact: bool) -> float | None:
@@ -199,50 +185,37 @@ def encoded_duration(task: EncodeTask, mimi_fingerprint: str, exact: bool) -> fl
 # --- 2. Encoding ------------------------------------------------------------------------------------------------------
 
 
-class PieceReader:
-    """The audio of one file in pieces; a thread decodes the next piece while this one is encoded.
+def words_of(task: EncodeTask) -> Path:
+    """Return the path of the .json of words of a file."""
+    return Path(task.words) if task.words else sidecar(Path(task.path))
 
-    Attributes:
-        samples: number of samples per channel read so far, at 24 kHz.
-        fingerprint, stamp: of the file, taken before it is decoded.
+
+def encode_shard(
+    args: argparse.Namespace, all_tasks: dict[str, EncodeTask] | None, index: int, count: int
+) -> EncodeResult:
+    """Encode every `count`-th file from `index` on whose codes or voices are missing or out of date, and copy words.
+
+    `all_tasks` None: they are read from the manifests.
     """
-
-    def __init__(self, task: EncodeTask, pool: ThreadPoolExecutor, bar: HoursBar):
-        self.task = task
-        self.samples = 0
-        self.fingerprint, self.stamp = "", {}
-        self._pool, self._bar = pool, bar
-        self._pieces = self._decode()
-        self._next = pool.submit(next, self._pieces, None)
-
-    def _decode(self) -> Iterator[np.ndarray]:
-        path = Path(self.task.path)
-        self.fingerprint, self.stamp = audio_fingerprint(path), audio_stamp(path)
-        channels = probe_audio(path).channels
-        if channels != CHANNELS:
-            raise UserError(f"{path}: has {channels} channel(s); training needs agent left, user right")
-        yield from stream_audio(path)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        while (piece := self._next.result()) is not None:
-            self._next = self._pool.submit(next, self._pieces, None)
-            self.samples += piece.shape[1]
-            self._bar.update(piece.shape[1] / SAMPLE_RATE)
-            yield piece
-
-
-def encode_shard(args: argparse.Namespace, index: int, count: int) -> EncodeResult:
-    """Encode every `count`-th file from `index` on whose codes or voices are missing or out of date."""
-    tasks = list(read_tasks(args, problems=[]).values())[index::count]
+    tasks = list((all_tasks or read_tasks(args, problems=[])).values())[index::count]
     checkpoint = Pretrained(args.hf_repo, mimi_path=args.mimi_path)
-    fingerprint = fingerprint_file(checkpoint.mimi_weights())
+    dep_q = DEP_Q if args.personaplex else None
+    fingerprint = checkpoint.mimi_fingerprint(dep_q)
     durations: dict[str, float] = {}
     todo, without_voice = [], []
 
     def inspect(task: EncodeTask) -> tuple[float | None, bool]:
         duration = encoded_duration(task, fingerprint, args.exact)
-        voice = (Path(task.path), Path(task.codes), fingerprint, args.speakers, args.exact)
+        voice = (Path(task.path), Path(task.codes), fingerprint, args.speakers, args.exact, lambda _: words_of(task))
         return duration, not args.same_speaker or (duration is not None and has_same_speaker(*voice))
+
+    copier = Copier(args.output_dir, args.voices_dir)
+
+    def copy(task: EncodeTask) -> str | None:
+        try:
+            copier.copy_words(words_of(task), task.codes, Path(task.path).parent, Path(task.folder))
+        except UserError as error:
+            return str(error)
 
     with ThreadPoolExecutor(args.num_load_threads) as pool:
         for start in range(0, len(tasks), 1000):  # a million futures would take more memory than a million tasks
@@ -255,69 +228,35 @@ def encode_shard(args: argparse.Namespace, index: int, count: int) -> EncodeResu
                     forget_error(Path(task.codes))
                 if not has_voice:
                     without_voice.append(task)
+        wordless = []
+        for start in range(0, len(tasks), 1000):
+            wordless += filter(None, pool.map(copy, tasks[start : start + 1000]))
         if not todo and not without_voice:
-            return EncodeResult(durations, {}, [], 0.0, 0.0)
-        mimi = checkpoint.mimi(device_of(args.device, index))
+            return EncodeResult(durations, {}, [], wordless, copier.unknown, 0.0, 0.0)
+        mimi = checkpoint.mimi(device_of(args.device, index), dep_q)
         started = time.monotonic()
-        encoded, failed = encode_files(args, todo, mimi, fingerprint, pool)
+        encoded, failed = encode_files(todo, mimi, fingerprint, pool, args.num_load_threads, args.slots, args.exact)
     durations |= encoded
     pairs = [(Path(task.path), Path(task.codes)) for task in without_voice if task.codes in durations]
-    problems = save_same_speaker(pairs, mimi, fingerprint, args.speakers, args.exact)
+    words = {Path(task.path): words_of(task) for task in without_voice}
+    problems = save_same_speaker(pairs, mimi, fingerprint, args.speakers, args.exact, words.__getitem__)
     voiceless = [f"{path}: {why}" for path, why in problems.items()]
-    return EncodeResult(durations, failed, voiceless, sum(encoded.values()), time.monotonic() - started)
-
-
-def encode_files(
-    args: argparse.Namespace, tasks: list[EncodeTask], mimi: MimiModel, fingerprint: str, pool: ThreadPoolExecutor
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Encode files and save their codes. Returns `durations` and `failed` of an EncodeResult."""
-    device = next(mimi.parameters()).device
-    if device.type == "cpu":
-        keep_freed_memory()
-    slots = min(args.slots or default_slots(device), CHANNELS * max(1, len(tasks)))
-    durations, failures = {}, Failures()
-    readers: dict[int, PieceReader] = {}
-    with HoursBar([task.duration for task in tasks], "encoding") as bar:
-
-        def start_readers() -> Iterator[PieceReader]:
-            ahead = args.num_load_threads - 1  # readers that have started and not been taken
-            for number in range(len(tasks) + ahead):
-                if number < len(tasks):
-                    readers[number] = PieceReader(tasks[number], pool, bar)
-                if number >= ahead:
-                    yield readers[number - ahead]
-
-        with closing(encode_streams(mimi, start_readers(), slots, args.exact)) as results:
-            for number, result in results:
-                reader = readers.pop(number)
-                codes, seconds = Path(reader.task.codes), reader.samples / SAMPLE_RATE
-                codes.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    if isinstance(result, UserError):
-                        raise result
-                    same_speaker_file(codes).unlink(missing_ok=True)  # it belongs to the previous audio
-                    save_codes(codes, result, seconds, fingerprint, reader.fingerprint, reader.stamp, args.exact)
-                except (UserError, OSError) as error:
-                    failures.add(codes, reader.task.path, error)
-                    bar.set_postfix_str(f"{len(failures)} failed")
-                else:
-                    forget_error(codes)
-                    durations[reader.task.codes] = seconds
-    return durations, failures
+    seconds = sum(encoded.values()), time.monotonic() - started
+    return EncodeResult(durations, failed, voiceless, wordless, copier.unknown, *seconds)
 
 
 # --- 3. New manifests -------------------------------------------------------------------------------------------------
 
 
 def write_manifest(
-    source: Path, target: Path, tasks: dict[str, EncodeTask], durations: dict[str, float]
-) -> tuple[int, int, list[str]]:
+    source: Path, target: Path, tasks: dict[str, EncodeTask], durations: dict[str, float], copier: Copier
+) -> tuple[int, int, int, list[str]]:
     """Write the lines whose files have codes.
 
-    Returns the number of lines, the number of durations that were wrong, and a sentence for each file that is much
-    shorter than its manifest says.
+    Returns the number of lines, of lines without words, of durations that were wrong, and a sentence for each file that
+    is much shorter than its manifest says.
     """
-    lines, corrected, truncated = 0, 0, []
+    lines, wordless, corrected, truncated = 0, 0, 0, []
     # UTF-8 cannot encode half of a surrogate pair; backslashreplace writes it as JSON's own escape.
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
         for line in read_manifest(source, problems=[]):
@@ -334,14 +273,17 @@ def write_manifest(
                 line.fields["duration"] = round(duration, 6)
             line.fields["path"] = path_from(target.parent, task.path)
             line.fields["codes_path"] = path_from(target.parent, task.codes)
+            copy = str(copier.target(task.codes))
+            if copied := os.path.exists(copy):
+                line.fields["words_path"] = path_from(target.parent, copy)
+            elif task.words:
+                line.fields["words_path"] = task.words
+            wordless += not copied
+            if isinstance(voice := line.fields.get("voice_prompt"), str):
+                line.fields["voice_prompt"] = copier.copy_voice(voice, line.path.parent, source.parent)
             out.write(json.dumps(line.fields, ensure_ascii=False) + "\n")
             lines += 1
-    return lines, corrected, truncated
-
-
-def path_from(folder: Path, path: str) -> str:
-    """Return `path` relative to `folder` if it is below it, else unchanged."""
-    return path.removeprefix(f"{folder}{os.sep}")
+    return lines, wordless, corrected, truncated
 
 
 # --- 4. Main ----------------------------------------------------------------------------------------------------------
@@ -366,26 +308,30 @@ def main(argv: list[str] | None = None) -> int:
 def encode(args: argparse.Namespace, tasks: dict[str, EncodeTask], problems: list[str]) -> int:
     """Encode the files, write the manifests and print the summary. Returns the exit code."""
     started = time.monotonic()
+    sharded = args.partition or args.shards > 1  # each shard reads the manifests: a million tasks are slow to send
     try:
         results, dead = run_shards(
-            partial(encode_shard, args), args.shards, folder=args.output_dir / "jobs", name="precompute",
-            partition=args.partition, cpus=args.num_load_threads, gpus=0 if args.device == "cpu" else 1,
+            partial(encode_shard, args, None if sharded else tasks), args.shards, folder=args.output_dir / "jobs",
+            name="precompute", partition=args.partition, cpus=args.num_load_threads,
+            gpus=0 if args.device == "cpu" else 1,
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise UserError("the GPU's memory is full; use fewer --slots (finished files are kept)") from None
     durations = {codes: seconds for result in results for codes, seconds in result.durations.items()}
     failed = {codes: why for result in results for codes, why in result.failed.items()}
     voiceless = sorted(sentence for result in results for sentence in result.voiceless)
+    wordless = sorted(sentence for result in results for sentence in result.wordless)
     for task in tasks.values():
         if task.codes not in durations:  # a shard died, or the manifest changed while it waited
             failed.setdefault(task.codes, f"{task.path}: was not done")
 
-    lines, corrected, truncated = 0, 0, []
+    written, copier = [], Copier(args.output_dir, args.voices_dir)
     for source in args.manifests:
         target = output_manifest(args.output_dir, source)
-        written = write_manifest(source, target, tasks, durations)
-        lines, corrected, truncated = lines + written[0], corrected + written[1], truncated + written[2]
-        print(f"{target}: {written[0]} lines")
+        written.append(write_manifest(source, target, tasks, durations, copier))
+        print(f"{target}: {written[-1][0]} lines")
+    lines, without_words, corrected = (sum(numbers) for numbers in list(zip(*written))[:3])
+    truncated = [sentence for *_, own in written for sentence in own]
 
     encoded_sec = sum(result.encoded_sec for result in results)
     wall_sec = max((result.wall_sec for result in results), default=0.0)
@@ -396,6 +342,7 @@ def encode(args: argparse.Namespace, tasks: dict[str, EncodeTask], problems: lis
         "hours": f"{hours:.2f}, {encoded_sec / 3600:.2f} of them encoded now",
         "speed": f"{encoded_sec / wall_sec:.1f} x real time" if wall_sec else "all codes were up to date",
         "size": f"{size / hours:,.0f} bytes per hour" if hours else "nothing",
+        "words": f"of {lines - without_words} lines copied, {without_words} have none yet",
         "durations": f"{corrected} of {lines} corrected",
         "time": f"{time.monotonic() - started:.1f} s",
     }
@@ -404,9 +351,13 @@ def encode(args: argparse.Namespace, tasks: dict[str, EncodeTask], problems: lis
     show_list("bad lines:", problems)
     show_list("much shorter than their manifest says (truncated?):", truncated)
     show_list("failed (repair them or take their lines out):", [failed[codes] for codes in sorted(failed)])
+    unknown = sorted(copier.unknown.union(*(result.unknown_voices for result in results)))
+    show_list("voices that are no files here, which training looks for in prompt.voices_dir and the model's voices.tgz "
+              "(--voices-dir FOLDER copies those of a folder):", unknown)  # fmt: skip
+    show_list("words that cannot be read, and were not copied:", wordless)
     show_list("no same_speaker voice, which training with same_speaker needs:", voiceless)
     show_list("dead shards:", dead)
-    return int(bool(dead) or not durations or (args.strict and bool(failed or problems or voiceless)))
+    return int(bool(dead) or not durations or (args.strict and bool(failed or problems or voiceless or wordless)))
 
 
 if __name__ == "__main__":

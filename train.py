@@ -3,7 +3,6 @@
 import finetune  # noqa: F401  # isort: skip  (first: from here on Ctrl-C ends in one line)
 
 import contextlib
-import dataclasses
 import logging
 
 import torch
@@ -17,13 +16,13 @@ from finetune.config import load_args
 from finetune.data.run_data import RunData
 from finetune.data.windows import many_epochs
 from finetune.distributed import World, make_mesh, multiplies_bfloat16, session, shard
-from finetune.lora import add_adapters
 from finetune.metrics import Metrics
-from finetune.model.build import StoredWeights, build_lm, check_memory, load_weights, set_trainable
+from finetune.model.build import StoredWeights, build_lm, check_memory, load_weights, make_trainable
 from finetune.model.consolidated import Artefact, inference_config
 from finetune.model.pretrained import MOSHI, ModelSpec, Pretrained, lm_kwargs
+from finetune.model.quantised import refuse_shards
 from finetune.model.training_lm import TrainingLM
-from finetune.optim import build_optimizer
+from finetune.optim import Schedule, build_optimizer
 from finetune.run_dir import check_run_dir, open_run
 from finetune.streams import N_STREAMS
 
@@ -68,6 +67,7 @@ def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
     torch._dynamo.config.disable = True
     torch.manual_seed(args.seed)
     check_run_dir(args)
+    refuse_shards(args.base_dtype, args.sharding, world.size)
 
     # 1. Find the files of the model. Step 3 reads their values; here only headers are read.
     paths = vars(args.moshi_paths) | {"hf_repo_id": args.moshi_paths.hf_repo_id or spec.default_repo}
@@ -88,9 +88,7 @@ def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
     # 3. Build the model without memory and shard it first, so that each rank allocates and reads only its shard.
     dtype = getattr(torch, args.param_dtype)
     lm = build_lm(kwargs, dtype)
-    if args.lora.enable:
-        add_adapters(lm, args.lora.rank, args.lora.scaling)
-    set_trainable(lm, args.full_finetuning, args.lora.ft_embed)
+    make_trainable(lm, args)
     training_lm = TrainingLM(lm, args.gradient_checkpointing)
     shard(training_lm, [*lm.transformer.layers, *lm.depformer.layers], make_mesh(world, args.sharding), dtype)
     check_memory(lm, world.device, world.local_size)
@@ -105,19 +103,39 @@ def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
         progress = loop.Progress()
         if newest := newest_complete(folder, world):
             path, state = newest
-            progress = loop.Progress(**{field.name: state[field.name] for field in dataclasses.fields(progress)})
+            progress = loop.Progress.of(state)
             load_checkpoint(path, lm, optimizer, progress.step)
             logger.info("continuing from %s", path)
             warn_of_changes(state, args, data, world)
+            progress.schedule = continue_schedule(progress, args)
 
         # 5. Decide what each checkpoint offers for inference: adapters, or complete (merged) weights.
-        adapters = (args.lora.rank, args.lora.scaling) if args.lora.enable and args.save_adapters else None
-        artefact = Artefact(inference_config(checkpoint, kwargs), adapters, dtype)
+        scaling = args.lora.scaling if args.lora.enable and args.save_adapters else None
+        artefact = Artefact(inference_config(checkpoint, kwargs), scaling, dtype)
 
         # 6. Train.
         with contextlib.closing(Metrics(folder, args, world.is_main, progress.step)) as metrics:
-            run = loop.TrainingRun(args, world, folder, training_lm, optimizer, data, artefact, progress, metrics, stop)
-            return loop.train(run)
+            parts = training_lm, optimizer, data, artefact, progress, metrics, stop, weights
+            return loop.train(loop.TrainingRun(args, world, folder, *parts))
+
+
+def continue_schedule(progress: loop.Progress, args: TrainArgs) -> Schedule | None:
+    """Return the schedule of the learning rate of a run that continues: the stored one, or, if max_steps or the shape
+    has changed, one that begins at the present rate."""
+    stored = progress.schedule
+    if stored is None or (stored.max_steps, stored.shape) == (args.max_steps, args.optim.schedule):
+        return stored
+    new = stored.continued(progress.step, args.optim, args.max_steps)
+    logger.warning(
+        "the learning rate goes on from %.2e, where it is now (%s to step %d, before: %s to step %d)",
+        args.optim.lr * new.first, new.shape, new.max_steps, stored.shape, stored.max_steps,
+    )  # fmt: skip
+    if new.peak < 0.05:
+        logger.warning(
+            "that is %.1f %% of optim.lr, so little more will be learnt; a schedule of constant or wsd leaves the rate "
+            "up for longer runs, and a higher optim.lr raises it", 100 * new.peak,
+        )  # fmt: skip
+    return new
 
 
 def warn_of_changes(state: dict, args: TrainArgs, data: RunData, world: World) -> None:
@@ -149,6 +167,9 @@ def describe(args: TrainArgs, spec: ModelSpec, weights: StoredWeights, data: Run
             longest, 100 * longest / (longest + frames))  # fmt: skip
         log("%d recorded or .pt voices; %.0f %% of the windows lose their text prompt, %.0f %% their voice prompt",
             len(data.prompter.voices), 100 * prompt.drop_text, 100 * prompt.drop_voice)  # fmt: skip
+        without = 1 - (1 - data.voiceless_share) * (1 - prompt.drop_voice)
+        log("%.1f %% of the windows are without a voice (%.1f %% before prompt.drop_voice)", 100 * without,
+            100 * data.voiceless_share)  # fmt: skip
     log("%.1f steps per epoch; %d steps = %.2f epochs", windows / per_step, steps, steps * per_step / windows)
     if sentence := many_epochs(data.train, steps * per_step):
         logger.warning("WARNING: %s: lower max_steps, or add data", sentence)

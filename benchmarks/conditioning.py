@@ -62,7 +62,7 @@ def prepare(folder: Path, hours: float) -> None:
     manifests = [str(folder / f"data/{split}.jsonl") for split in ("train", "eval")]
     subprocess.run(
         [sys.executable, "precompute_codes.py", *manifests, "--output-dir", str(folder / "codes"), "--hf-repo",
-         str(folder / "model"), "--device", "cpu"],
+         str(folder / "model"), "--personaplex", "--device", "cpu"],
         check=True,
     )  # fmt: skip
 

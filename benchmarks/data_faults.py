@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 
 from finetune.audio.files import read_audio, to_int16, write_wav
-from finetune.audio.words import MAIN_SPEAKER, Word, read_words
+from finetune.audio.words import MAIN_SPEAKER, Word, read_words, sidecar
 from finetune.cli import run
 from finetune.config import load_args
 from finetune.parser import Parser
@@ -69,7 +69,8 @@ def toy_dialogues(folder: Path, files: int) -> list[Dialogue]:
     make_corpus(folder, hours=files * 13 / 3600, seed=0)
     out = []
     for path in sorted((folder / "train").glob("*.wav"))[:files]:
-        out.append(Dialogue(read_audio(path, sample_rate=RATE), read_words(path)[0], read_words(path, [USER])[0]))
+        words, other = (read_words(sidecar(path), [speaker])[0] for speaker in (MAIN_SPEAKER, USER))
+        out.append(Dialogue(read_audio(path, sample_rate=RATE), words, other))
     return out
 
 
@@ -101,7 +102,7 @@ def espeak_phrases(voices: Sequence[str]) -> dict[str, list[Phrase]]:
 
 def recorded_phrases(path: Path) -> list[Phrase]:
     """Phrases of a recording: words with less than 0.3 s between them."""
-    pcm, words = read_audio(path, sample_rate=RATE, channel=0)[0], read_words(path)[0]
+    pcm, words = read_audio(path, sample_rate=RATE, channel=0)[0], read_words(sidecar(path))[0]
     groups: list[list[Word]] = []
     for word in words:
         if groups and word[1] - groups[-1][-1][2] < 0.3:

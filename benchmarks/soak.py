@@ -108,7 +108,7 @@ def main() -> int:
         make_corpus(folder / "data", hours=0.05)
         manifests = [str(folder / f"data/{split}.jsonl") for split in ("train", "eval")]
         precompute_codes.main([*manifests, "--output-dir", str(folder / "codes"), "--hf-repo", str(folder / "model"),
-                               "--device", "cpu"])  # fmt: skip
+                               "--personaplex", "--device", "cpu"])  # fmt: skip
     straight, killed = folder / "straight", folder / "killed"
     for path in (straight, killed):
         shutil.rmtree(path, ignore_errors=True)

@@ -11,9 +11,11 @@ say "1. A tiny Moshi and a quarter of an hour of synthetic stereo dialogues"
 rm -rf "$run"
 python -m finetune.tools.toy "$run/world" --hours 0.25
 
-say "2. Mimi codes of the dialogues, computed once"
-python precompute_codes.py "$run/world/data/train.jsonl" "$run/world/data/eval.jsonl" \
-  --output-dir "$run/codes" --hf-repo "$run/world/model" --device cpu
+say "2. Mimi codes of the dialogues, computed once, as each model's server makes them"
+manifests=("$run/world/data/train.jsonl" "$run/world/data/eval.jsonl")
+python precompute_codes.py "${manifests[@]}" --output-dir "$run/codes" --hf-repo "$run/world/model" --device cpu
+python precompute_codes.py "${manifests[@]}" --output-dir "$run/codes_personaplex" --hf-repo "$run/world/model" \
+  --device cpu --personaplex
 
 say "3. Full fine-tuning of Moshi (8 codebooks: the agent's)"
 python train.py example/tiny_moshi.yaml

@@ -160,12 +160,13 @@ run("-m", "finetune.tools.check_data", config, "--report", FOLDER / "data_report
 # ## 6. Codes
 #
 # The model does not read sound but the codes of Mimi: 8 numbers per channel, 12.5 times a second. They are computed
-# once, with the codec of the model that you train.
+# once, with the codec of the model that you train. NVIDIA's server makes slightly different codes than Kyutai's, hence
+# `--personaplex`.
 
 # %%
 run(
     "precompute_codes.py", FOLDER / "data/calls.jsonl", FOLDER / "data/calls_eval.jsonl",
-    "--output-dir", FOLDER / "codes", "--hf-repo", FOLDER / "world/model", "--device", "cpu",
+    "--output-dir", FOLDER / "codes", "--hf-repo", FOLDER / "world/model", "--personaplex", "--device", "cpu",
 )  # fmt: skip
 
 # %% [markdown]

@@ -36,6 +36,7 @@ class DataArgs(Settings):
         True, description="Delay a word until the previous one is out; false truncates the previous one."
     )
     speakers: list[str] = Field(["SPEAKER_MAIN"], description="Speakers whose words become the text stream.")
+    skip: list[str] = Field([], description="Windows not to train on, as messages name them: `a.wav at 8.00 s`.")
     drop_tags: bool = Field(True, description="Leave out tags of transcribers, such as `[laughter]`, `<unk>` or `%uh`.")
 
 
@@ -47,18 +48,53 @@ class PathsArgs(Settings):
     config_path: File = Field(None, description="config.json, instead of the repository's.")
 
 
+AdapterTarget = Literal[
+    "temporal", "temporal.attention", "temporal.gating",
+    "depformer", "depformer.attention", "depformer.gating", "depformer.inputs",
+    "heads", "heads.text", "heads.audio",
+]  # fmt: skip
+
+
 class LoraArgs(Settings):
     enable: bool = Field(False, description="Train low-rank adapters on a frozen base.")
     rank: Count = Field(64, description="Rank of the adapters.")
+    depformer_rank: CountOrZero | None = Field(None, description="Their rank in the depformer, 0 for none; or rank.")
+    heads_rank: CountOrZero | None = Field(None, description="Their rank in the output heads, 0 for none; or rank.")
+    targets: list[AdapterTarget] = Field(
+        ["temporal", "depformer", "heads"],
+        description="Parts with adapters: `temporal` (or its `.attention`, `.gating`), `depformer` (or its "
+        "`.attention`, `.gating`, `.inputs`), `heads` (or its `.text`, `.audio`).",
+    )
     scaling: Positive = Field(2.0, description="Factor on the output of the adapters.")
     ft_embed: bool = Field(False, description="Train the embedding tables too.")
+
+    drift_weight: NonNegative = Field(
+        0.0, description="Loss weight of the divergence from the base on an eighth of the frames; a third more time."
+    )
+
+    def rank_of(self, part: str) -> int:
+        """The rank of the adapters in a part of the model (finetune.lora.part_of); 0 for none."""
+        whole = part.partition(".")[0]
+        if not {part, whole} & set(self.targets):
+            return 0
+        own = {"depformer": self.depformer_rank, "heads": self.heads_rank}.get(whole)
+        return self.rank if own is None else own
 
 
 class OptimArgs(Settings):
     lr: Positive = Field(1e-4, description="Peak learning rate.")
-    depformer_lr: Positive | None = Field(None, description="Peak rate of depformer* and linears.*; lr if absent.")
+    depformer_lr: NonNegative | None = Field(
+        None, description="Peak rate of depformer* and linears.*, 0 to leave them as they are; lr if absent."
+    )
+    heads_lr: NonNegative | None = Field(
+        None, description="Peak rate of the output heads; if absent, lr for text and depformer_lr for audio."
+    )
     weight_decay: NonNegative = Field(0.1, description="Weight decay of AdamW, on matrices only.")
-    pct_start: Fraction = Field(0.05, description="Fraction of max_steps that warms up; a cosine to zero follows.")
+    pct_start: Fraction = Field(0.05, description="Fraction of max_steps in which the rate rises to its peak.")
+    schedule: Literal["cosine", "constant", "wsd"] = Field(
+        "cosine", description="Then a cosine to zero, the peak rate, or the peak rate and in the last fifth a line to "
+        "zero (`wsd`), after which runs may go on for longer.",
+    )  # fmt: skip
     betas: Betas = Field((0.9, 0.95), description="Betas of AdamW.")
     eps: Positive = Field(1e-8, description="Epsilon of AdamW.")
 
@@ -72,6 +108,21 @@ class PromptArgs(Settings):
     drop_text: Fraction = Field(0.0, description="Probability that a window loses its text prompt.")
     drop_voice: Fraction = Field(0.0, description="Probability that a window loses its voice prompt.")
     max_sec: Positive = Field(30.0, description="Longest prompt, in seconds; the end of a longer recording is cut off.")
+    reserve_sec: NonNegative = Field(
+        0.0, description="Seconds of dialogue that a window gives up for a `same_speaker` voice if it finds no other."
+    )
+    allow_voiceless: bool = Field(
+        False, description="Train windows for which `same_speaker` finds no voice, which are otherwise an error."
+    )
+
+
+class GuardArgs(Settings):
+    action: Literal["off", "warn", "stop", "rollback"] = Field(
+        "warn",
+        description="What to do when free-running replies leave the bounds around base and data: nothing, warn, end "
+        "the run, or go back to the last good checkpoint and on at half the rate.",
+    )
+    max_rollbacks: Count = Field(2, description="Times to go back before the run ends.")
 
 
 class WandbArgs(Settings):
@@ -89,6 +140,7 @@ class TrainArgs(Settings):
     full_finetuning: bool = Field(False, description="Train every parameter.")
     optim: Section[OptimArgs] = OptimArgs()
     prompt: Section[PromptArgs] = PromptArgs()
+    guard: Section[GuardArgs] = GuardArgs()
     wandb: Section[WandbArgs] = WandbArgs()
     tensorboard: bool = Field(False, description="Write the metrics as TensorBoard events too.")
 
@@ -97,11 +149,20 @@ class TrainArgs(Settings):
     num_microbatches: Count = Field(1, description="Microbatches per step.")
     max_steps: CountOrZero = Field(100, description="Steps of the run; 0 only checks, loads and evaluates.")
     max_norm: Positive = Field(1.0, description="Clip the global gradient norm to this.")
+    max_bad_steps: CountOrZero = Field(
+        0, description="Steps whose loss or gradient is not finite to leave out before the run ends."
+    )
     seed: Seed = Field(0, description="Seed for data order, adapter initialisation and prompt dropout.")
 
     first_codebook_weight_multiplier: Positive = Field(1.0, description="Loss weight of semantic over acoustic codes.")
     text_padding_weight: NonNegative = Field(0.5, description="Loss weight of padding over words in the text stream.")
-    user_audio_loss_weight: NonNegative = Field(1.0, description="Loss weight of the user's codebooks (dep_q 16).")
+    user_audio_loss_weight: NonNegative = Field(
+        1.0, description="Loss weight of the user's codebooks (dep_q 16); at 0 their depformer steps do not run."
+    )
+    text_loss_weight: NonNegative = Field(1.0, description="Loss weight of the text stream.")
+    audio_loss_weight: NonNegative = Field(
+        1.0, description="Loss weight of the audio streams; at 0 the depformer does not run and is not trained."
+    )
 
     log_freq: Count = Field(1, description="Steps between metrics.")
     do_eval: bool = Field(False, description="Evaluate during training; by default on if there is eval_data.")
@@ -109,14 +170,21 @@ class TrainArgs(Settings):
     eval_free_samples: CountOrZero = Field(4, description="Held-out windows that each evaluation replies to.")
     eval_free_sec: Positive = Field(20.0, description="Longest such reply, in seconds.")
     eval_max_samples: Count | None = Field(None, description="Windows per evaluation; all if absent.")
+    early_stop: Count | None = Field(
+        None, description="End the run after so many evaluations in a row without a better one; never if absent."
+    )
     do_ckpt: bool = Field(True, description="Save checkpoints; the last step is always saved.")
     ckpt_freq: CountOrZero = Field(0, description="Steps between checkpoints; 0: only the last.")
     ckpt_every_minutes: Positive | None = Field(None, description="Minutes between checkpoints, besides ckpt_freq.")
-    num_ckpt_keep: Count | None = Field(3, description="Newest checkpoints to keep; all if null.")
+    num_ckpt_keep: Count | None = Field(3, description="Newest checkpoints to keep, besides the best; all if null.")
     save_adapters: bool = Field(True, description="LoRA: save the adapters; false saves merged weights.")
 
     gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, a third more time.")
     param_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="For computation and frozen weights.")
+    base_dtype: Literal["bf16", "int8", "nf4"] = Field(
+        "bf16", description="LoRA: store the frozen weights of the layers in 8 (`int8`) or 4 bits (`nf4`), for less "
+        "memory and more time; `bf16` stores them as param_dtype says.",
+    )  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto uses the GPU if there is one.")
     sharding: Literal["full", "hybrid", "none"] = Field(
         "full",
@@ -136,7 +204,9 @@ CHANGEABLE = {
     "run_dir", "max_steps", "log_freq", "do_eval", "eval_freq", "eval_max_samples", "eval_free_samples",
     "eval_free_sec", "do_ckpt", "ckpt_freq", "ckpt_every_minutes", "num_ckpt_keep", "save_adapters",
     "gradient_checkpointing", "device", "sharding", "overwrite_run_dir", "wandb", "tensorboard", "data.num_workers",
-    "data.cache_mb", "data.max_bad_samples", "data.drop_tags", "data.eval_data", "batch_size", "num_microbatches",
+    "data.cache_mb", "data.max_bad_samples", "data.skip", "data.drop_tags", "data.eval_data", "batch_size",
+    "num_microbatches", "optim", "guard", "early_stop", "max_bad_steps",
+    "prompt.allow_voiceless",
 }  # fmt: skip
 
 

@@ -111,9 +111,10 @@ def trained_state(lm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 def save_checkpoint(
     folder: Path, step: int, lm: nn.Module, optimizer: torch.optim.Optimizer, train_state: dict, world: World,
-    artefact: Artefact, keep: int | None,
+    artefact: Artefact, keep: int | None, best: Path | None = None,
 ) -> Path | None:  # fmt: skip
-    """Write the checkpoint of a step, on all ranks together, and remove the oldest checkpoints beyond `keep`.
+    """Write the checkpoint of a step, on all ranks together, and remove the oldest checkpoints beyond `keep`, but not
+    the `best` one.
 
     Returns its folder, or None if it could not be written (if the disk is full, say): this is logged and changes no
     earlier checkpoint.
@@ -138,7 +139,7 @@ def save_checkpoint(
         shares = world.gather(sums)
         with _failing_together(world):
             if world.is_main:
-                _publish(partial, final, train_state | {"step": step}, shares, keep)
+                _publish(partial, final, train_state | {"step": step}, shares, keep, best)
     except OSError as error:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -168,7 +169,9 @@ def _write_state(path: Path, state: dict[str, Tensor]) -> None:
         raise OSError(_reason(error)) from None
 
 
-def _publish(partial: Path, final: Path, train_state: dict, sums: list[dict[str, int]], keep: int | None) -> None:
+def _publish(
+    partial: Path, final: Path, train_state: dict, sums: list[dict[str, int]], keep: int | None, best: Path | None
+) -> None:
     """Write train_state.json, give the checkpoint its final name, and remove the checkpoints that it makes obsolete."""
     crc = {name: value for share in sums for name, value in share.items()}
     files = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -184,8 +187,16 @@ def _publish(partial: Path, final: Path, train_state: dict, sums: list[dict[str,
     found = list_checkpoints(final.parent.parent)
     later = [path for step, path in found if step > train_state["step"]]  # damaged as well
     oldest = [path for _, path in found[: len(found) - len(later)][:-keep]] if keep is not None else []
-    for path in [*later, *oldest]:
+    for path in [*later, *(path for path in oldest if path != best)]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_later(folder: Path, step: int, world: World) -> None:
+    """Remove the checkpoints of a run after a step, before any rank goes on."""
+    for found, path in list_checkpoints(folder) if world.is_main else ():
+        if found > step:
+            shutil.rmtree(path, ignore_errors=True)
+    world.broadcast(None)
 
 
 def _reason(error: BaseException) -> str:

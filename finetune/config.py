@@ -181,6 +181,7 @@ def _combinations(args: TrainArgs) -> list[str]:
         problems.append("full_finetuning and lora.enable are both on; choose one")
     if not args.full_finetuning and not args.lora.enable:
         problems.append("nothing is trained: set full_finetuning or lora.enable to true")
+    problems += _contradictions(args)
     if not data.train_data:
         problems.append("data.train_data is empty; name a manifest (.jsonl)")
     if args.do_eval and not data.eval_data:
@@ -204,6 +205,44 @@ def _combinations(args: TrainArgs) -> list[str]:
         problems.append("wandb.project is set but wandb is not installed; pip install '.[wandb]', or unset it")
     if args.duration_sec * 12.5 < 2:
         problems.append(f"duration_sec is {args.duration_sec}; a window needs at least 2 frames (0.16 s)")
+    return problems
+
+
+def _contradictions(args: TrainArgs) -> list[str]:
+    """Return what is wrong with the parts that learn, and with what follows from evaluations."""
+    lora, action, problems = args.lora, args.guard.action, []
+    if not (args.text_loss_weight or args.audio_loss_weight):
+        problems.append("nothing is learnt: text_loss_weight and audio_loss_weight are both 0")
+    parts = [f"{whole}.x" for whole in ("temporal", "depformer", "heads")] + lora.targets
+    if lora.enable and not any(map(lora.rank_of, parts)) and not lora.ft_embed:
+        problems.append("no part has adapters: lora.targets and the ranks leave none; see README.md")
+    if args.base_dtype != "bf16":
+        problems += _of_quantised(args)
+    if lora.drift_weight and not lora.enable:
+        problems.append("lora.drift_weight compares with the base without adapters: it needs lora.enable")
+    if lora.drift_weight and lora.ft_embed:
+        problems.append("lora.drift_weight needs the base as it was, and lora.ft_embed changes it; choose one")
+    if action in ("stop", "rollback") and not (args.do_eval and args.eval_free_samples):
+        problems.append(f"guard.action is {action} and judges replies: set data.eval_data and eval_free_samples")
+    if action == "rollback" and not (args.do_ckpt and args.ckpt_freq):
+        problems.append("guard.action is rollback: set do_ckpt and ckpt_freq, so that there is something to go back to")
+    if args.early_stop and not args.do_eval:
+        problems.append("early_stop counts evaluations: set data.eval_data")
+    return problems
+
+
+def _of_quantised(args: TrainArgs) -> list[str]:
+    """Return what a quantised base does not go with."""
+    problems, kind = [], f"base_dtype is {args.base_dtype}"
+    if not args.lora.enable:
+        problems.append(f"{kind}, which is for frozen weights: it needs lora.enable")
+    if not args.gradient_checkpointing:
+        problems.append(f"{kind}: gradient_checkpointing must be true, or all weights would be kept dequantised")
+    if not args.save_adapters:
+        problems.append(
+            f"{kind}, so there are no full weights to merge adapters into: leave save_adapters on, and merge them with "
+            "`python -m finetune.tools.export --merge`"
+        )
     return problems
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import sentencepiece
 from torch import Tensor
 
-from finetune.audio.files import FRAME_RATE
+from finetune.audio.files import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
 from finetune.audio.speech import Span, find_spans, voice_activity
 from finetune.streams import TEXT_EPAD, TEXT_PAD
 
@@ -31,6 +31,7 @@ PAUSE = (math.ceil(0.4 * FRAME_RATE), math.floor(1.0 * FRAME_RATE))  # frames: "
 BACKCHANNEL = 1.0 * FRAME_RATE  # frames: "a short duration of less than 1 second"
 BACKCHANNEL_WORDS = 2  # "fewer than two words"
 RESPONSE = round(5.0 * FRAME_RATE)  # frames: "we append 5 seconds of silence"
+TREBLE_HZ = 6000
 TEXT_LEAD = 2  # frames by which the token of a word may precede its sound: word times are up to 0.2 s early
 SHORTEST_PHRASE = 4  # tokens; shorter ones recur in any text ("I am", "it is a")
 # Thresholds of a verdict.
@@ -95,13 +96,16 @@ def measure_reply(
         tokenizer: None: words are not counted, and a backchannel is recognised by its length alone.
     Returns:
         seconds; silence and overlap: share of the time in which the agent is silent, or both speak; words of the agent,
-        words_per_minute, and words_per_minute_speaking of the time it speaks; repetition; turns, tor_turn, pauses and
+        words_per_minute, and words_per_minute_speaking of the time it speaks; padding: share of padding among its text
+        tokens; treble: share of energy above 6 kHz, and flatness of the spectrum, where it speaks; repetition; turns,
+        tor_turn, pauses and
         tor_pause: counts and take-over rates; latencies: seconds for each turn taken, and latency, their median;
         backchannels of the agent during turns of the user.
     """
     agent, user = voice_activity(np.asarray(agent_pcm)), voice_activity(np.asarray(user_pcm))
     frames = max(len(agent), len(user))
     agent, user = (np.pad(side, (0, frames - len(side))) for side in (agent, user))
+    ids = np.asarray(text_ids).tolist()
     words = None if tokenizer is None else spoken_words(text_ids, tokenizer)
     word_frames = [round(start * FRAME_RATE) for _, start, _ in words or []]
 
@@ -131,12 +135,26 @@ def measure_reply(
         "seconds": seconds, "silence": _ratio(seconds - speaking, seconds),
         "overlap": _ratio(float((agent & user).sum()) / FRAME_RATE, seconds),
         "words": count, "words_per_minute": _pace(count, seconds), "words_per_minute_speaking": _pace(count, speaking),
-        "repetition": repetition([token for token in np.asarray(text_ids).tolist() if _is_text(token)]),
+        "padding": _ratio(sum(not _is_text(token) for token in ids), len(ids)),
+        **_spectrum(np.asarray(agent_pcm), agent),
+        "repetition": repetition([token for token in ids if _is_text(token)]),
         "turns": len(ends), "tor_turn": _ratio(len(latencies), len(ends)),
         "latency": _median(latencies), "latencies": latencies,
         "pauses": len(pauses), "tor_pause": _ratio(sum(taker(pause) is not None for pause in pauses), len(pauses)),
         "backchannels": sum(any(turn.first <= span.first < turn.last for turn in turns) for span in backchannels),
     }  # fmt: skip
+
+
+def _spectrum(pcm: np.ndarray, speaks: np.ndarray) -> dict[str, float | None]:
+    """Return what garbled codes change first: the share of energy above TREBLE_HZ, where voices have little, and the
+    mean spectral flatness (geometric over arithmetic mean of the power; 1 for white noise) of frames that speak."""
+    frames = np.pad(pcm, (0, -len(pcm) % FRAME_SIZE)).reshape(-1, FRAME_SIZE)
+    frames = frames[speaks[: len(frames)]]
+    if not len(frames):
+        return {"treble": None, "flatness": None}
+    power = np.abs(np.fft.rfft(frames * np.hanning(FRAME_SIZE), axis=1)) ** 2 + 1e-12
+    treble = power[:, round(TREBLE_HZ * FRAME_SIZE / SAMPLE_RATE) :].sum() / power.sum()
+    return {"treble": float(treble), "flatness": float(np.mean(np.exp(np.log(power).mean(1)) / power.mean(1)))}
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -158,8 +176,8 @@ def summarise_replies(replies: Sequence[dict]) -> dict[str, float | int | None]:
     Times, words, turns and pauses are pooled, so that long replies weigh more. `repetition` is the mean over replies,
     `latency` the median over all turns taken, `looping` the share of replies that loop.
     """
-    seconds = sum(reply["seconds"] for reply in replies)
-    speaking = sum(reply["seconds"] * (1 - (reply["silence"] or 0)) for reply in replies)
+    replies = [reply | {"speaking": reply["seconds"] * (1 - (reply["silence"] or 0))} for reply in replies]
+    seconds, speaking = (sum(reply[key] for reply in replies) for key in ("seconds", "speaking"))
     words = [reply["words"] for reply in replies]
     count = None if None in words or not replies else sum(words)
     total = lambda key: sum(reply[key] for reply in replies)
@@ -168,6 +186,8 @@ def summarise_replies(replies: Sequence[dict]) -> dict[str, float | int | None]:
         "replies": len(replies), "seconds": seconds, "silence": _ratio(seconds - speaking, seconds),
         "overlap": _ratio(weighted("overlap", "seconds"), seconds),
         "words_per_minute": _pace(count, seconds), "words_per_minute_speaking": _pace(count, speaking),
+        "padding": _ratio(weighted("padding", "seconds"), seconds),
+        **{key: _ratio(weighted(key, "speaking"), speaking) for key in ("treble", "flatness")},
         "repetition": _ratio(total("repetition"), len(replies)),
         "looping": _ratio(sum(reply["repetition"] >= LOOP_REPETITION for reply in replies), len(replies)),
         "turns": total("turns"), "tor_turn": _ratio(weighted("tor_turn", "turns"), total("turns")),

@@ -212,6 +212,14 @@ def shard(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, param_dty
         module.set_force_sum_reduction_for_comms(mesh.ndim > 1)
 
 
+def reshard(model: nn.Module) -> None:
+    """Give up what FSDP has gathered. After a forward pass without a backward pass, the parameters that are in no layer
+    would stay gathered, and would not be those that a checkpoint holds."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _register(cls: type) -> None:
     """Make fully_shard usable on modules of moshi.
 

@@ -33,24 +33,26 @@ def evaluate(
     lm: TrainingLM, batches: Iterable[Batch], weights: Tensor, world: World, each_batch: Callable = lambda: None
 ) -> tuple[dict[str, float], list[str]]:
     """Return what `loss_report` computes of the batches of all ranks, with the numbers of windows read (`samples`) and
-    `skipped`; and the distinct reasons for skipping. An exception that `each_batch` raises ends it."""
+    `skipped`, and the share without a voice prompt; and the distinct reasons for skipping. An exception that
+    `each_batch` raises ends it."""
     # The cross-entropies of a whole held-out set add up to more than the 24 bits of float32 can hold.
     totals = torch.zeros(3, len(weights), dtype=torch.float64, device=world.device)
-    windows, problems = torch.zeros(2, dtype=torch.float64), []
+    windows, problems = torch.zeros(3, dtype=torch.float64), []
     for batch in batches:
         moved = batch.to(world.device)
         out = lm(moved.codes, moved.loss_mask, moved.embeddings, moved.lengths, targets=moved.targets)
         totals[0] += out.ce
         totals[1] += out.correct
         totals[2] += batch.counts.to(world.device)
-        windows += torch.tensor([len(batch.names), len(batch.problems)])
+        windows += torch.tensor([len(batch.names), len(batch.problems), batch.voiceless])
         problems += batch.problems
         each_batch()
     ce, correct, counts = world.sum(totals)
-    samples, skipped = world.sum(windows).tolist()
+    samples, skipped, voiceless = world.sum(windows).tolist()
     if skipped:
         problems = sorted(set().union(*world.gather(problems)))
-    return loss_report(ce, correct, counts, weights) | {"samples": int(samples), "skipped": int(skipped)}, problems
+    counted = {"share_without_voice": voiceless / max(samples, 1), "samples": int(samples), "skipped": int(skipped)}
+    return loss_report(ce, correct, counts, weights) | counted, problems
 
 
 def refuse_unreadable(row: dict[str, float], problems: list[str]) -> None:
@@ -93,13 +95,17 @@ def free_run(
 
 def judge_replies(
     conversations: list[tuple[Tensor, Reply]], samples: list[Sample], mimi: MimiModel,
-    tokenizer: sentencepiece.SentencePieceProcessor, folder: Path,
+    tokenizer: sentencepiece.SentencePieceProcessor, folder: Path, recorded: bool = False,
 ) -> tuple[dict, str | None]:  # fmt: skip
     """Return measures over all replies (finetune.dialogue; keys get the prefix `free_`), and a warning if they are mute
-    or loop. Write each conversation to `folder`: a wav (agent left, user right) and JSON (prompt, words, measures)."""
+    or loop. Write each conversation to `folder`: a wav (agent left, user right) and JSON (prompt, words, measures).
+
+    recorded: measure the recorded agents too (prefix `data_`), through the same Mimi."""
     with no_cuda_graph():  # a data loader's thread may pin memory in the meantime, which would break a capture
         agents = decode_codes(mimi, [reply.codes for _, reply in conversations])
         users = decode_codes(mimi, [codes for codes, _ in conversations])
+        truth = [recorded_reply(sample, codes.shape[1]) for sample, (codes, _) in zip(samples, conversations)]
+        originals = decode_codes(mimi, [reply.codes for reply in truth]) if recorded else []
     measures = []
     for i, ((_, reply), sample, agent, user) in enumerate(zip(conversations, samples, agents, users)):
         measures.append(measure_reply(agent, user, reply.text, tokenizer))
@@ -112,4 +118,14 @@ def judge_replies(
         with replacing(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(about, ensure_ascii=False))
     summary = summarise_replies(measures)
-    return {f"free_{key}": value for key, value in summary.items()}, reply_verdict(summary)
+    out = {f"free_{key}": value for key, value in summary.items()}
+    own = [measure_reply(*sides, reply.text, tokenizer) for *sides, reply in zip(originals, users, truth)]
+    out |= {f"data_{key}": value for key, value in summarise_replies(own).items()} if own else {}
+    return out, reply_verdict(summary)
+
+
+def recorded_reply(sample: Sample, frames: int) -> Reply:
+    """What the recorded agent says in the first frames of the dialogue of a sample."""
+    start = int((~sample.loss_mask).sum())
+    codes = sample.codes[:, start : start + frames]
+    return Reply(codes[0], codes[1 : 1 + CODEBOOKS])

@@ -15,6 +15,9 @@ from moshi.models import LMGen, LMModel, MimiModel
 from torch import Tensor
 
 from finetune.audio.files import FRAME_RATE, FRAME_SIZE
+from finetune.model.targets import delay_streams
+from finetune.model.training_lm import embed_columns
+from finetune.progress import tracked
 from finetune.prompts.hybrid import SystemPrompt
 from finetune.streams import CODEBOOKS, N_STREAMS
 
@@ -88,14 +91,15 @@ def generate(
         given = forced[:, streams, column]
         output[:, streams, column] = tokens.copy_(torch.where(given == FREE, tokens, given))
 
-    with generation_mode(lm):
+    with generation_mode(lm), short_ring(lm, columns):
         stepper = LMGen(
             lm, use_sampling=not sampling.greedy, temp=sampling.temp, temp_text=sampling.temp_text,
             top_k=sampling.top_k, top_k_text=sampling.top_k_text,
             on_text_hook=lambda token: force(token, 0), on_audio_hook=lambda tokens: force(tokens, slice(1, None)),
         )  # fmt: skip
         with stepper.streaming(size):
-            for step in range(_feed_embeddings(stepper, prompts), columns - 1):
+            steps = range(_prefill(stepper, prompts, heads), columns - 1)
+            for step in tracked(steps, f"speaking ({size} at once)", len(steps)):
                 column = step + 1
                 stepper.step(inputs[:, :, step : step + 1])
                 if step % int(FRAME_RATE) == 0:
@@ -110,25 +114,44 @@ def generate(
     return replies
 
 
-def _feed_embeddings(stepper: LMGen, prompts: Sequence[SystemPrompt | None]) -> int:
-    """Feed the embeddings of `.pt` voices to the temporal transformer; return the number of steps that they replace."""
+@contextmanager
+def short_ring(lm: LMModel, columns: int) -> Iterator[None]:
+    """Limit the attention caches that are made in the block to a conversation of `columns`: at 7B, the 3,000 of the
+    config take 1.6 GB for each conversation."""
+    attentions = [layer.self_attn for layer in lm.transformer.layers]
+    contexts = [attention.context for attention in attentions]
+    for attention, context in zip(attentions, contexts):
+        attention.context = columns if context is None else min(context, columns)
+    try:
+        yield
+    finally:
+        for attention, context in zip(attentions, contexts):
+            attention.context = context
+
+
+def _prefill(stepper: LMGen, prompts: Sequence[SystemPrompt | None], heads: Sequence[Tensor]) -> int:
+    """Feed the prompts to the temporal transformer in one call, as far as all of them reach, with the embeddings of
+    `.pt` voices in place; return the number of steps that this replaces."""
     given = [p.embeddings for p in prompts if p is not None and p.embeddings is not None]
-    if not given:
-        return 0
-    if len(given) != len(prompts) or len({len(e) for e in given}) != 1:
+    if given and (len(given) != len(prompts) or len({len(e) for e in given}) != 1):
         raise ValueError("prompts with embeddings are generated together only if all have embeddings of one length")
     lm, state = stepper.lm_model, stepper._streaming_state
-    embeddings = torch.stack(given).to(lm.device, lm.dtype)  # [B, E, dim]
-    for position in range(embeddings.shape[1]):
-        lm.transformer(embeddings[:, position : position + 1])
-    # The next step reads the column after the last embedding from LMGen's ring, which no step has filled.
-    step = embeddings.shape[1]
-    for stream, delay in enumerate(lm.delays):
-        tokens = torch.stack([p.frames[stream, step - 1 - delay] for p in prompts]).to(lm.device)
-        state.cache[:, stream, step % state.cache.shape[2]] = tokens
-    state.offsets += step
-    state.offset_cpu += step
-    return step
+    steps = min(min(head.shape[1] for head in heads), lm.transformer.layers[0].self_attn.context)
+    if not steps:
+        return 0
+    frames = torch.stack([head[:, :steps] for head in heads]).to(lm.device)
+    initial = lm._get_initial_token()
+    columns = torch.cat([initial.expand(len(heads), -1, -1), delay_streams(frames, lm.delays, initial)], 2)
+    x = embed_columns(lm, columns[:, :, :steps])
+    if given:
+        embeddings = torch.stack(given).to(x)  # [B, E, dim]
+        x = torch.cat([embeddings[:, :steps], x[:, embeddings.shape[1] :]], 1)
+    lm.transformer(x)
+    # The next step reads the column after these from LMGen's ring, which no step has filled.
+    state.cache[:, :, steps % state.cache.shape[2]] = columns[:, :, steps]
+    state.offsets += steps
+    state.offset_cpu += steps
+    return steps
 
 
 def decode_codes(mimi: MimiModel, codes: Sequence[Tensor]) -> list[np.ndarray]:
@@ -138,5 +161,5 @@ def decode_codes(mimi: MimiModel, codes: Sequence[Tensor]) -> list[np.ndarray]:
         row[:, : own.shape[1]] = own
     frames = padded.to(next(mimi.parameters()).device).split(1, dim=2)
     with torch.inference_mode(), mimi.streaming(len(codes)):
-        pcm = torch.cat([mimi.decode(frame) for frame in frames], dim=2)
+        pcm = torch.cat([mimi.decode(frame) for frame in tracked(frames, "decoding", len(frames))], dim=2)
     return [sound[0, : own.shape[1] * FRAME_SIZE].cpu().numpy() for sound, own in zip(pcm, codes)]

@@ -3,11 +3,9 @@
 import gc
 import json
 import logging
-import math
 import os
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,21 +13,27 @@ import torch
 from torch import Tensor
 
 from finetune.args import TrainArgs
-from finetune.checkpointing import save_checkpoint
+from finetune.checkpointing import load_checkpoint, read_train_state, remove_later, save_checkpoint
 from finetune.cli import UserError
-from finetune.data.batch import Batch
-from finetune.data.run_data import RunData, what_to_do
-from finetune.distributed import World
+from finetune.data.run_data import RunData
+from finetune.distributed import World, reshard
 from finetune.evaluate import evaluate, free_run, judge_replies, refuse_unreadable
-from finetune.loss import group_weights, loss_report, loss_scales
-from finetune.metrics import Metrics, console_line, format_losses, peak_memory_gb
+from finetune.files import replacing
+from finetune.guard import Decision, best_checkpoint, decide, find_violations, reference_row
+from finetune.loss import depformer_steps, group_weights, loss_report, loss_scales
+from finetune.metrics import Metrics, console_line, format_losses, peak_memory_gb, read_rows
+from finetune.model.build import StoredWeights
 from finetune.model.consolidated import Artefact
+from finetune.model.distance import weight_distances
 from finetune.model.training_lm import TrainingLM
-from finetune.optim import clip_gradients, lr_factor, set_lr
+from finetune.optim import Schedule, peak_rate
+from finetune.progress import RunClock
+from finetune.step import forward_backward, limit_skipped, read_step, report_totals, step_totals, update
 
 logger = logging.getLogger(__name__)
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL ("try again later"): a signal ended the run, and the same command continues it
-MIN_WINDOWS = 8  # a run ends when it has consumed this many windows and could not read any of them
+EXIT_GUARD = 3  # the guard ended the run: its replies are no longer those of a conversation
+SLOWER = 0.5  # factor of the learning rate after the run has gone back to an earlier checkpoint
 
 
 @dataclass
@@ -39,6 +43,14 @@ class Progress:
     step: int = 0
     position: int = 0  # windows consumed of the endless stream
     skipped: int = 0  # those of them that could not be read
+    bad_steps: int = 0  # steps that were left out, because their loss or gradient was not finite
+    schedule: Schedule | None = None  # of the learning rate; None: that of the settings
+
+    @classmethod
+    def of(cls, state: dict) -> "Progress":
+        """The progress that a train_state.json holds."""
+        known = {key: state[key] for key in ("step", "position", "skipped", "bad_steps") if key in state}
+        return cls(**known, schedule=Schedule(*state["schedule"]) if state.get("schedule") else None)
 
 
 class Stop:
@@ -85,12 +97,25 @@ class TrainingRun:
     progress: Progress  # where to begin; updated with each step
     metrics: Metrics
     stop: Stop
+    base: StoredWeights | None = None  # what training began with
 
     def __post_init__(self) -> None:
         self.weights = group_weights(self.args, self.model.lm.dep_q)
+        self.depformer_steps = depformer_steps(self.args, self.model.lm.dep_q)
         self.windows_per_step = self.args.batch_size * self.args.num_microbatches * self.world.size
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
         self.problems: set[str] = set()  # why this rank skipped windows
+        rows, held_out = (read_rows(self.metrics.path(k)) if self.world.is_main else [] for k in ("train", "eval"))
+        self.clock = RunClock(self.args, self.progress.step, rows, held_out)
+        self.rollbacks = self.world.broadcast(sum(row.get("event") == "rollback" for row in rows))
+
+    def rate_factor(self, step: int) -> float:
+        """The factor of the peak learning rate at a step."""
+        return self.schedule.at(step) * SLOWER**self.rollbacks
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.progress.schedule or Schedule.of(self.args.optim, self.args.max_steps)
 
 
 def train(run: TrainingRun) -> int:
@@ -104,32 +129,47 @@ def train(run: TrainingRun) -> int:
     missing = evaluation_due(args, progress.step) and not run.metrics.evaluated(progress.step, world)
     if missing and not hold_out(run, first=True):
         return leave(run)
+    if args.guard.action == "rollback" and not progress.step and args.max_steps:
+        save(run)  # to which the first rollback may lead
+    if (decision := decide_together(run)).ends:
+        return end(run, decision)
+    if decision.back_to is not None:
+        go_back(run, decision)
 
     stream = run.data.batches(progress.position) if progress.step < args.max_steps else iter(())
-    totals = torch.zeros(8, dtype=torch.float64)  # step_totals since the last row of metrics
+    totals = torch.zeros(9, dtype=torch.float64)  # step_totals since the last row of metrics
     while progress.step < args.max_steps:
         # The targets of all ranks are counted first: every sum is divided by their number, so that microbatches and
         # ranks add up to one batch. Requests to stop and to save travel along, so that all ranks act on the same step.
         began = time.perf_counter()
         batches, waited, counts, requests = read_step(run, stream)
-        scale = loss_scales(counts, run.weights.to(world.device))
-        ce, correct = forward_backward(run.model, batches, scale, world)
-        sums, grad_norm, (stop, save_due, skipped) = update(run, batches, ce, correct, scale, requests)
+        scale = loss_scales(counts, run.weights.to(world.device), args.text_loss_weight, args.audio_loss_weight)
+        drift = args.lora.drift_weight
+        own = forward_backward(run.model, batches, scale, world, run.depformer_steps, drift, progress.step)
+        sums, norms, (stop, save_due, skipped) = update(run, batches, own, scale, requests)
         if skipped:
             limit_skipped(run)
         totals += step_totals(batches, waited, time.perf_counter() - began)
         last = progress.step == args.max_steps
         if last or progress.step % args.log_freq == 0:
-            log_step(run, sums, counts, grad_norm, totals)
+            log_step(run, sums, counts, norms, totals)
             totals.zero_()
 
         # The checkpoint comes first: an evaluation that fails must not cost the step.
         if last or save_due or stop or (args.ckpt_freq and progress.step % args.ckpt_freq == 0):
             save(run)
-        if not stop and evaluation_due(args, progress.step) and not hold_out(run):
-            stop = True  # the run repeats the evaluation when it continues
-            if run.saved_step != progress.step:
-                save(run)
+        if not stop and evaluation_due(args, progress.step):
+            if not hold_out(run):
+                stop = True  # the run repeats the evaluation when it continues
+                if run.saved_step != progress.step:
+                    save(run)
+            elif (decision := decide_together(run)).ends:
+                return end(run, decision)
+            elif decision.back_to is not None:
+                go_back(run, decision)
+                stream.close()
+                stream = run.data.batches(progress.position)
+                totals.zero_()
         # All ranks know of a signal on any of them and leave together: one alone would leave the others waiting for it.
         if stop:
             return leave(run)
@@ -143,124 +183,26 @@ def train(run: TrainingRun) -> int:
     return 0
 
 
-def read_step(run: TrainingRun, stream: Iterator[Batch]) -> tuple[list[Batch], float, Tensor, Tensor]:
-    """Return the microbatches of this rank and the seconds spent waiting for them; and, summed over all ranks, the
-    targets per group [2 + dep_q] and the requests [3]: to stop, to save (ckpt_every_minutes), and skipped windows."""
-    began = time.perf_counter()
-    batches = [next(stream) for _ in range(run.args.num_microbatches)]
-    waited = time.perf_counter() - began
-    problems = [problem for batch in batches for problem in batch.problems]
-    if problems:
-        run.problems.update(problems)
-        more = f" (and {len(problems) - 1} more)" * (len(problems) > 1)
-        logger.warning("step %d: skipped %s", run.progress.step + 1, problems[0] + more)
-    minutes = run.args.ckpt_every_minutes
-    save_due = minutes is not None and time.monotonic() - run.saved_at > 60 * minutes
-    requests = torch.tensor([run.stop.signal or 0, save_due, len(problems)], dtype=torch.int64)
-    sums = run.world.sum(torch.cat([sum(batch.counts for batch in batches), requests]))
-    return batches, waited, sums[:-3], sums[-3:]
-
-
-def forward_backward(model: TrainingLM, batches: list[Batch], scale: Tensor, world: World) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of a step; return the cross-entropies and correct predictions of this rank, [2 + dep_q]."""
-    ce, correct = torch.zeros(2, len(scale), device=world.device)
-    for i, batch in enumerate(batches):
-        model.set_requires_gradient_sync(i == len(batches) - 1)
-        batch = batch.to(world.device)
-        out = model(batch.codes, batch.loss_mask, batch.embeddings, batch.lengths, targets=batch.targets)
-        # FSDP averages gradients over the ranks, but `scale` is meant for their sum: hence the factor.
-        ((out.ce * scale).sum() * world.size).backward()
-        ce += out.ce.detach()
-        correct += out.correct
-    return ce, correct
-
-
-def update(
-    run: TrainingRun, batches: list[Batch], ce: Tensor, correct: Tensor, scale: Tensor, requests: Tensor
-) -> tuple[Tensor, float, list[float]]:
-    """Update the parameters, or raise UserError on all ranks if the loss or the gradient is not finite.
-
-    Returns ce and correct summed over all ranks, the norm of the gradient before clipping, and the requests as numbers.
-    """
-    args, progress = run.args, run.progress
-    grad_norm = clip_gradients([p for p in run.model.parameters() if p.requires_grad], args.max_norm)
-    sums = run.world.sum(torch.stack([ce, correct]))
-    # The one point of a step at which the host waits for the GPU.
-    loss, norm, *numbers = torch.stack([(sums[0] * scale).sum(), grad_norm, *requests.float()]).tolist()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        refuse_update(run, loss, norm, float((ce * scale).sum()), batches)
-    progress.step += 1
-    progress.position += run.windows_per_step
-    progress.skipped += int(numbers[-1])
-    set_lr(run.optimizer, lr_factor(progress.step, args.max_steps, args.optim.pct_start))
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    return sums, norm, numbers
-
-
-def refuse_update(run: TrainingRun, loss: float, norm: float, own_loss: float, batches: list[Batch]) -> None:
-    """End the run on all ranks before its weights become useless, and write the samples of the step to a file."""
-    step = run.progress.step + 1
-    names = [name for batch in batches for name in batch.names]
-    ranks = run.world.gather({"rank": run.world.rank, "loss_is_finite": math.isfinite(own_loss), "samples": names})
-    path = run.folder / f"not_finite_step_{step:06d}.json"
-    if run.world.is_main:
-        found = {"step": step, "loss": str(loss), "grad_norm": str(norm), "ranks": ranks}
-        path.write_text(json.dumps(found, indent=1))
-    culprit = next((rank for rank in ranks if not rank["loss_is_finite"]), ranks[0])
-    raise UserError(
-        f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {step} is not finite (rank {culprit['rank']}; "
-        f"samples {', '.join(culprit['samples'][:3])}, ...; all in {path}); the weights have not been changed: look at "
-        "these samples, or try a lower optim.lr in another run_dir"
-    )
-
-
-def limit_skipped(run: TrainingRun) -> None:
-    """Raise UserError, on all ranks, if more windows than allowed, or all of the first ones, could not be read."""
-    progress, limit = run.progress, run.args.data.max_bad_samples
-    enough = progress.position >= MIN_WINDOWS or progress.step == run.args.max_steps
-    none_read = enough and progress.skipped == progress.position
-    passes = math.ceil(progress.position / len(run.data.train))  # each pass over the data meets a bad window again
-    if progress.skipped <= limit * passes and not none_read:
-        return
-    problems = sorted(set().union(*run.world.gather(run.problems)))
-    found = f"{progress.skipped} windows could not be read, more than data.max_bad_samples = {limit}"
-    found += f" in each of {passes} passes over the data" * (passes > 1)
-    if none_read:
-        found = f"none of the first {progress.position} windows could be read"
-    raise UserError(f"{found}; {what_to_do(problems)}")
-
-
-def step_totals(batches: list[Batch], waited: float, seconds: float) -> Tensor:
-    """Return [8] float64 of this rank: tokens, frames with loss, all frames, dropped text tokens, late words, windows
-    without their voice; seconds of waiting for data, seconds of the step."""
-    counts = [(b.tokens, b.frames, b.loss_mask.numel(), b.text.dropped, b.text.late, b.voiceless) for b in batches]
-    return torch.tensor([*map(sum, zip(*counts)), waited, seconds], dtype=torch.float64)
-
-
-def report_totals(totals: Tensor, world: World) -> dict[str, float]:
-    """Return the metrics of all ranks that follow from `step_totals`, summed over steps. `frames_per_sec` counts frames
-    with loss, `tokens_per_sec` all tokens that the model reads (17 per frame, prompts included)."""
-    tokens, frames, all_frames, dropped, late, voiceless, waited, seconds = world.sum(totals).tolist()
-    return {
-        "tokens_per_sec": tokens * world.size / seconds, "frames_per_sec": frames * world.size / seconds,
-        "loss_frames_share": frames / max(all_frames, 1), "data_wait": waited / seconds,
-        "interval_sec": float(totals[-1]), "text_tokens_dropped": int(dropped), "words_late": int(late),
-        "windows_without_voice": int(voiceless),
-    }  # fmt: skip
-
-
-def log_step(run: TrainingRun, sums: Tensor, counts: Tensor, grad_norm: float, totals: Tensor) -> None:
+def log_step(run: TrainingRun, sums: Tensor, counts: Tensor, norms: dict[str, float], totals: Tensor) -> None:
     """Write a row of metrics: the losses of one step, and the rates of all steps since the last row (`totals`)."""
-    args, step = run.args, run.progress.step
-    row = loss_report(sums[0], sums[1], counts, run.weights)
-    row |= {"lr": args.optim.lr * lr_factor(step, args.max_steps, args.optim.pct_start), "grad_norm": grad_norm}
-    if args.optim.depformer_lr is not None:
-        row["depformer_lr"] = row["lr"] * args.optim.depformer_lr / args.optim.lr
+    args, step, optim = run.args, run.progress.step, run.args.optim
+    computed = counts.clone()
+    computed[2 + run.depformer_steps :] = 0
+    row = loss_report(sums[0], sums[1], computed, run.weights, args.text_loss_weight, args.audio_loss_weight)
+    if args.lora.drift_weight:
+        scale = loss_scales(counts, run.weights).to(sums.device)
+        row["drift"] = float((sums[2] * scale).sum())
+    row |= {"lr": optim.lr * run.rate_factor(step)} | norms
+    for key, name in (("depformer_lr", "depformer."), ("heads_lr", "text_linear.")):
+        if getattr(optim, key) is not None:
+            row[key] = row["lr"] * peak_rate(name, optim) / optim.lr
     row |= report_totals(totals, run.world) | {"peak_memory_gb": peak_memory_gb(run.world.device)}
+    if run.progress.bad_steps:
+        row["bad_steps"] = run.progress.bad_steps
     run.metrics.write("train", step, row | {"skipped": run.progress.skipped})
+    run.clock.add_row(step, row["interval_sec"])
     if run.world.is_main:
-        logger.info(console_line(step, args.max_steps, row))
+        logger.info("%s | %s", console_line(step, args.max_steps, row), run.clock)
 
 
 def save(run: TrainingRun) -> None:
@@ -270,13 +212,16 @@ def save(run: TrainingRun) -> None:
         return
     began = time.perf_counter()
     state = {"seed": args.seed, "windows_per_step": run.windows_per_step, "windows": run.data.train.sizes}
+    state = vars(progress) | state | {"schedule": list(run.schedule)}
+    best = best_checkpoint(run.folder) or (None, None)
     path = save_checkpoint(
-        run.folder, progress.step, run.model.lm, run.optimizer, vars(progress) | state, run.world, run.artefact,
-        args.num_ckpt_keep,
+        run.folder, progress.step, run.model.lm, run.optimizer, state, run.world, run.artefact, args.num_ckpt_keep,
+        best[1],
     )  # fmt: skip
     run.saved_at = time.monotonic()
     if path is not None:
         run.saved_step, seconds = progress.step, time.perf_counter() - began
+        run.clock.save_sec = seconds
         run.metrics.write("train", progress.step, {"event": "saved", "seconds": seconds})
         if run.world.is_main:
             logger.info("saved %s in %.1f s", path, seconds)
@@ -301,29 +246,87 @@ def hold_out(run: TrainingRun, first: bool = False) -> bool:
 
     try:
         row, unread = evaluate(run.model, run.data.eval_batches(), run.weights, world, check_stop)
+        reshard(run.model)
         if first:
             refuse_unreadable(row, unread)
         if args.eval_free_samples:  # rank 0 reads for all: sharded ranks generate together, from the same samples
             samples = world.broadcast(run.data.eval_samples(args.eval_free_samples) if world.is_main else None)
         if samples:
+            replied = time.perf_counter()
             conversations = free_run(run.model, samples, args.eval_free_sec, args.seed, check_stop)
     except Interrupted:
         return False
+    if run.base is not None and step:
+        row |= weight_distances(run.model.lm, run.base, world)
     if samples and world.is_main:
         folder = run.folder / f"samples/step_{step:06d}"
-        measures, warning = judge_replies(conversations, samples, run.data.decoder(), run.data.text_tokenizer, folder)
+        reference = reference_row(run.folder)
+        measures, warning = judge_replies(
+            conversations, samples, run.data.decoder(), run.data.text_tokenizer, folder, recorded=not reference
+        )
         row |= measures
+        if reference and args.guard.action != "off":
+            violations = find_violations(row, reference)
+            row["violations"] = [violation.measure for violation in violations]
+            warning = "; ".join(filter(None, [warning, *map(str, violations)]))
         gc.collect()  # moshi's streaming modules refer to themselves: Mimi would stay on the GPU
+    row |= {"free_seconds_spent": time.perf_counter() - replied} if samples else {}
     run.metrics.write("eval", step, row | {"seconds": time.perf_counter() - began})
     run.metrics.draw()
     if world.is_main:
+        mark_best(run)
         level = logging.INFO if "loss" in row else logging.WARNING
         logger.log(level, "held-out at step %d: %s", step, format_losses(row))
         if warning and step:
             logger.warning("replies at step %d: %s", step, warning)
         if unread:
             logger.warning("%d held-out windows could not be read: %s", row["skipped"], unread[0])
+    run.clock.evaluation_sec = time.perf_counter() - began
     return True
+
+
+def mark_best(run: TrainingRun) -> None:
+    """Write to best.json which checkpoint has the best evaluation so far. The metrics decide it; the file tells it."""
+    if best := best_checkpoint(run.folder):
+        step, path, reason = best
+        found = {"step": step, "checkpoint": str(path.relative_to(run.folder)), "reason": reason}
+        with replacing(run.folder / "best.json") as temporary:
+            temporary.write_text(json.dumps(found, indent=1))
+        logger.info("best checkpoint so far: step %d (%s)", step, reason)
+
+
+def decide_together(run: TrainingRun) -> Decision:
+    """Return, on every rank, what the record of the evaluations says should happen at this step."""
+    decision = Decision()
+    if run.world.is_main:
+        decision = decide(run.folder, run.progress.step, run.args, run.rollbacks)
+    return run.world.broadcast(decision)
+
+
+def end(run: TrainingRun, decision: Decision) -> int:
+    """End the run early, as decided. The same command comes to the same decision, unless its setting is changed."""
+    if run.world.is_main:
+        log = logger.error if decision.is_failure else logger.info
+        log("the run ends after step %d: %s", run.progress.step, decision.reason)
+    return EXIT_GUARD if decision.is_failure else 0
+
+
+def go_back(run: TrainingRun, decision: Decision) -> None:
+    """Continue from an earlier checkpoint at a lower rate. What was written since is kept in metrics.rolled_back.jsonl
+    and removed elsewhere, so that the run is as if it had not gone on."""
+    path, since = decision.back_to, run.progress.step
+    state = read_train_state(path)
+    run.metrics.go_back(state["step"])
+    run.rollbacks += 1
+    event = {"event": "rollback", "from": since, "reason": decision.reason, "rate_factor": SLOWER**run.rollbacks}
+    run.metrics.write("train", state["step"], event)
+    remove_later(run.folder, state["step"], run.world)
+    load_checkpoint(path, run.model.lm, run.optimizer, state["step"])
+    vars(run.progress).update(vars(Progress.of(state)))
+    run.saved_step = run.clock.step = run.progress.step
+    if run.world.is_main:
+        logger.warning("going back from step %d to %d, and on at %g of the learning rate: %s", since,
+                       run.progress.step, SLOWER**run.rollbacks, decision.reason)  # fmt: skip
 
 
 def leave(run: TrainingRun) -> int:

@@ -1,16 +1,55 @@
-"""Low-rank adapters on every linear layer: moshi's own `LoRALinear`, so that stock moshi loads them."""
+"""Low-rank adapters on linear layers: moshi's own `LoRALinear`, so that stock moshi loads them."""
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Callable, Iterator
 
 import torch
-from moshi.modules.lora import replace_all_linear_with_lora
+from moshi.modules.lora import LoRALinear
 from torch import Tensor, nn
 
 
-def add_adapters(lm: nn.Module, rank: int, scaling: float) -> None:
-    """Replace every linear layer of a meta-device model by a `LoRALinear` with float32 adapters."""
-    replace_all_linear_with_lora(lm, rank, scaling, device=torch.device("meta"), dtype=torch.float32)
+def add_adapters(lm: nn.Module, rank: int | Callable[[str], int], scaling: float) -> None:
+    """Replace linear layers of a meta-device model by `LoRALinear`s with float32 adapters.
+
+    rank: of all layers, or a function of a layer's name; layers of rank 0 stay as they are."""
+    for name, layer in list(lm.named_modules()):
+        own = rank if isinstance(rank, int) else rank(name)
+        if isinstance(layer, nn.Linear) and own:
+            adapted = LoRALinear(
+                layer.in_features, layer.out_features, own, scaling, device=torch.device("meta"), dtype=torch.float32
+            )
+            adapted.frozen_W = layer
+            parent, _, child = name.rpartition(".")
+            setattr(lm.get_submodule(parent), child, adapted)
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a layer or parameter belongs to, as `lora.targets` names it: temporal.attention,
+    temporal.gating, depformer.attention, depformer.gating, depformer.inputs, heads.text, heads.audio; for norms,
+    temporal or depformer; for embedding tables, embeddings."""
+    if is_embedding(f"{name}."):
+        return "embeddings"
+    if name.startswith(("text_linear", "linears.")):
+        return "heads.text" if name.startswith("text_linear") else "heads.audio"
+    part = "depformer" if name.startswith("depformer") else "temporal"
+    kinds = {".self_attn.": ".attention", ".gating.": ".gating", "depformer_in.": ".inputs"}
+    return part + next((kind for mark, kind in kinds.items() if mark in name), "")
+
+
+@contextlib.contextmanager
+def adapters_off(lm: nn.Module) -> Iterator[None]:
+    """Make a model with adapters its base for the duration of the block."""
+    adapted = [module for module in lm.modules() if isinstance(module, LoRALinear)]
+    scalings = [module.scaling for module in adapted]
+    for module in adapted:
+        module.scaling = 0.0
+    try:
+        yield
+    finally:
+        for module, scaling in zip(adapted, scalings):
+            module.scaling = scaling
 
 
 def is_adapter(name: str) -> bool:

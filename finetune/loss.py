@@ -3,7 +3,9 @@
 Groups are those of `Losses` (finetune/model/training_lm.py): 0 text words, 1 text padding, 2 + k audio codebook k. With
 weight w_g, summed cross-entropy ce_g and number of targets n_g of group g over a whole step and all ranks,
 
-    loss = sum_text(w_g * ce_g) / sum_text(w_g * n_g) + sum_audio(w_g * ce_g) / sum_audio(w_g * n_g).
+    loss = W_text sum_text(w_g * ce_g) / sum_text(w_g * n_g) + W_audio sum_audio(w_g * ce_g) / sum_audio(w_g * n_g),
+
+where W_text and W_audio are the settings text_loss_weight and audio_loss_weight.
 """
 
 import math
@@ -28,17 +30,26 @@ def group_weights(args: TrainArgs, dep_q: int) -> Tensor:
     return weights
 
 
-def loss_scales(counts: Tensor, weights: Tensor) -> Tensor:
+def depformer_steps(args: TrainArgs, dep_q: int) -> int:
+    """How many steps of the depformer a training step runs: those of the codebooks whose loss has any weight."""
+    if not args.audio_loss_weight:
+        return 0
+    return dep_q if args.user_audio_loss_weight else CODEBOOKS
+
+
+def loss_scales(counts: Tensor, weights: Tensor, text: float = 1.0, audio: float = 1.0) -> Tensor:
     """Factor of each group's summed cross-entropy in the loss, [2 + dep_q] float32, given the counts of the whole step.
-    Text or audio without any weight contributes nothing."""
+    Text or audio without any weight contributes nothing. text, audio: W_text and W_audio."""
     out = torch.zeros_like(weights)
-    for kind in (TEXT_GROUPS, AUDIO_GROUPS):
+    for kind, factor in ((TEXT_GROUPS, text), (AUDIO_GROUPS, audio)):
         total = (weights[kind] * counts[kind]).sum()
-        out[kind] = torch.where(total > 0, weights[kind] / total.clamp(min=1e-12), 0.0)
+        out[kind] = torch.where(total > 0, factor * weights[kind] / total.clamp(min=1e-12), 0.0)
     return out.float()
 
 
-def loss_report(ce: Tensor, correct: Tensor, counts: Tensor, weights: Tensor) -> dict[str, float]:
+def loss_report(
+    ce: Tensor, correct: Tensor, counts: Tensor, weights: Tensor, text: float = 1.0, audio: float = 1.0
+) -> dict[str, float]:
     """Losses (nats per token) and accuracies of a step or an evaluation, given sums over all ranks, [2 + dep_q] each.
     Those without tokens are left out."""
     ce, correct, counts, weights = (t.double().cpu() for t in (ce, correct, counts, weights))
@@ -57,7 +68,7 @@ def loss_report(ce: Tensor, correct: Tensor, counts: Tensor, weights: Tensor) ->
     mean("text_loss", TEXT_GROUPS, weighted=True)
     mean("audio_loss", AUDIO_GROUPS, weighted=True)
     if out:
-        out["loss"] = out.get("text_loss", 0.0) + out.get("audio_loss", 0.0)
+        out["loss"] = text * out.get("text_loss", 0.0) + audio * out.get("audio_loss", 0.0)
     mean("agent_loss", agent, weighted=True)
     mean("user_loss", user, weighted=True)
     mean("semantic_loss", semantic)

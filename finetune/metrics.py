@@ -70,6 +70,15 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
+    def go_back(self, step: int) -> None:
+        """Move the rows of steps after `step` to metrics.rolled_back.jsonl."""
+        for kind in ("train", "eval") if self.is_main else ():
+            rows = read_rows(self.path(kind))
+            with self.path("rolled_back").open("a") as file:
+                file.writelines(json.dumps({"kind": kind} | row) + "\n" for row in rows if row["step"] > step)
+            with replacing(self.path(kind)) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+
     def draw(self) -> None:
         """Draw `curves.png` from the rows written so far. A failure to write it does not end the run."""
         try:

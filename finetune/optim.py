@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -9,33 +10,70 @@ from torch.distributed.tensor import DTensor
 
 from finetune.args import OptimArgs
 
+DECAY = 5.0  # 1 / the share of the steps in which a wsd schedule falls
+
 
 def is_depth(name: str) -> bool:
     """Whether a parameter belongs to the depth part: `depformer*` or the audio heads `linears.*`."""
     return name.startswith(("depformer", "linears."))
 
 
+def peak_rate(name: str, args: OptimArgs) -> float:
+    """The peak learning rate of a parameter; 0 for one that is to stay as it is."""
+    if args.heads_lr is not None and name.startswith(("text_linear.", "linears.")):
+        return args.heads_lr
+    return args.depformer_lr if is_depth(name) and args.depformer_lr is not None else args.lr
+
+
 def build_optimizer(lm: nn.Module, args: OptimArgs) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; norm gains do not decay. Call `set_lr` before each step."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in lm.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((is_depth(name), not name.endswith("alpha")), []).append(parameter)
-    rates, decay = {False: args.lr, True: args.depformer_lr or args.lr}, {False: 0.0, True: args.weight_decay}
+            decay = 0.0 if name.endswith("alpha") else args.weight_decay
+            groups.setdefault((peak_rate(name, args), decay), []).append(parameter)
     settings = [
-        {"params": parameters, "peak_lr": rates[depth], "weight_decay": decay[decays]}
-        for (depth, decays), parameters in groups.items()
+        {"params": parameters, "peak_lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()
     ]
     return torch.optim.AdamW(settings, lr=args.lr, betas=args.betas, eps=args.eps, fused=True)
 
 
-def lr_factor(step: int, max_steps: int, pct_start: float) -> float:
-    """Factor of the peak learning rate at step 1..max_steps: linear warm-up over a fraction `pct_start` of the steps,
-    then a cosine that would reach zero one step after the last."""
-    warmup = round(pct_start * max_steps)
-    if step <= warmup:
-        return step / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / max(1, max_steps - warmup)))
+class Schedule(NamedTuple):
+    """Factor of the peak learning rate at step 1..max_steps: a line up to the end of the warm-up, and then a shape:
+
+    cosine: falls to zero, which it would reach one step after the last.
+    constant: stays.
+    wsd: stays, and in the last fifth of the steps falls on a line to zero (Hu et al. 2024, arXiv 2404.06395).
+    """
+
+    shape: str
+    max_steps: int
+    warmup_end: int
+    start: int = 0  # where this schedule begins, with the factor `first`
+    first: float = 0.0
+    peak: float = 1.0
+
+    @classmethod
+    def of(cls, args: OptimArgs, max_steps: int) -> "Schedule":
+        return cls(args.schedule, max_steps, round(args.pct_start * max_steps))
+
+    def at(self, step: int) -> float:
+        if step <= self.start:
+            return self.first
+        if step <= self.warmup_end:
+            return self.first + (self.peak - self.first) * ((step - self.start) / (self.warmup_end - self.start))
+        done, length = step - 1 - self.warmup_end, max(1, self.max_steps - self.warmup_end)
+        if self.shape == "cosine":
+            return self.peak * 0.5 * (1 + math.cos(math.pi * done / length))
+        return self.peak * (min(1.0, DECAY * (1 - done / length)) if self.shape == "wsd" else 1.0)
+
+    def continued(self, step: int, args: OptimArgs, max_steps: int) -> "Schedule":
+        """Return the schedule from `step` on for other settings, without a jump: it begins at the present factor. What
+        is left of a warm-up still leads to the peak; later the present factor is the peak."""
+        warmup_end, now = round(args.pct_start * max_steps), self.at(step)
+        if step < min(self.warmup_end, warmup_end):
+            return Schedule(args.schedule, max_steps, warmup_end, step, now, self.peak)
+        return Schedule(args.schedule, max_steps, step, step, now, now)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

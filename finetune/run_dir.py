@@ -26,7 +26,7 @@ MAY_MOVE = {"data.train_data", "moshi_paths", "prompt.voices_dir"}  # settings w
 # In the order of removal: args.yaml marks a folder as one of a run, also when only half of the run has been removed.
 RUN_FILES = (
     "checkpoints", "metrics.*.jsonl", "samples", "evaluation_*.json", "not_finite_step_*.json", "curves.png",
-    "report.html", "tensorboard", "wandb", ".wandb_id", ".launch", "identity.json", "args.yaml",
+    "report.html", "best.json", "tensorboard", "wandb", ".wandb_id", ".launch", "identity.json", "args.yaml",
 )  # fmt: skip
 
 
@@ -144,7 +144,9 @@ def _changed_settings(folder: Path, args: TrainArgs, moved: set[str]) -> dict[st
         return {}
     old = flatten(stored_settings(folder))
     new = flatten(parse_yaml(dump_args(args)))
-    changed = {key: (old.get(key), value) for key, value in sorted(new.items()) if old.get(key) != value}
+    # A setting that did not exist when the run began has its default.
+    before = {key: old.get(key, SETTINGS[key].default) for key in new}
+    changed = {key: (before[key], value) for key, value in sorted(new.items()) if before[key] != value}
     may_change = CHANGEABLE | moved
     fixed = [key for key in changed if key not in may_change and key.split(".")[0] not in may_change]
     if fixed:
@@ -152,6 +154,11 @@ def _changed_settings(folder: Path, args: TrainArgs, moved: set[str]) -> dict[st
         hint = "use another run_dir, or replace that run with overwrite_run_dir: true"
         raise UserError(f"{folder} holds a run with other settings; {hint}:{listed}")
     return changed
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that a path is or belongs to; None if there is none."""
+    return next((folder for folder in (path, *path.parents[:3]) if (folder / "args.yaml").is_file()), None)
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:

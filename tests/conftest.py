@@ -31,13 +31,15 @@ def caches(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A tiny Moshi (world/model), its corpus (world/data) and the corpus's codes (world/codes)."""
+    """A tiny Moshi (world/model), its corpus (world/data), and the corpus's codes for Moshi (world/codes) and for
+    PersonaPlex (world/codes_personaplex)."""
     folder = tmp_path_factory.mktemp("world")
     make_model(folder / "model")
     make_corpus(folder / "data", hours=0.05, seed=0)
-    done = precompute_codes.main([
-        *(str(folder / f"data/{split}.jsonl") for split in ("train", "eval")), "--output-dir", str(folder / "codes"),
-        "--hf-repo", str(folder / "model"), "--device", "cpu",
-    ])  # fmt: skip
-    assert done == 0
+    for codes, *flag in (("codes",), ("codes_personaplex", "--personaplex")):
+        done = precompute_codes.main([
+            *(str(folder / f"data/{split}.jsonl") for split in ("train", "eval")), "--output-dir", str(folder / codes),
+            "--hf-repo", str(folder / "model"), "--device", "cpu", *flag,
+        ])  # fmt: skip
+        assert done == 0
     return folder

@@ -58,11 +58,14 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
-def write_config(folder: Path, world: Path, **settings) -> Path:
-    """A config.yaml for the tiny world; keys with dots nest, as in overrides."""
+PERSONAPLEX_CODES = "codes_personaplex"
+
+
+def write_config(folder: Path, world: Path, codes: str = "codes", **settings) -> Path:
+    """A config.yaml for the tiny world and one of its folders of codes; keys with dots nest, as in overrides."""
     base = {
-        "data.train_data": str(world / "codes/train_precomputed.jsonl"),
-        "data.eval_data": str(world / "codes/eval_precomputed.jsonl"),
+        "data.train_data": str(world / codes / "train_precomputed.jsonl"),
+        "data.eval_data": str(world / codes / "eval_precomputed.jsonl"),
         "data.shuffle": True, "data.num_workers": 0, "moshi_paths.hf_repo_id": str(world / "model"),
         "prompt.voices_dir": str(world / "data/voices"), "lora.enable": True, "lora.rank": 4, "duration_sec": 3,
         "max_steps": 2, "param_dtype": "float32", "device": "cpu", "optim.lr": 1e-3, "eval_max_samples": 3,

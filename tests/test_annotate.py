@@ -14,9 +14,11 @@ import sphn
 import torch
 
 import annotate
+from finetune.audio.annotation import ALIGNERS, DEFAULT_ALIGNER
 from finetune.audio.transcriber import Transcript
-from finetune.audio.words import read_alignments, read_words
+from finetune.audio.words import COPY, read_alignments, read_words
 from finetune.cli import UserError
+from finetune.data.manifest import read_manifest
 from finetune.jobs.workers import run_tasks
 from tests.audio.scripted_whisper import RATE, murmur, scripted_whisper, silence, write_stereo
 from tests.support import ROOT, alive, wait_for
@@ -37,9 +39,10 @@ def load(path: Path) -> dict:
 
 
 def report_of(folder: Path) -> dict:
-    return load(folder / "annotate_report.json")
+    return load(folder / "egs_annotate_report.json")
 
 
+WHISPER_TIMESTAMPED = ALIGNERS[DEFAULT_ALIGNER]
 MAIN = {"channel": 0, "whisper_model": "w", "language": "en", "duration": 9.0, "sound_sec": 1.0, "repairs": {}}
 
 
@@ -75,8 +78,8 @@ def run(tmp_path, tea):
     (tmp_path / "w.pt").touch()
 
     def run(*names_or_lines, flags=()) -> int:
-        lines = [{"path": f"{x}.wav"} if isinstance(x, str) else x for x in names_or_lines]
-        for line in lines:
+        lines = [{"path": f"{x}.wav"} if isinstance(x, str) and x != "{" else x for x in names_or_lines]
+        for line in (line for line in lines if line != "{"):
             if not (tmp_path / line["path"]).exists() and "missing" not in line["path"]:
                 write_stereo(tmp_path / line["path"], murmur(0.1))
         manifest = write_manifest(tmp_path / "egs.jsonl", lines)
@@ -137,14 +140,15 @@ def test_training_reads_what_annotate_writes(tmp_path, run):
     line = {"path": "a.wav", "voice_prompt": "voices/a.wav"}
     assert run(line, flags=["--personaplex", "--text-prompt", " You sell tea. "]) == 0
     prompts = {"text_prompt": "<system> You sell tea. <system>", "voice_prompt": "voices/a.wav"}
-    assert read_words(tmp_path / "a.wav") == ([("tea", 1.0, 1.2)], prompts)
+    assert read_words(tmp_path / "a.json") == ([("tea", 1.0, 1.2)], prompts)
 
 
 def test_each_flag_reaches_the_transcriber(tmp_path, run, tea, capsys):
-    assert run("a") == 0 and tea.made == [(str(tmp_path / "w.pt"), "cpu", None, False)]
+    assert run("a") == 0 and tea.made == [(str(tmp_path / "w.pt"), "cpu", None, False, WHISPER_TIMESTAMPED)]
     assert tea.heard == [("a.wav", 0)]
     assert run("b", flags=["--lang", "fr", "--keep-silence-in-segments", "--channel", "1"]) == 0
-    assert tea.made[1:] == [(str(tmp_path / "w.pt"), "cpu", "fr", True)] and tea.heard[1:] == [("b.wav", 1)]
+    assert tea.made[1:] == [(str(tmp_path / "w.pt"), "cpu", "fr", True, WHISPER_TIMESTAMPED)]
+    assert tea.heard[1:] == [("b.wav", 1)]
     assert load(tmp_path / "b.json")["alignments"] == [["tea", [2.0, 2.2], "SPEAKER_MAIN"]]
     assert run("c", flags=["--channel", "both"]) == 0 and tea.heard[2:] == [("c.wav", 0), ("c.wav", 1)]
     both = [["tea", [1.0, 1.2], "SPEAKER_MAIN"], ["tea", [2.0, 2.2], "SPEAKER_USER"]]
@@ -482,7 +486,7 @@ def test_flags_that_exclude_each_other_or_are_too_small_are_refused(tmp_path, ru
 
 def test_a_model_is_downloaded_only_if_a_file_needs_it(tmp_path, monkeypatch, run, tea):
     names = []
-    monkeypatch.setattr("finetune.audio.transcriber.download_whisper", names.append)
+    monkeypatch.setattr("finetune.audio.aligners.download_whisper", names.append)
     assert run("a", flags=["--whisper-model", "tiny"]) == 0 and names == ["tiny"] and tea.made[0][0] == "tiny"
     assert run("a", flags=["--whisper-model", "tiny"]) == 0 and names == ["tiny"]
     assert run("a", flags=["--whisper-model", "tiny", "--channel", "both"]) == 0 and names == ["tiny", "tiny"]
@@ -526,3 +530,82 @@ def test_the_summary_compares_words_with_speech(tmp_path, run, capsys):
     assert "25%" in shown and "90%" in shown and "de in 1" in shown
     assert run(output("old", 1)) == 0
     assert report_of(tmp_path)["speech_with_words"] is None
+
+
+# --- Words in another folder ------------------------------------------------------------------------------------------
+
+
+def test_with_an_output_folder_nothing_is_written_next_to_the_recordings(tmp_path, run, tea, capsys):
+    assert run("a", "b") == 0
+    (tmp_path / "b.json").write_text('{"segments": []}')  # of another program
+    (tmp_path / "a.json").unlink()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    tea.heard.clear()
+    out = tmp_path.parent / f"{tmp_path.name}_words"
+    for _ in range(2):
+        assert run("a", {"path": "b.wav"}, "{", flags=["--output-dir", out, "--strict"]) == 1, "a bad line"
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before | {
+            tmp_path / "egs.jsonl": (tmp_path / "egs.jsonl").read_bytes()
+        }
+        assert str(out / "egs.jsonl") in capsys.readouterr().out
+    assert tea.heard == [("a.wav", 0), ("b.wav", 0)], "each once"
+    lines = list(read_manifest(out / "egs.jsonl", []))
+    assert [line.words_path for line in lines] == [out / "a.json", out / "b.json"]
+    assert [read_words(line.words_path)[0] for line in lines] == [[("tea", 1.0, 1.2)]] * 2
+    report = report_of(out)
+    assert report["files"] == 2 and "line 3" in report["bad_lines"][0] and str(tmp_path) in report["bad_lines"][0]
+    assert run_again(out, tmp_path / "w.pt") == 0 and len(tea.heard) == 2, "the new manifest is as good as the old one"
+
+
+def run_again(folder: Path, model: Path) -> int:
+    return annotate.main([str(folder / "egs.jsonl"), "--whisper-model", str(model), "--device", "cpu"])
+
+
+def test_a_folder_that_cannot_be_written_to_is_reported_before_whisper_is_loaded(tmp_path, run, tea, monkeypatch):
+    line = {"path": "a.wav", "words_path": "/proc/a.json"}
+    with pytest.raises(UserError, match=r"/proc: .*--output-dir"):
+        run(line)
+    with pytest.raises(UserError, match=r"/proc/words: .*--output-dir"):
+        run(line | {"words_path": "/proc/words/a.json"})
+    assert tea.made == [] and not list(tmp_path.glob("*.err"))
+    own = tmp_path / "of mine/deep/a.json"
+    assert run(line | {"words_path": "of mine/deep/a.json"}) == 0 and read_words(own)[0] == [("tea", 1.0, 1.2)]
+    # Where nothing is missing, nothing has to be written.
+    monkeypatch.setattr(annotate, "check_writable", lambda folder, _: check_all_but(own.parent, folder))
+    assert run(line | {"words_path": "of mine/deep/a.json"}) == 0
+    with pytest.raises(UserError, match="deep"):
+        run(line | {"words_path": "of mine/deep/a.json"}, flags=["--channel", "both"])
+
+
+def check_all_but(unwritable: Path, folder: Path) -> None:
+    if folder == unwritable:
+        raise UserError(f"{folder}: cannot be written to")
+
+
+def test_manifests_of_one_folder_have_a_report_each(tmp_path, run):
+    assert run("a") == 0
+    other = write_manifest(tmp_path / "more.jsonl", [{"path": "a.wav"}, {"path": "missing.wav"}])
+    assert annotate.main([str(other), "--whisper-model", str(tmp_path / "w.pt"), "--device", "cpu"]) == 0
+    assert report_of(tmp_path)["files"] == 1 and report_of(tmp_path)["failed"] == 0
+    assert load(tmp_path / "more_annotate_report.json")["failed"] == 1
+
+
+def test_a_copy_of_words_is_not_written_to(tmp_path, run):
+    content = json.dumps({"alignments": [], COPY: {"path": "/gone.json", "mtime_ns": 0, "sha256": ""}})
+    (tmp_path / "a.json").write_text(content)
+    assert run("a", flags=["--channel", "both"]) == 1 and (tmp_path / "a.json").read_text() == content
+
+
+# --- Other aligners ---------------------------------------------------------------------------------------------------
+
+
+def test_another_aligner_is_named_by_module_and_function(tmp_path, run, tea, monkeypatch):
+    (tmp_path / "my_aligner.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run("a", flags=["--aligner", "my_aligner:make", "--whisper-model", "of another kind"]) == 0
+    assert tea.made == [("of another kind", "cpu", None, False, "my_aligner:make")]
+    origin = load(tmp_path / "a.json")["annotate.py"]["speakers"]["SPEAKER_MAIN"]
+    assert origin["aligner"] == "my_aligner:make" and origin["whisper_model"] == "of another kind"
+    for name in ("whisper", "no_such_module:make", "no_such.module:make", ":make", "my_aligner:"):
+        with pytest.raises(UserError, match=f"--aligner {name}"):
+            run("b", flags=["--aligner", name])

@@ -74,15 +74,13 @@ def test_ctrl_c(capsys):
 def test_a_defect_is_one_line_that_names_the_place_the_file_and_the_traceback(error, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["train.py", "a"])
-    monkeypatch.setattr("finetune.audio.words.from_json", lambda _: raising(error)())
-    recording = tmp_path / "call.wav"
-    recording.with_suffix(".json").write_text("{}")
-    if isinstance(error, OSError | ValueError):  # read_words expects these
-        monkeypatch.setattr("finetune.audio.words.sidecar", lambda _: raising(error)())
-    code, err = end_of(lambda: read_words(recording), capsys)
+    monkeypatch.setattr("finetune.audio.words.read_alignments", lambda *_: raising(error)())
+    words = tmp_path / "call.json"
+    words.write_text('{"alignments": []}')
+    code, err = end_of(lambda: read_words(words), capsys)
     (trace,) = tmp_path.glob("traceback_*")
     assert code == 70 and err.count("\n") == 1 and err.startswith(f"bug: {type(error).__name__}: ")
-    assert all(word in err for word in ("finetune/audio/words.py", str(recording), str(trace), "--debug")), err
+    assert all(word in err for word in ("finetune/audio/words.py", str(words), str(trace), "--debug")), err
     assert "Traceback" in trace.read_text() and type(error).__name__ in trace.read_text()
 
 

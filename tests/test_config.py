@@ -49,7 +49,7 @@ run_dir: "{run}"
 DEFAULTS = {
     "data.train_data": "", "data.eval_data": "", "data.shuffle": False, "data.num_workers": 2, "data.cache_mb": 256.0,
     "data.max_bad_samples": 100, "data.keep_and_shift": True, "data.speakers": ["SPEAKER_MAIN"], "run_dir": "r",
-    "data.drop_tags": True,
+    "data.drop_tags": True, "data.skip": [],
     "moshi_paths.hf_repo_id": None, "moshi_paths.moshi_path": None, "moshi_paths.mimi_path": None,
     "moshi_paths.tokenizer_path": None, "moshi_paths.config_path": None, "lora.enable": False, "lora.rank": 64,
     "lora.scaling": 2.0, "lora.ft_embed": False, "full_finetuning": False, "optim.lr": 1e-4, "optim.depformer_lr": None,
@@ -61,7 +61,11 @@ DEFAULTS = {
     "user_audio_loss_weight": 1.0, "log_freq": 1, "do_eval": False, "eval_freq": 0, "eval_free_samples": 4,
     "eval_free_sec": 20.0, "eval_max_samples": None, "do_ckpt": True, "ckpt_freq": 0, "ckpt_every_minutes": None,
     "num_ckpt_keep": 3, "save_adapters": True, "gradient_checkpointing": True, "param_dtype": "bfloat16",
-    "device": "auto", "sharding": "full", "overwrite_run_dir": False,
+    "device": "auto", "sharding": "full", "overwrite_run_dir": False, "lora.depformer_rank": None,
+    "lora.heads_rank": None, "lora.targets": ["temporal", "depformer", "heads"], "lora.drift_weight": 0.0,
+    "optim.heads_lr": None, "optim.schedule": "cosine", "text_loss_weight": 1.0, "audio_loss_weight": 1.0,
+    "max_bad_steps": 0, "early_stop": None, "guard.action": "warn", "guard.max_rollbacks": 2,
+    "prompt.reserve_sec": 0.0, "prompt.allow_voiceless": False,
 }  # fmt: skip
 
 
@@ -113,12 +117,17 @@ def test_each_setting_arrives_from_the_file_and_from_the_command_line(config, tm
         "user_audio_loss_weight": 0.0, "log_freq": 10, "do_eval": True, "eval_freq": 5, "eval_free_samples": 0,
         "eval_free_sec": 0.5, "eval_max_samples": 7, "do_ckpt": False, "ckpt_freq": 9, "ckpt_every_minutes": 0.5,
         "num_ckpt_keep": None, "save_adapters": False, "gradient_checkpointing": False, "param_dtype": "float32",
-        "device": "cpu", "sharding": "hybrid", "overwrite_run_dir": True,
+        "device": "cpu", "sharding": "hybrid", "overwrite_run_dir": True, "data.skip": ["a at 1.00 s"],
+        "lora.depformer_rank": 0, "lora.heads_rank": 3, "lora.targets": ["heads.text"], "lora.drift_weight": 0.0,
+        "optim.heads_lr": 1e-6, "optim.schedule": "wsd", "text_loss_weight": 0.5, "audio_loss_weight": 0.0,
+        "max_bad_steps": 2, "early_stop": 3, "guard.action": "off", "guard.max_rollbacks": 1,
+        "prompt.reserve_sec": 1.0, "prompt.allow_voiceless": True,
     }  # fmt: skip
     expected = values | {"optim.betas": (0.0, 0.99)}
     assert values.keys() == DEFAULTS.keys()
-    # One excludes full_finetuning, and the other needs wandb.
-    assert [key for key in values if expected[key] == DEFAULTS[key]] == ["lora.enable", "wandb.project"]
+    # The first excludes full_finetuning, the second needs wandb, and the last needs adapters.
+    unchanged = ["lora.enable", "wandb.project", "lora.drift_weight"]
+    assert [key for key in values if expected[key] == DEFAULTS[key]] == unchanged
     from_overrides = load_args(config, [f"{key}={json.dumps(value)}" for key, value in values.items()])
     assert flatten(from_overrides.model_dump()) == expected
     tree: dict = {}
@@ -138,7 +147,7 @@ def test_what_may_change_when_a_run_is_resumed():
         "data.max_bad_samples", "data.num_workers", "device", "do_ckpt", "do_eval", "eval_free_samples",
         "eval_free_sec", "eval_freq", "eval_max_samples", "gradient_checkpointing", "log_freq", "max_steps",
         "num_ckpt_keep", "num_microbatches", "overwrite_run_dir", "run_dir", "save_adapters", "sharding", "tensorboard",
-        "wandb",
+        "wandb", "prompt.allow_voiceless", "data.skip", "max_bad_steps", "guard", "optim", "early_stop",
     }  # fmt: skip
     assert changeable == CHANGEABLE
 
@@ -154,7 +163,7 @@ VALUES = [
     ("seed", str(2**63), f"{2**63} below"), ("optim.lr", "1"), ("optim.lr", "0", "0 greater"),
     ("optim.lr", ".nan", "nan finite"), ("optim.lr", ".inf", "inf finite"), ("optim.lr", "'1'", "'1' number"),
     ("optim.lr", "true", "True number"), ("optim.lr", "null", "None number"), ("optim.eps", "0", "0 greater"),
-    ("optim.depformer_lr", "0", "0 greater"), ("lora.scaling", "0", "0 greater"), ("max_norm", "0", "0 greater"),
+    ("optim.depformer_lr", "0"), ("optim.depformer_lr", "-1", "-1 0"), ("lora.scaling", "0", "0 greater"), ("max_norm", "0", "0 greater"),
     ("max_norm", ".inf", "inf finite"), ("first_codebook_weight_multiplier", "0", "0 greater"),
     ("eval_free_sec", "0", "0 greater"), ("prompt.max_sec", "0", "0 greater"),
     ("ckpt_every_minutes", "0", "0 greater"), ("duration_sec", "0", "0 greater"), ("duration_sec", "0.15", "0.15 2"),
@@ -230,6 +239,22 @@ def test_all_problems_are_reported_at_once(config):
     assert head == ": 7 problems" and "\n" not in "".join(problems)
     for name in ("batch_size", "optim", "nothing is trained", "gone.jsonl", "seed", "no_such_setting", "number 5"):
         assert sum(name in problem for problem in problems) == 1, (name, said)
+
+
+@pytest.mark.parametrize(("overrides", "named"), [
+    (["text_loss_weight=0", "audio_loss_weight=0"], "nothing is learnt"),
+    (["lora.targets=[]"], "no part has adapters"),
+    (["lora.targets=[depformer]", "lora.depformer_rank=0"], "no part has adapters"),
+    (["lora.drift_weight=1", "lora.enable=false", "full_finetuning=true"], "lora.drift_weight"),
+    (["lora.drift_weight=1", "lora.ft_embed=true"], "lora.ft_embed"),
+    (["guard.action=stop"], "guard.action is stop"), (["early_stop=3"], "early_stop"),
+    (["guard.action=stop", "data.eval_data={data}", "do_eval=true", "eval_free_samples=0"], "eval_free_samples"),
+    (["guard.action=rollback", "data.eval_data={data}", "do_eval=true", "ckpt_freq=0"], "ckpt_freq"),
+])  # fmt: skip
+def test_settings_that_contradict_each_other(config, overrides, named, tmp_path):
+    overrides = [override.format(data=tmp_path / "train.jsonl") for override in overrides]
+    said = refusal(config, *overrides)
+    assert named in said and "\n" not in said
 
 
 @pytest.mark.parametrize("overrides", [

@@ -18,7 +18,7 @@ from finetune.cli import UserError
 from finetune.distributed import World, _environment, make_mesh, pick_device, session, shard
 from finetune.model.pretrained import PERSONAPLEX
 from tests.engine import tiny_lm
-from tests.support import ROOT, rows, run_ranks, train_here, write_config
+from tests.support import PERSONAPLEX_CODES, ROOT, rows, run_ranks, train_here, write_config
 
 SETTINGS = {"max_steps": 2, "do_eval": False, "do_ckpt": False, "batch_size": 1, "num_microbatches": 1}
 
@@ -33,7 +33,7 @@ def alone(world, tmp_path_factory):
     found = {}
     for ranks in (2, 4):
         folder = tmp_path_factory.mktemp("alone")
-        config = write_config(folder, world, **SETTINGS | {"num_microbatches": ranks})
+        config = write_config(folder, world, PERSONAPLEX_CODES, **SETTINGS | {"num_microbatches": ranks})
         assert train_here(config, PERSONAPLEX) == 0
         found[ranks] = numbers(folder / "run")
     return found
@@ -88,7 +88,7 @@ def torchrun_agents(script, *arguments, per_node, restarts=0, timeout=150):
 
 def test_two_nodes_with_hybrid_sharding(world, tmp_path, alone):
     """Two processes on each of two nodes: parameters are sharded within a node and replicated between them."""
-    config = write_config(tmp_path, world, **SETTINGS | {"sharding": "hybrid"})
+    config = write_config(tmp_path, world, PERSONAPLEX_CODES, **SETTINGS | {"sharding": "hybrid"})
     torchrun_agents("train_personaplex.py", config, per_node=2)
     torch.testing.assert_close(numbers(tmp_path / "run"), alone[4], rtol=2e-5, atol=1e-6)
 
@@ -118,7 +118,7 @@ def test_a_restart_does_not_wait_for_dead_processes(tmp_path):
 
 def test_srun_without_torchrun_and_without_sharding(world, tmp_path, alone):
     """What srun sets for two tasks of one node; each has whole parameters."""
-    config = write_config(tmp_path, world, **SETTINGS | {"sharding": "none"})
+    config = write_config(tmp_path, world, PERSONAPLEX_CODES, **SETTINGS | {"sharding": "none"})
     code = (
         "import os, runpy, sys\n"
         "rank = os.environ.pop('RANK')\n"

@@ -85,12 +85,14 @@ def test_losses_are_those_of_all_ranks(lm):
         other = collate(samples[1:], [], DELAYS, 16)
         out = lm(other.codes, other.loss_mask)
     totals = torch.stack([out.ce.double(), out.correct.double(), other.counts.double()])
-    world = one_rank().set(totals, torch.tensor([2.0, 3.0]), [["b", "a"], ["c"]])
+    world = one_rank().set(totals, torch.tensor([2.0, 3.0, 1.0]), [["b", "a"], ["c"]])
+    samples[0].voiceless = True
     first = collate(samples[:1], ["a"], DELAYS, 16)
     row, problems = evaluate(lm, [first], WEIGHTS, world)
     expected, _ = evaluate(lm, [collate(samples, [], DELAYS, 16)], WEIGHTS, one_rank())
     assert row.pop("samples") == expected.pop("samples") == 3
     assert row.pop("skipped") == 4 and expected.pop("skipped") == 0 and problems == ["a", "b", "c"]
+    assert row.pop("share_without_voice") == 2 / 3 and expected.pop("share_without_voice") == 1 / 3
     assert row == pytest.approx(expected, rel=1e-5)
 
 
@@ -98,7 +100,7 @@ def test_sums_are_more_precise_than_float32():
     """2 ** 24 and 1 more: what a long held-out set adds up to."""
     counts = torch.full((18,), 2**24, dtype=torch.int64)
     moved = SimpleNamespace(codes=0, loss_mask=0, embeddings=0, lengths=0, targets=0)
-    batch = SimpleNamespace(to=lambda device: moved, counts=counts, names=["a"], problems=[])
+    batch = SimpleNamespace(to=lambda device: moved, counts=counts, names=["a"], problems=[], voiceless=0)
     out = SimpleNamespace(ce=counts.float(), correct=counts.float())
     few = SimpleNamespace(ce=torch.ones(18), correct=torch.ones(18))
     outs = iter([out, few])
@@ -108,7 +110,8 @@ def test_sums_are_more_precise_than_float32():
 
 
 def test_an_evaluation_without_windows_has_no_loss(lm):
-    assert evaluate(lm, [], WEIGHTS, one_rank()) == ({"samples": 0, "skipped": 0}, [])
+    nothing = {"samples": 0, "skipped": 0, "share_without_voice": 0.0}
+    assert evaluate(lm, [], WEIGHTS, one_rank()) == (nothing, [])
 
 
 def test_an_exception_after_a_batch_ends_the_evaluation(lm):

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 from finetune import loop
+from finetune import step as steps
 from finetune.args import TrainArgs
 from finetune.cli import UserError
 from finetune.data.batch import Sample, TextStats, collate
@@ -35,7 +36,7 @@ from finetune.model.training_lm import TrainingLM
 from finetune.optim import build_optimizer
 from finetune.run_dir import list_checkpoints
 from tests.engine import DELAYS, random_frames, tiny_lm
-from tests.support import ROOT, rows, run_ranks, script, train_here, write_config
+from tests.support import PERSONAPLEX_CODES, ROOT, rows, run_ranks, script, train_here, write_config
 
 # --- a loop over a tiny model and windows of noise -----------------------------------------------------------------
 
@@ -117,7 +118,7 @@ def saved(monkeypatch):
     """Steps and states that are saved, in place of checkpoints. None among `fails`."""
     calls = SimpleNamespace(steps=[], states=[], fails=(), keep=None)
 
-    def save_checkpoint(folder, step, lm, optimizer, state, world, artefact, keep):
+    def save_checkpoint(folder, step, lm, optimizer, state, world, artefact, keep, best=None):
         calls.steps.append(step)
         calls.states.append(dict(state))
         calls.keep = keep
@@ -144,7 +145,7 @@ def kill(number=signal.SIGTERM):
 
 
 def records(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "finetune.loop"]
+    return [record.getMessage() for record in caplog.records if record.name in ("finetune.loop", "finetune.step")]
 
 
 def whole(parameter):
@@ -195,10 +196,11 @@ class ConstantLosses(torch.nn.Module):
     def set_requires_gradient_sync(self, value):
         self.synced.append(value)
 
-    def forward(self, *args, targets):
+    def forward(self, *args, targets, steps, drift):
         self.given.append((*args, targets))
+        assert (steps, drift) == (None, None)
         ce = torch.arange(18.0) + 100 * len(self.given)
-        return SimpleNamespace(ce=ce * self.weight, correct=torch.arange(18.0) + len(self.given))
+        return SimpleNamespace(ce=ce * self.weight, correct=torch.arange(18.0) + len(self.given), drift=None)
 
 
 def test_a_rank_adds_up_its_microbatches_and_makes_up_for_the_average_over_ranks():
@@ -209,7 +211,8 @@ def test_a_rank_adds_up_its_microbatches_and_makes_up_for_the_average_over_ranks
         batches.append(SimpleNamespace(to={torch.device("cpu"): moved}.get))
     scale = torch.linspace(0.1, 0.2, 18)
     world = SimpleNamespace(size=5, device=torch.device("cpu"))
-    ce, correct = loop.forward_backward(model, batches, scale, world)
+    ce, correct, drift = loop.forward_backward(model, batches, scale, world)
+    assert not drift.any()
     assert model.given == [tuple(f"{part} {number}" for part in parts) for number in range(3)]
     assert model.synced == [False, False, True], "gradients are exchanged once per step"
     assert ce.tolist() == (3 * torch.arange(18.0) + 600).tolist() and not ce.requires_grad
@@ -247,8 +250,8 @@ class HostReads(TorchFunctionMode):
 def test_a_step_reads_one_tensor_back(begin):
     """Losses, gradient norm and the ranks' requests come to the host together. Workers make the batches elsewhere."""
     counts = []
-    for steps in (2, 5):
-        run = begin(max_steps=steps, log_freq=100)
+    for max_steps in (2, 5):
+        run = begin(max_steps=max_steps, log_freq=100)
         made = [run.data.batch(position) for position in range(20)]
         run.data.batches = lambda position, made=made: iter(made)
         with HostReads() as reads:
@@ -273,6 +276,7 @@ def test_rows_cover_the_steps_since_the_last(begin):
         assert row["frames_per_sec"] * seconds == pytest.approx(5 * windows)
         assert row["text_tokens_dropped"] == windows and row["words_late"] == 2 * windows
         assert row["windows_without_voice"] == voiceless and 0 < row["data_wait"] < 1 and row["skipped"] == 3
+        assert row["share_without_voice"] == voiceless / windows
     # A batch without a window is padded to one of two frames.
     assert found[0]["loss_frames_share"] == pytest.approx(15 / (3 * 2 + 3 * 6))
     assert found[1]["loss_frames_share"] == pytest.approx(5 / 6)
@@ -280,7 +284,8 @@ def test_rows_cover_the_steps_since_the_last(begin):
 
 def test_the_time_of_saving_and_evaluating_is_not_that_of_training(begin, monkeypatch, saved):
     now = [0.0]
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
+    for module in (loop, steps):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
     monkeypatch.setattr(loop, "hold_out", lambda *_, **__: now.__setitem__(0, now[0] + 1000) or True)
     run = begin(max_steps=3, do_eval=True, eval_freq=1, do_ckpt=True, ckpt_freq=1, log_freq=3)
     at_step(monkeypatch, 2, lambda: now.__setitem__(0, now[0] + 8))
@@ -293,12 +298,13 @@ def test_the_time_of_saving_and_evaluating_is_not_that_of_training(begin, monkey
 
 def test_rates_are_those_of_all_ranks_together():
     """Two ranks at a time: 1000 and 3000 tokens in 2 and 4 seconds."""
-    own = torch.tensor([1000, 50, 100, 1, 2, 3, 0.5, 2], dtype=torch.float64)
-    other = torch.tensor([3000, 70, 100, 10, 20, 30, 1, 4], dtype=torch.float64)
+    own = torch.tensor([1000, 50, 100, 1, 2, 3, 4, 0.5, 2], dtype=torch.float64)
+    other = torch.tensor([3000, 70, 100, 10, 20, 30, 40, 1, 4], dtype=torch.float64)
     world = SimpleNamespace(size=2, sum=lambda tensor: tensor + other)
     assert loop.report_totals(own, world) == {
         "tokens_per_sec": 4000 / 3, "frames_per_sec": 120 / 3, "loss_frames_share": 0.6, "data_wait": 0.25,
         "interval_sec": 2.0, "text_tokens_dropped": 11, "words_late": 22, "windows_without_voice": 33,
+        "share_without_voice": 0.75,
     }  # fmt: skip
 
 
@@ -319,13 +325,15 @@ def test_checkpoints_are_saved_by_steps_and_at_the_end(begin, saved, settings, e
     for step, state in zip(saved.steps, saved.states, strict=True):
         assert state == {
             "step": step, "position": 2 * step, "skipped": int(step >= 2), "seed": 0, "windows_per_step": 2,
-            "windows": [40],
+            "windows": [40], "bad_steps": 0, "schedule": ["cosine", 5, 0, 0, 0.0, 1.0],
         }  # fmt: skip
 
 
 def test_checkpoints_are_saved_by_the_clock(begin, saved, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
+    for module in (loop, steps):
+        fake = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+        monkeypatch.setattr(module, "time", fake)
     run = begin(max_steps=10, do_ckpt=True, ckpt_every_minutes=2.5)
     for step in range(1, 11):  # a step takes a minute
         at_step(monkeypatch, step, lambda: now.__setitem__(0, now[0] + 60))
@@ -396,16 +404,17 @@ def test_a_step_is_not_evaluated_twice(begin):
 @pytest.fixture
 def replies(monkeypatch):
     """What `free_run` and `judge_replies` are given; measures and a warning to return."""
-    calls = SimpleNamespace(runs=[], judged=[], warning=None)
+    calls = SimpleNamespace(runs=[], judged=[], warning=None, measures=lambda step: {"free_silence": 0.5})
 
     def free_run(model, samples, seconds, seed, each_second):
         calls.runs.append(([sample.name for sample in samples], seconds, seed))
         each_second()
         return ["conversation"] * len(samples)
 
-    def judge(conversations, samples, mimi, tokenizer, folder):
+    def judge(conversations, samples, mimi, tokenizer, folder, recorded):
         calls.judged.append((conversations, [sample.name for sample in samples], tokenizer, folder))
-        return {"free_silence": 0.5}, calls.warning
+        step = int(folder.name.removeprefix("step_"))
+        return calls.measures(step) | ({"data_silence": 0.4, "data_repetition": 0.1} if recorded else {}), calls.warning
 
     monkeypatch.setattr(loop, "free_run", free_run)
     monkeypatch.setattr(loop, "judge_replies", judge)
@@ -425,6 +434,74 @@ def test_replies_are_part_of_an_evaluation(begin, replies, caplog):
     warnings = [line for line in records(caplog) if "mute" in line]
     assert warnings == ["replies at step 1: mute"], "an untrained model may be mute"
     assert re.search(r"held-out at step 1: loss \d+\.\d{4} \| text", caplog.text)
+
+
+def collapsing(from_step, to_step=10**9):
+    """Measures of replies that are mute and loop from one step to another."""
+    bad = {"free_silence": 1.0, "free_repetition": 0.9}
+    return lambda step: bad if from_step <= step < to_step else {"free_silence": 0.5, "free_repetition": 0.0}
+
+
+GUARDED = {"do_eval": True, "eval_freq": 2, "eval_free_samples": 1, "do_ckpt": True, "ckpt_freq": 2, "max_steps": 8}
+
+
+def test_a_guarded_run_ends_when_its_replies_collapse(begin, replies, caplog):
+    replies.measures = collapsing(4)
+    run = begin(**GUARDED, guard={"action": "stop"})
+    assert loop.train(run) == loop.EXIT_GUARD and run.progress.step == 4
+    said = records(caplog)[-1]
+    assert "step 4" in said and "silence" in said and "checkpoint_000002" in said
+    assert json.loads((run.folder / "best.json").read_text())["step"] == 2
+    again = begin(step=4, **GUARDED, guard={"action": "stop"})
+    assert loop.train(again) == loop.EXIT_GUARD and again.progress.step == 4, "the same command comes to the same end"
+    warned = begin(step=4, **GUARDED, guard={"action": "warn"})
+    assert loop.train(warned) == 0 and warned.progress.step == 8
+
+
+def test_a_rollback_leads_back_and_on_at_half_the_rate(begin, replies, caplog):
+    """Until step 4 as without it; from the checkpoint of step 4 on with half the rate."""
+    asked = []
+    calm, mute = collapsing(10**9), collapsing(6)
+    replies.measures = lambda step: (asked.append(step), (mute if asked.count(step) == 1 else calm)(step))[1]
+    settings = GUARDED | {"optim_pct_start": 0.0, "optim_schedule": "constant", "optim_lr": 1e-3}
+    run = begin(**settings, guard={"action": "rollback"})
+    assert loop.train(run) == 0 and run.rollbacks == 2
+    found = read_rows(run.folder / "metrics.train.jsonl")
+    [first, second] = [row for row in found if row.get("event") == "rollback"]
+    assert (first["step"], first["from"]) == (4, 6) and "silence" in first["reason"]
+    assert (second["step"], second["from"]) == (6, 8) and second["rate_factor"] == 0.25
+    rates = {row["step"]: row["lr"] for row in rows(run.folder)}
+    assert [rates[step] for step in (4, 5, 6)] == pytest.approx([1e-3, 5e-4, 5e-4])
+    assert sorted(rates) == list(range(1, 9)), "each step has one row"
+    moved = [json.loads(line) for line in (run.folder / "metrics.rolled_back.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in moved} >= {5, 6} and {row["kind"] for row in moved} == {"train", "eval"}
+    assert run.data.positions.count(4 * run.windows_per_step) >= 2, "the data are read again from there"
+
+
+def test_a_run_stops_going_back_at_some_time(begin, replies):
+    replies.measures = collapsing(4)
+    run = begin(**GUARDED, guard={"action": "rollback", "max_rollbacks": 2})
+    assert loop.train(run) == loop.EXIT_GUARD and run.rollbacks == 2
+    assert [step for step, _ in list_checkpoints(run.folder)] == [0, 2, 4]
+
+
+def test_early_stop_ends_a_run_that_no_longer_gets_better(begin, monkeypatch, caplog):
+    losses = iter([4.0, 3.0, 3.5, 3.6, 3.7])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: ({"loss": next(losses), "samples": 1, "skipped": 0}, []))
+    run = begin(do_eval=True, eval_freq=2, eval_free_samples=0, max_steps=20, early_stop=2)
+    with caplog.at_level(logging.INFO):
+        assert loop.train(run) == 0
+    assert run.progress.step == 6 and "early_stop" in records(caplog)[-1]
+
+
+def test_the_best_checkpoint_is_kept(begin, monkeypatch):
+    losses = iter([4.0, 3.0, 3.5, 3.6, 3.7])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: ({"loss": next(losses), "samples": 1, "skipped": 0}, []))
+    settings = {"do_eval": True, "eval_freq": 2, "eval_free_samples": 0, "max_steps": 8}
+    run = begin(**settings, do_ckpt=True, ckpt_freq=2, num_ckpt_keep=1)
+    assert loop.train(run) == 0
+    assert [step for step, _ in list_checkpoints(run.folder)] == [2, 8]
+    assert json.loads((run.folder / "best.json").read_text())["step"] == 2
 
 
 def test_the_decoder_of_replies_does_not_stay(begin, replies):
@@ -599,18 +676,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(begin, value, 
     with pytest.raises(UserError) as error:
         loop.train(run)
     message, path = str(error.value), run.folder / "not_finite_step_000002.json"
-    assert "the loss of step 2 is not finite" in message and "(rank 0; samples w4, w5, w6, ...;" in message
+    assert "the loss of step 2 is not finite" in message and "the weights themselves" in message
     assert str(path) in message and "\n" not in message
     found = json.loads(path.read_text())
     assert found["step"] == 2 and not math.isfinite(float(found["loss"]))
     assert found["ranks"] == [{"rank": 0, "loss_is_finite": False, "samples": ["w4", "w5", "w6", "w7"]}]
+    assert found["culprits"] == [f"w{i} (rank 0)" for i in (4, 5, 6, 7)]
     assert all(map(torch.equal, before, map(whole, run.model.lm.depformer.parameters()))) and before
-    assert run.progress == loop.Progress(1, 4, 0) and saved.steps == [] and len(rows(run.folder)) == 1
+    assert run.progress.step == 1 and saved.steps == [] and len(rows(run.folder)) == 1
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_too(begin, monkeypatch):
     run = begin()
-    monkeypatch.setattr(loop, "clip_gradients", lambda parameters, max_norm: torch.tensor(math.inf))
+    monkeypatch.setattr(steps, "clip_gradients", lambda parameters, max_norm: torch.tensor(math.inf))
     run.optimizer.step = lambda: pytest.fail("no update")
     with pytest.raises(UserError, match="the gradient of step 1 is not finite"):
         loop.train(run)
@@ -618,13 +696,36 @@ def test_a_gradient_that_is_not_finite_ends_the_run_too(begin, monkeypatch):
     assert found["grad_norm"] == "inf" and math.isfinite(float(found["loss"])) and found["ranks"][0]["loss_is_finite"]
 
 
-def test_the_rank_with_the_loss_that_is_not_finite_is_named(tmp_path):
-    ranks = [{"rank": rank, "loss_is_finite": rank != 2, "samples": [f"a{rank}", f"b{rank}"]} for rank in range(4)]
-    world = SimpleNamespace(rank=1, is_main=False, gather=lambda own: (own == ranks[1] or pytest.fail(own), ranks)[1])
-    run = SimpleNamespace(progress=loop.Progress(step=6), world=world, folder=tmp_path)
-    with pytest.raises(UserError, match=r"the loss of step 7 .*\(rank 2; samples a2, b2, \.\.\.") as error:
-        loop.refuse_update(run, math.nan, 1.0, 3.5, [SimpleNamespace(names=["a1"]), SimpleNamespace(names=["b1"])])
-    assert "another run_dir" in str(error.value) and not list(tmp_path.iterdir()), "the main rank writes the file"
+def spoil(run, *positions):
+    """Put NaN into the prompt embeddings of some windows."""
+    sample = run.data.sample
+
+    def spoiled(position):
+        embeddings = torch.full((2, run.model.lm.dim), math.nan)
+        return dataclasses.replace(sample(position), embeddings=embeddings if position in positions else None)
+
+    run.data.sample = spoiled
+
+
+def test_the_window_that_is_not_finite_is_named(begin):
+    run = begin(max_steps=3, batch_size=2)
+    spoil(run, 5)
+    with pytest.raises(UserError, match=r"step 2 is not finite, caused by w5 \(rank 0\) \(see"):
+        loop.train(run)
+    assert json.loads((run.folder / "not_finite_step_000002.json").read_text())["culprits"] == ["w5 (rank 0)"]
+
+
+def test_steps_that_are_not_finite_may_be_left_out(begin, caplog):
+    run, weights, step = begin(max_steps=4, batch_size=2, max_bad_steps=1, log_freq=1), [], steps.update
+    spoil(run, 5)
+    update = lambda *args: (step(*args), weights.append(whole(run.model.lm.text_linear.weight)))[0]
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(loop, "update", update)
+        assert loop.train(run) == 0
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert run.progress.step == 4 and run.progress.position == 16 and run.progress.bad_steps == 1
+    assert [row.get("bad_steps", 0) for row in rows(run.folder)] == [0, 1, 1, 1]
+    assert len([line for line in caplog.messages if "w5" in line]) == 1
 
 
 def skipping(position, skipped, step=1, max_steps=100, limit=3, windows=10):
@@ -693,7 +794,7 @@ SETTINGS = {
 def straight(world, tmp_path_factory):
     """A run of six steps that nothing disturbs."""
     folder = tmp_path_factory.mktemp("straight")
-    assert train_here(write_config(folder, world, **SETTINGS), PERSONAPLEX) == 0
+    assert train_here(write_config(folder, world, PERSONAPLEX_CODES, **SETTINGS), PERSONAPLEX) == 0
     return folder / "run"
 
 
@@ -701,7 +802,7 @@ def copy_of(straight, tmp_path, world, **settings):
     """The same run, as it was after the checkpoint of step 3."""
     shutil.copytree(straight, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/checkpoint_000006")
-    return write_config(tmp_path, world, **SETTINGS | settings)
+    return write_config(tmp_path, world, PERSONAPLEX_CODES, **SETTINGS | settings)
 
 
 def curve(run):
@@ -735,7 +836,7 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(straight, world, tmp_pa
 
 def test_a_run_that_was_stopped_by_a_signal_ends_like_a_straight_one(straight, world, tmp_path, monkeypatch):
     """Twice: after a step with a checkpoint of its own and after one without."""
-    config = write_config(tmp_path, world, **SETTINGS)
+    config = write_config(tmp_path, world, PERSONAPLEX_CODES, **SETTINGS)
     for step in (2, 3):
         with monkeypatch.context() as patch:
             at_step(patch, step, kill())
@@ -769,11 +870,12 @@ def signalled(tmp_path, name, step, config):
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_and_one_rank_continues(straight, world, tmp_path):
-    config = write_config(tmp_path, world, **SETTINGS | {"batch_size": 1, "ckpt_freq": 0, "data.num_workers": 1})
+    settings = SETTINGS | {"batch_size": 1, "ckpt_freq": 0, "data.num_workers": 1}
+    config = write_config(tmp_path, world, PERSONAPLEX_CODES, **settings)
     outputs = run_ranks(*signalled(tmp_path, "SIGUSR1", 2, config), codes=(75, 75))
     assert "SIGUSR1: stopped after step 2, saved" in outputs[0] and "stopped" not in outputs[1]
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
-    config = write_config(tmp_path, world, **SETTINGS)
+    config = write_config(tmp_path, world, PERSONAPLEX_CODES, **SETTINGS)
     assert train_here(config, PERSONAPLEX) == 0
     assert_nearly_same_end(tmp_path / "run", straight)
 
@@ -810,7 +912,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(world, tmp_
         "do_eval": False, "data.shuffle": False,
     })  # fmt: skip
     outputs = run_ranks("train.py", config, codes=(2, 2))
-    found = [re.search(r"error: the loss of step (\d+) is not finite \(rank (\d)", output) for output in outputs]
+    found = [re.search(r"error: the loss of step (\d+) is not finite, .*\(rank (\d)", output) for output in outputs]
     assert all(found) and found[0].groups() == found[1].groups(), outputs
     step, rank = map(int, found[0].groups())
     ranks = json.loads((tmp_path / f"run/not_finite_step_{step:06d}.json").read_text())["ranks"]

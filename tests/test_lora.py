@@ -5,8 +5,9 @@ import torch
 from moshi.modules.lora import LoRALinear
 from torch import nn
 
-from finetune.lora import add_adapters, initial_adapter, is_adapter, is_embedding, merge_adapter, stock_name
-from finetune.model.build import build_lm
+from finetune.args import TrainArgs
+from finetune.lora import add_adapters, initial_adapter, is_adapter, is_embedding, merge_adapter, part_of, stock_name
+from finetune.model.build import build_lm, make_trainable
 from tests.engine import TINY
 
 
@@ -65,3 +66,48 @@ def test_merge_adapter_adds_the_scaled_product_in_float32():
     half = merge_adapter(weight, a.bfloat16(), b.bfloat16(), 1.5)  # adapters stored in bfloat16 multiply in float32
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, weight.float() + 1.5 * b @ a.bfloat16().float(), rtol=0, atol=1e-6)
+
+
+def ranks_by_part(**settings) -> dict[str, int]:
+    """The rank of the adapters in each part of a model that `settings` make; parts without are left out."""
+    lm = build_lm(TINY | {"dep_q": 16}, torch.bfloat16)
+    make_trainable(lm, TrainArgs(data={}, run_dir="r", **settings))
+    ranks = {part_of(name): module.rank for name, module in lm.named_modules() if isinstance(module, LoRALinear)}
+    adapters = [(name, p) for name, p in lm.named_parameters() if is_adapter(name)]
+    assert all(p.requires_grad and p.dtype == torch.float32 for _, p in adapters)
+    assert {part_of(name) for name, _ in adapters} == set(ranks)
+    assert not any(p.requires_grad for name, p in lm.named_parameters() if not is_adapter(name))
+    return ranks
+
+
+TEMPORAL = {"temporal.attention": 4, "temporal.gating": 4}
+DEPFORMER = {"depformer.attention": 4, "depformer.gating": 4, "depformer.inputs": 4}
+HEADS = {"heads.text": 4, "heads.audio": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, TEMPORAL | DEPFORMER | HEADS),
+        ({"lora": {"depformer_rank": 0}}, TEMPORAL | HEADS),
+        ({"lora": {"depformer_rank": 2, "heads_rank": 1}},
+         TEMPORAL | dict.fromkeys(DEPFORMER, 2) | dict.fromkeys(HEADS, 1)),
+        ({"lora": {"targets": ["temporal"]}}, TEMPORAL),
+        ({"lora": {"targets": ["temporal.attention", "depformer.gating", "heads.text"]}},
+         {"temporal.attention": 4, "depformer.gating": 4, "heads.text": 4}),
+        ({"optim": {"depformer_lr": 0.0}}, TEMPORAL | {"heads.text": 4}),
+        ({"optim": {"depformer_lr": 0.0, "heads_lr": 1e-6}}, TEMPORAL | HEADS),
+        ({"audio_loss_weight": 0.0}, TEMPORAL | {"heads.text": 4}),
+        ({"text_loss_weight": 0.0}, TEMPORAL | DEPFORMER | {"heads.audio": 4}),
+    ],
+)  # fmt: skip
+def test_settings_decide_which_parts_have_adapters(settings, expected):
+    assert ranks_by_part(**settings | {"lora": {"enable": True, "rank": 4} | settings.get("lora", {})}) == expected
+
+
+def test_full_fine_tuning_leaves_out_what_has_no_rate():
+    lm = build_lm(TINY | {"dep_q": 8}, torch.bfloat16)
+    make_trainable(lm, TrainArgs(data={}, run_dir="r", full_finetuning=True, optim={"depformer_lr": 0.0}))
+    trained = {name for name, p in lm.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in lm.named_parameters() if not n.startswith(("depformer", "linears."))}
+    assert {p.dtype for p in lm.parameters() if not p.requires_grad} == {torch.bfloat16}

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.model.pretrained import PERSONAPLEX
-from tests.support import ROOT, live, script, train_here, write_config
+from tests.support import PERSONAPLEX_CODES, ROOT, live, script, train_here, write_config
 
 SCRIPTS = {"train", "train_personaplex", "annotate", "precompute_codes"}
 WORDS = {"alignments": [["hello", [0.2, 0.6], "SPEAKER_MAIN"]]}
@@ -90,6 +90,10 @@ class Workspace:
         if words is not None:
             self.file(name.replace(".wav", ".json"), words if isinstance(words, str) else json.dumps(words))
         return {"path": name, "duration": seconds}
+
+    def calls(self, **options) -> Path:
+        """The folder of one recording."""
+        return (self / self.call(**options)["path"]).parent
 
     def manifest(self, *lines: dict | str) -> Path:
         return self.file("some.jsonl", "".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
@@ -208,6 +212,7 @@ generate = partial(Mistake, "generate")
 export = partial(Mistake, "export")
 make_voice = partial(Mistake, "make_voice")
 report = partial(Mistake, "report")
+judge = partial(Mistake, "judge")
 # Commands that treat each file by itself and report at the end what failed.
 found_by_check = partial(Mistake, "check_data", code=1)
 not_encoded = partial(Mistake, "precompute_codes", code=1)
@@ -318,6 +323,24 @@ COMMANDS = [
     generate("'tpu' cpu cuda", lambda w: w.reply("--device", "tpu")),
     generate("--out reply.mp3 .wav", lambda w: w.reply("--out", w / "reply.mp3")),
     make_voice("me.wav .pt", lambda w: [w / "u.wav", w / "me.wav", "--weights", w.run]),
+    judge("/gone", lambda w: [w / "gone"]),
+    judge("finetune.tools.generate", lambda w: [w.folder]),
+    judge("some.jsonl", lambda w: [w.manifest()]),
+    judge("a.txt .jsonl", lambda w: [w.file("a.txt")]),
+    judge("call.json finetune.tools.generate annotate.py", lambda w: [w.calls(words=None)]),
+    judge("call.json JSON", lambda w: [w.calls(words="{")]),
+    judge("call.json alignments words", lambda w: [w.calls(words="[1]")]),
+    judge("call.json call.wav 3.00 90.00", lambda w: [w.calls(words={"words": [["hello", 90, 91]]})]),
+    judge('call.json "words"', lambda w: [w.calls(words={"words": [["hello", 0.2, "soon"]]})]),
+    judge("call.wav left right", lambda w: [w.calls(channels=1)]),
+    judge("call.wav 0.10", lambda w: [w.calls(seconds=0.1)]),
+    judge("--out judged.txt .json", lambda w: [w.calls(), "--out", w / "judged.txt"]),
+    judge("--out call.json", lambda w: [w.calls(), "--out", w / "call.json"]),
+    judge("call.wav --benchmark 'call'", lambda w: [w.calls(), "--benchmark", w.folder]),
+    judge("pause.json timestamp", lambda w: [w.calls(), "--benchmark", w.file("call/pause.json", "[{}]").parents[1]]),
+    judge("--human-timing t.json", lambda w: [w.calls(), "--human-timing", w.file("t.json", '{"1": []}')]),
+    judge("--human-timing --benchmark", lambda w: [w.calls(), "--human-timing", w.file("t.json", '{"1": [1]}')]),
+    judge("'NATF9' --voices-dir", lambda w: [w.calls(), "--voice", "NATF9"]),
     make_voice("/no", lambda w: [w / "u.wav", w / "no/me.pt", "--weights", w.run]),
 ]
 
@@ -680,7 +703,7 @@ def run(world, tmp_path_factory) -> Path:
     """A trained run: PersonaPlex, adapters, one step."""
     folder = tmp_path_factory.mktemp("trained")
     settings = {"max_steps": 1, "do_eval": False, "duration_sec": 1}
-    assert train_here(write_config(folder, world, **settings), PERSONAPLEX) == 0
+    assert train_here(write_config(folder, world, PERSONAPLEX_CODES, **settings), PERSONAPLEX) == 0
     return folder / "run"
 
 

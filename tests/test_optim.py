@@ -7,14 +7,15 @@ import torch
 
 from finetune.args import OptimArgs
 from finetune.distributed import make_mesh, session, shard
-from finetune.optim import build_optimizer, clip_gradients, is_depth, lr_factor, set_lr
+from finetune.optim import Schedule, build_optimizer, clip_gradients, is_depth, peak_rate, set_lr
 from tests.engine import tiny_lm
 
 
 @pytest.mark.parametrize("max_steps", [*range(1, 45), 100, 2000])
 @pytest.mark.parametrize("pct_start", [0.0, 0.05, 0.5, 1.0])
 def test_the_schedule_is_defined_for_every_length(max_steps, pct_start):
-    factors = [lr_factor(step, max_steps, pct_start) for step in range(1, max_steps + 1)]
+    schedule = Schedule.of(OptimArgs(pct_start=pct_start), max_steps)
+    factors = [schedule.at(step) for step in range(1, max_steps + 1)]
     assert all(0 < f <= 1 for f in factors) and all(map(math.isfinite, factors))
     warmup = round(pct_start * max_steps)
     assert factors[:warmup] == sorted(factors[:warmup]) and factors[warmup:] == sorted(factors[warmup:], reverse=True)
@@ -22,10 +23,47 @@ def test_the_schedule_is_defined_for_every_length(max_steps, pct_start):
 
 
 def test_the_schedule_is_a_warmup_and_a_cosine():
-    assert [lr_factor(step, 100, 0.1) for step in (1, 5, 10, 11)] == [0.1, 0.5, 1.0, 1.0]
-    assert lr_factor(56, 100, 0.1) == pytest.approx(0.5)
-    assert lr_factor(41, 100, 0.1) == pytest.approx(0.75)  # a third of the cosine
-    assert lr_factor(100, 100, 0.1) == pytest.approx((1 - math.cos(math.pi / 90)) / 2)  # one step before zero
+    schedule = Schedule.of(OptimArgs(pct_start=0.1), 100)
+    assert [schedule.at(step) for step in (1, 5, 10, 11)] == [0.1, 0.5, 1.0, 1.0]
+    assert schedule.at(56) == pytest.approx(0.5)
+    assert schedule.at(41) == pytest.approx(0.75)  # a third of the cosine
+    assert schedule.at(100) == pytest.approx((1 - math.cos(math.pi / 90)) / 2)  # one step before zero
+
+
+def test_other_shapes_after_the_warmup():
+    rates = lambda shape: [Schedule.of(OptimArgs(pct_start=0.2, schedule=shape), 10).at(step) for step in range(1, 11)]
+    assert rates("constant") == [0.5, *[1.0] * 9]
+    assert rates("wsd") == pytest.approx([0.5, *[1.0] * 8, 5 / 8])  # the last 1.6 of 8 steps
+
+
+@pytest.mark.parametrize("shape", ["cosine", "constant", "wsd"])
+@pytest.mark.parametrize("step", [1, 9, 10, 11, 60, 90, 99])
+@pytest.mark.parametrize("max_steps", [120, 1000])
+def test_a_longer_run_goes_on_from_the_present_rate(shape, step, max_steps):
+    args = OptimArgs(pct_start=0.1, schedule=shape)
+    old = Schedule.of(args, 100)
+    new = old.continued(step, args, max_steps)
+    assert new.at(step) == old.at(step), "no jump"
+    factors = [new.at(s) for s in range(step, max_steps + 1)]
+    assert abs(factors[1] - factors[0]) <= 0.1 + 1e-9 and all(0 <= f <= 1 for f in factors)
+    if step < 10:
+        assert max(factors) == 1.0, "the warm-up goes on to the peak"
+    else:
+        assert factors == sorted(factors, reverse=True)
+    assert Schedule(*list(new)) == new, "as it is stored"
+
+
+def test_each_part_has_its_rate():
+    args = OptimArgs(lr=1.0, depformer_lr=0.0, heads_lr=3.0)
+    names = (
+        "transformer.layers.0.x",
+        "depformer.layers.0.x",
+        "depformer_in.0.weight",
+        "linears.0.weight",
+        "text_linear.w",
+    )
+    assert [peak_rate(name, args) for name in names] == [1, 0, 0, 3, 3]
+    assert [peak_rate(name, OptimArgs(lr=1.0, depformer_lr=0.5)) for name in names] == [1, 0.5, 0.5, 0.5, 1]
 
 
 def groups_by_name(lm, optimizer) -> dict[str, dict]:

@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 
 import precompute_codes
 from finetune.audio.codec import encode_streams
-from finetune.audio.codes import audio_fingerprint, check_codes, fingerprint_file, fingerprint_mimi, load_codes
+from finetune.audio.codes import audio_fingerprint, check_codes, fingerprint_mimi, load_codes
 from finetune.audio.files import read_audio, to_frames
+from finetune.audio.words import read_words
 from finetune.cli import UserError
 from finetune.data.manifest import read_manifest, resolve_path
-from finetune.model.pretrained import Pretrained
+from finetune.model.pretrained import PERSONAPLEX, Pretrained
 from finetune.prompts.same_speaker import load_same_speaker
 from tests.audio.tiny_mimi import encode_by_hand
-from tests.support import ROOT, script, wait_for, write_wav
+from tests.support import ROOT, rows, script, train_here, wait_for, write_config, write_wav
 
 FRAME = 1920
 
@@ -116,7 +117,7 @@ def test_settings_reach_the_codec(encode, tmp_path, monkeypatch):
             threads.append(workers)
             super().__init__(workers)
 
-    monkeypatch.setattr(precompute_codes, "encode_streams", spy)
+    monkeypatch.setattr("finetune.audio.encode_files.encode_streams", spy)
     monkeypatch.setattr(precompute_codes, "ThreadPoolExecutor", Pool)
     for i, (options, slots, exact, workers) in enumerate((
         ([], 8, False, 4), (["--exact", "--slots", 50], 8, True, 4),
@@ -307,7 +308,7 @@ def test_a_full_gpu_is_a_user_error(encode, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(precompute_codes, "encode_streams", full)
+    monkeypatch.setattr("finetune.audio.encode_files.encode_streams", full)
     with pytest.raises(UserError, match="--slots"):
         encode()
 
@@ -353,7 +354,8 @@ def test_another_mimi_makes_all_codes_stale(world, encode, out, tmp_path):
     save_file(state, weights)
     assert encode("--mimi-path", weights) == 0
     after = {load_codes(path)["mimi"] for path in out.rglob("*.pt")}
-    assert after == {fingerprint_file(weights)} != {before}
+    other = Pretrained(str(world / "model"), mimi_path=str(weights))
+    assert after == {other.mimi_fingerprint()} != {before}
 
 
 def test_fields_names_and_paths_of_several_manifests(encode, data, tmp_path):
@@ -479,3 +481,95 @@ def test_two_shards_do_what_one_run_does(encode, data, tmp_path, capsys):
     for line in lines_of(one / "egs_precomputed.jsonl"):
         codes = [load_codes(folder / line["codes_path"])["codes"] for folder in (one, two)]
         assert torch.equal(*codes)
+
+
+# --- Another machine --------------------------------------------------------------------------------------------------
+
+
+def metrics(run: Path, kind: str = "train") -> list[dict]:
+    """The rows of a run without what depends on the clock."""
+    clock = ("_per_sec", "_sec", "seconds", "_gb", "wait")
+    return [{key: value for key, value in row.items() if not key.endswith(clock)} for row in rows(run, kind)]
+
+
+def test_the_output_folder_is_all_that_training_needs(world, tmp_path):
+    """Without recordings, words and voices, on another path, training gives the same metrics."""
+    calls, out = tmp_path / "calls", tmp_path / "out"
+    shutil.copytree(world / "data", calls)
+    lines = [line | {"speaker": "Ann"} for line in lines_of(calls / "train.jsonl")]
+    voices = ("same_speaker", str(next(calls.glob("voices/*.wav"))), "same_speaker", "same_speaker")
+    for line, voice in zip(lines, voices):
+        line["voice_prompt"] = voice
+    write(calls / "train.jsonl", lines)
+    flags = ["--device", "cpu", "--personaplex", "--same-speaker", "--voices-dir", calls / "voices"]
+    command = [calls / "train.jsonl", calls / "eval.jsonl", "--output-dir", out, "--hf-repo", world / "model", *flags]
+    assert precompute_codes.main([*map(str, command)]) == 0
+    for manifest in ("train", "eval"):
+        for line in lines_of(out / f"{manifest}_precomputed.jsonl"):
+            assert not Path(line["words_path"]).is_absolute() and (out / line["words_path"]).is_file()
+            about = json.loads((out / line["words_path"]).read_text()) | line
+            assert about["voice_prompt"] == "same_speaker" or (out / about["voice_prompt"]).is_file()
+
+    runs = []
+    for folder in (out, tmp_path / "elsewhere/codes"):
+        folder.parent.mkdir(exist_ok=True)
+        if folder != out:
+            out.rename(folder)
+            calls.rename(tmp_path / "away")
+        runs.append(folder.parent / "run")
+        config = write_config(folder.parent, world, **{
+            "data.train_data": str(folder / "train_precomputed.jsonl"), "prompt.voices_dir": None, "do_eval": True,
+            "data.eval_data": str(folder / "eval_precomputed.jsonl"), "run_dir": str(runs[-1]), "max_steps": 4,
+        })  # fmt: skip
+        assert train_here(config, PERSONAPLEX) == 0
+    for kind in ("train", "eval"):
+        assert metrics(runs[0], kind) == metrics(runs[1], kind) != []
+
+
+def test_words_that_have_changed_are_copied_again_and_training_refuses_old_copies(encode, data, out, capsys):
+    original, copy = data / "calls/a.json", out / "words/calls/a.wav.json"
+    words = lambda text: json.dumps({"alignments": [[text, [0.1, 0.4], "SPEAKER_MAIN"]], "note": "by hand"})
+    assert encode() == 0 and not (out / "words").exists()
+    assert "words_path" not in lines_of(out / "egs_precomputed.jsonl")[0]
+    original.write_text(words("tea"))
+    (data / "calls/b.json").write_text("{")
+    assert encode() == 0 and encode("--strict") == 1
+    assert f"{data / 'calls/b.json'}: " in capsys.readouterr().out
+    assert [line.get("words_path") for line in lines_of(out / "egs_precomputed.jsonl")] == [
+        "words/calls/a.wav.json", None, None, None,
+    ]  # fmt: skip
+    assert read_words(copy)[0] == [("tea", 0.1, 0.4)] and json.loads(copy.read_text())["note"] == "by hand"
+    made = copy.stat()
+    assert encode() == 0 and (copy.stat().st_ino, copy.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+    os.utime(original)
+    assert read_words(copy)[0] == [("tea", 0.1, 0.4)], "a new date alone is no change"
+
+    original.write_text(words("milk"))
+    with pytest.raises(UserError, match=r"precompute_codes\.py again") as error:
+        read_words(copy)
+    assert str(error.value).startswith(f"{copy}: ") and str(original) in str(error.value)
+    assert encode() == 0 and read_words(copy)[0] == [("milk", 0.1, 0.4)]
+    original.rename(data / "calls/a.json.away")
+    assert encode() == 0 and read_words(copy)[0] == [("milk", 0.1, 0.4)]
+
+
+def test_voices_are_copied_under_their_contents(encode, data, out, capsys):
+    """From where training finds them: in the .json or in the line, next to recording or manifest, or by name."""
+    (data / "named").mkdir()
+    for name, content in (("calls/v.wav", b"1"), ("w.wav", b"2"), ("named/v.wav", b"3"), ("named/x.pt", b"4")):
+        (data / name).write_bytes(content)
+    voices = {"a": "v.wav", "b": "w.wav", "c": "x"}
+    for name, voice in voices.items():
+        (data / f"calls/{name}.json").write_text(json.dumps({"alignments": [], "voice_prompt": voice}))
+    write(data / "egs.jsonl", [*({"path": f"calls/{name}.wav"} for name in voices),
+                               {"path": "calls/one.wav", "voice_prompt": "NATF2"}])  # fmt: skip
+
+    def copied():
+        assert encode("--voices-dir", data / "named") == 0
+        about = [json.loads((out / f"words/calls/{name}.wav.json").read_text()) for name in voices]
+        return [(out / own["voice_prompt"]).read_bytes() for own in about]
+
+    assert copied() == [b"1", b"2", b"4"] and lines_of(out / "egs_precomputed.jsonl")[3]["voice_prompt"] == "NATF2"
+    assert capsys.readouterr().out.rstrip().endswith("NATF2")
+    (data / "w.wav").write_bytes(b"5")
+    assert copied() == [b"1", b"5", b"4"], "a voice that has changed is copied again"

@@ -22,6 +22,7 @@ from tests.support import ROOT, hub_cache
 SMALL = [
     "max_steps=2", "batch_size=1", "num_microbatches=1", "duration_sec=3", "lora.rank=2", "eval_max_samples=1",
     "eval_free_samples=1", "eval_free_sec=0.5", "param_dtype=float32", "device=cpu", "data.num_workers=0",
+    "prompt.allow_voiceless=true",
 ]  # fmt: skip
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -73,6 +74,8 @@ def evening(world, tmp_path, monkeypatch):
 def test_from_recordings_to_a_reply(evening, monkeypatch, capsys):
     for words in COMMANDS:
         more = SMALL if any(w in ("train.py", "train_personaplex.py") for w in words) else []
+        if "finetune.tools.check_data" in words:
+            more = SMALL[-1:]  # the calls of the tiny world are shorter than a window, and nobody says who speaks
         code = run(monkeypatch, words, *more)
         shown = capsys.readouterr()
         assert code == 0 or "finetune.tools.plan" in words, (words, shown.out, shown.err)

@@ -22,7 +22,7 @@ from finetune.model.expansion import expand_moshiko_to_personaplex
 from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.model.training_lm import TrainingLM
 from finetune.optim import build_optimizer
-from tests.support import live, rows, run_ranks, script, train_here, write_config
+from tests.support import PERSONAPLEX_CODES, live, rows, run_ranks, script, train_here, write_config
 
 
 def consolidated(run, step):
@@ -178,9 +178,10 @@ def test_stock_moshi_gives_the_trained_logits(world, personaplex_run, tmp_path):
 def test_one_batch_of_four_is_four_of_one_and_two_ranks_of_two(world, tmp_path):
     """Loss and gradient norm of each step do not depend on the division into batches, with padding and with windows
     that cannot be read. Rates are those of all ranks."""
-    lines = [json.loads(line) for line in (world / "codes/train_precomputed.jsonl").read_text().splitlines()]
+    source = world / PERSONAPLEX_CODES / "train_precomputed.jsonl"
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
     for line in lines:
-        line |= {key: str(world / "codes" / line[key]) for key in ("path", "codes_path")}
+        line |= {key: str(source.parent / line[key]) for key in ("path", "codes_path", "words_path")}
     for line in lines[::3]:
         line["codes_path"] = "gone.pt"
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -213,8 +214,8 @@ def test_the_same_command_after_the_end_does_nothing_and_other_settings_are_refu
     assert len(before) == 3 and train_here(config, MOSHI) == 0
     assert contents() == before
     with pytest.raises(UserError) as error:
-        train_here(config, MOSHI, ("optim.lr=0.5",))
-    assert "optim.lr: was 0.001, now 0.5" in str(error.value) and contents() == before
+        train_here(config, MOSHI, ("text_padding_weight=0.7",))
+    assert "text_padding_weight: was 0.5, now 0.7" in str(error.value) and contents() == before
 
 
 def test_a_run_is_overwritten_only_after_everything_was_checked(world, moshi_run, tmp_path):
@@ -232,7 +233,7 @@ def test_a_run_is_overwritten_only_after_everything_was_checked(world, moshi_run
 def test_an_evaluation_is_the_same_on_one_and_on_two_ranks(world, personaplex_run, tmp_path):
     run, _ = personaplex_run
     two_ranks = rows(run, "eval")[0]
-    config = write_config(tmp_path, world, max_steps=0)
+    config = write_config(tmp_path, world, PERSONAPLEX_CODES, max_steps=0)
     assert train_here(config, PERSONAPLEX) == 0
     one_rank = rows(tmp_path / "run", "eval")[0]
     assert one_rank["samples"] == two_ranks["samples"] == 3

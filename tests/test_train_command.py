@@ -14,7 +14,7 @@ from finetune import loop
 from finetune.cli import UserError
 from finetune.distributed import World
 from finetune.model.pretrained import MOSHI, PERSONAPLEX
-from tests.support import live, train_here, write_config
+from tests.support import PERSONAPLEX_CODES, live, train_here, write_config
 
 
 def numbers(text: str) -> list[str]:
@@ -59,16 +59,16 @@ def test_what_else_is_described(assembled, world, monkeypatch):
     assert numbers(logged[5]) == ["20", "250", "87"]  # 250 / (250 + 38)
     assert numbers(logged[6])[1:] == ["25", "50"]
     monkeypatch.setattr(train, "multiplies_bfloat16", lambda device: True)
-    _, logged = assembled(PERSONAPLEX, **settings, run_dir=str(world / "never"))
+    _, logged = assembled(PERSONAPLEX, **settings, codes=PERSONAPLEX_CODES, run_dir=str(world / "never"))
     assert not any("param_dtype" in line for line in logged)
 
 
 def test_what_checkpoints_offer(assembled):
     run, _ = assembled()
-    assert run.artefact.adapters == (4, 2.0) and run.artefact.dtype is torch.float32
-    assert assembled(overrides=("save_adapters=false",))[0].artefact.adapters is None
+    assert run.artefact.adapters_only and run.artefact.config["lora_scaling"] == 2.0 and run.artefact.dtype is torch.float32
+    assert assembled(overrides=("save_adapters=false",))[0].artefact.adapters_only is False
     full = {"lora.enable": False, "full_finetuning": True}
-    assert assembled(**full, overrides=("overwrite_run_dir=true",))[0].artefact.adapters is None
+    assert assembled(**full, overrides=("overwrite_run_dir=true",))[0].artefact.adapters_only is False
 
 
 def test_settings_reach_the_run(assembled, tmp_path, monkeypatch):
@@ -84,7 +84,7 @@ def test_settings_reach_the_run(assembled, tmp_path, monkeypatch):
     assert adapter.lora_A.weight.shape[0] == 2 and adapter.scaling == 0.5
     assert lm.text_emb.weight.requires_grad and not lm.out_norm.alpha.requires_grad
     assert {group["peak_lr"] for group in run.optimizer.param_groups} == {3e-4, 4e-5}
-    assert run.folder == tmp_path / "run" and vars(run.progress) == {"step": 0, "position": 0, "skipped": 0}
+    assert run.folder == tmp_path / "run" and run.progress == loop.Progress()
     assert seen == ["none"] and not run.model.gradient_checkpointing and torch.initial_seed() == 5
 
     def weights(**changed):
@@ -128,7 +128,8 @@ def test_cheap_checks_come_first(world, tmp_path):
 def test_a_resumed_run_warns_of_other_batches_and_manifests(saved, assembled, caplog):
     settings = {"max_steps": 2, "do_eval": False, "duration_sec": 1, "run_dir": str(saved.parent / "run")}
     run, logged = assembled(batch_size=2, num_microbatches=5, **settings)
-    assert vars(run.progress) == {"step": 1, "position": 1, "skipped": 0}
+    assert (run.progress.step, run.progress.position) == (1, 1)
+    logged = [line for line in logged if "goes on" not in line and "optim.lr" not in line]  # of the learning rate
     assert "checkpoint_000001" in logged[-2] and numbers(logged[-1]) == ["1", "10"]
     windows, world = run.data.train.sizes, dataclasses.replace(run.world, size=3)
     state = {"windows_per_step": 30, "windows": windows}
@@ -170,3 +171,14 @@ def test_each_script_trains_its_model_with_the_overrides(command, spec, world, t
     assert command(str(write_config(tmp_path, world)), "max_steps=9", "optim.lr=0.5", "device=cpu") == 3
     ((args, used, device),) = got
     assert (args.max_steps, args.optim.lr, used, device.type) == (9, 0.5, spec, "cpu")
+
+
+def test_more_steps_go_on_from_the_present_learning_rate(saved, assembled):
+    """The run was planned for one step; the same settings leave its schedule as it is."""
+    settings = {"do_eval": False, "duration_sec": 1, "run_dir": str(saved.parent / "run")}
+    run, _ = assembled(max_steps=1, **settings)
+    planned = run.schedule
+    assert planned.max_steps == 1
+    longer, logged = assembled(max_steps=50, **settings)
+    assert longer.schedule.at(1) == planned.at(1) and longer.schedule.max_steps == 50
+    assert any("learning rate" in line for line in logged)

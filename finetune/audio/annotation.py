@@ -2,15 +2,31 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from finetune.audio.words import MAIN_SPEAKER, PROMPT_FIELDS, parse_word
+from finetune.audio.words import COPY, MAIN_SPEAKER, PROMPT_FIELDS, parse_word
 from finetune.cli import UserError
 from finetune.files import replacing
 
 USER_SPEAKER = "SPEAKER_USER"  # the user's label in Kyutai's data; training reads the agent's words, of MAIN_SPEAKER
 RECORD = "annotate.py"  # key of the record
+# Names for the command line of functions that make aligners: see finetune.audio.aligners, which takes long to import.
+ALIGNERS = {
+    "whisper-timestamped": "finetune.audio.aligners:whisper_timestamped_aligner",
+    "stable-ts": "finetune.audio.aligners:stable_ts_aligner",
+}
+DEFAULT_ALIGNER = "whisper-timestamped"
+
+
+class AnnotateTask(NamedTuple):
+    """One audio file."""
+
+    path: Path
+    output: Path  # its .json
+    duration: float | None  # seconds, from the manifest
+    prompts: dict[str, str]  # prompt fields for the .json
 
 
 class WordsOrigin(BaseModel):
@@ -29,7 +45,7 @@ class OutputRecord(BaseModel):
 
 def load_output(output: Path) -> dict:
     """Return the content of a .json, {} if there is none. Raises UserError if it is not one of word times."""
-    advice = "move or rename it, and run the same command again"
+    advice = "rename it and run the same command again, or write the words elsewhere with --output-dir"
     try:
         content = json.loads(output.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -37,6 +53,8 @@ def load_output(output: Path) -> dict:
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{output}: exists but cannot be read ({error}); {advice}") from None
     rows = content.get("alignments", []) if isinstance(content, dict) else None
+    if rows is not None and COPY in content:
+        raise UserError(f"{output}: is a copy that precompute_codes.py has made; give the manifest that it was given")
     if rows == [] and "alignments" not in content and not content.keys() <= {RECORD, *PROMPT_FIELDS}:
         rows = None  # of another program
     try:
@@ -101,5 +119,6 @@ def add_words(output: Path, results: dict[str, dict], prompts: dict[str, str]) -
 
 def write_output(output: Path, content: dict) -> None:
     words_first = {"alignments": content["alignments"]} | content
+    output.parent.mkdir(parents=True, exist_ok=True)  # a manifest may name a folder for the words alone
     with replacing(output) as temporary:
         temporary.write_text(json.dumps(words_first, ensure_ascii=False), encoding="utf-8")

@@ -12,7 +12,7 @@ long on a CPU; a GPU would spend its time launching the calls.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
@@ -28,12 +28,16 @@ from finetune.cli import UserError
 
 SLOTS = {"cpu": 32, "cuda": 64}  # more do not make it faster
 _TRAINING_SLOTS = 32  # on a GPU that also trains: 1.3 GB. A constant, so that codes depend on the audio alone
+_PIECE = 12 * FRAME_SIZE  # samples; a second of sound
 _COLLECT_FRAMES = 32  # codes stay on the device this long: fetching them makes the host wait for the GPU
 # How often free slots are filled. On a GPU a reset takes some 250 launches, half the time of a frame: share them.
 _REFILL_FRAMES = {"cpu": 1, "cuda": 8}
 
 
-def encode_audio(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | None = None) -> list[Tensor]:
+def encode_audio(
+    mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bool | None = None,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> list[Tensor]:  # fmt: skip
     """Encode recordings in memory.
 
     Args:
@@ -41,6 +45,7 @@ def encode_audio(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bo
         wavs: float32 [samples] at 24 kHz, of any lengths; the last frame is padded with silence.
         exact: see above. None: exact on a CPU; on a GPU a batch of constant size. In both cases codes depend on the
             audio alone.
+        advance: called with the number of samples of each piece, about a second, when it is taken.
     Returns:
         int64 [codebooks, ceil(samples / 1920)] for each recording, on the CPU.
     Raises:
@@ -54,12 +59,18 @@ def encode_audio(mimi: MimiModel, wavs: Sequence[Tensor | np.ndarray], exact: bo
     slots = _TRAINING_SLOTS if on_cuda and not exact else min(len(wavs), SLOTS["cpu"])
     codes = {}
     # To record a CUDA graph, which each call would do twice, torch first gives back all memory that it keeps.
-    with no_cuda_graph(), closing(encode_streams(mimi, ([wavs[i]] for i in order), slots, exact)) as results:
+    with no_cuda_graph(), closing(encode_streams(mimi, (_pieces(wavs[i], advance) for i in order), slots, exact)) as results:
         for index, result in results:
             if isinstance(result, UserError):
                 raise result
             codes[order[index]] = result[0].long()
     return [codes[i] for i in range(len(wavs))]
+
+
+def _pieces(wav: Tensor | np.ndarray, advance: Callable[[int], None]) -> Iterator[Tensor | np.ndarray]:
+    for start in range(0, len(wav), _PIECE):
+        yield wav[start : start + _PIECE]
+        advance(len(wav[start : start + _PIECE]))
 
 
 def encode_streams(

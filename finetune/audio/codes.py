@@ -20,6 +20,7 @@ from finetune.files import regular, replacing, why_missing
 from finetune.streams import CARD, CODEBOOKS
 
 FORMAT = 1
+_EARLIER_CONTEXT = 250  # moshi/models/loaders.py: _transformer_kwargs
 _FIELDS = {"codes": Tensor, "frame_rate": float, "sample_rate": int, "duration": float, "mimi": str, "audio": str}
 _BLOCK, _BLOCKS = 8192, 64  # size in bytes and number of the blocks in the fingerprint of a large audio file
 # Older names in weight files -> names in MimiModel.state_dict (moshi/modules/transformer.py: _load_hook;
@@ -32,19 +33,26 @@ _RENAMED = {
 
 
 def fingerprint_mimi(mimi: MimiModel) -> str:
-    """Return a digest of everything that codes depend on: the encoder's weights and the codebooks in use."""
+    """Return a digest of the encoder's weights and the codebooks in use, and the context of its attention.
+
+    The context is the number of keys that it sees, such as 250 or 249 (`Pretrained.mimi_context`).
+    """
+    context = mimi.encoder_transformer.transformer.layers[0].self_attn.context
     state = mimi.state_dict()
-    return _fingerprint(state, state.__getitem__, mimi.num_codebooks)
+    return f"{_digest(state, state.__getitem__, mimi.num_codebooks)}-{context}"
 
 
-def fingerprint_file(path: Path) -> str:
-    """Return `fingerprint_mimi` of the weights in a file. Raises UserError if the file does not hold a Mimi."""
+def fingerprint_file(path: Path, context: int) -> str:
+    """Return `fingerprint_mimi` of the weights in a file with this context.
+
+    Raises UserError if the file does not hold a Mimi.
+    """
     try:
         if Path(path).suffix in (".safetensors", ".sft", ".sfts"):
             with safe_open(path, framework="pt") as file:
-                return _fingerprint(file.keys(), file.get_tensor, CODEBOOKS)
+                return f"{_digest(file.keys(), file.get_tensor, CODEBOOKS)}-{context}"
         state = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        return _fingerprint(state, state.__getitem__, CODEBOOKS)
+        return f"{_digest(state, state.__getitem__, CODEBOOKS)}-{context}"
     except Exception as error:  # torch.load raises almost any exception on a file that torch.save has not written
         reason = str(error).splitlines()[0] if isinstance(error, OSError | SafetensorError) else "damaged, or no Mimi"
         raise UserError(
@@ -52,7 +60,15 @@ def fingerprint_file(path: Path) -> str:
         ) from None
 
 
-def _fingerprint(names: Iterable[str], get: Callable[[str], Tensor], codebooks: int) -> str:
+def with_context(fingerprint: str) -> str:
+    """Return a fingerprint from a file, with the context if it has none.
+
+    Earlier versions of this program wrote none, and made all codes with that of the published Mimi.
+    """
+    return fingerprint if "-" in fingerprint else f"{fingerprint}-{_EARLIER_CONTEXT}"
+
+
+def _digest(names: Iterable[str], get: Callable[[str], Tensor], codebooks: int) -> str:
     stored = {_current_name(name): name for name in names}
     used = sorted(name for name in stored if _affects_codes(name, codebooks))
     if not used:
@@ -166,7 +182,7 @@ def load_codes(path: Path) -> dict:
             f"{path}: holds codes of format {entry.get('format')}, {codes.dtype} {list(codes.shape)}; expected format "
             f"{FORMAT}, int16 [channels, {CODEBOOKS}, frames]; {again}"
         )
-    return entry
+    return entry | {"mimi": with_context(entry["mimi"])}
 
 
 def check_codes(entry: dict, path: Path, mimi_fingerprint: str | None, audio_path: Path | None = None) -> None:
@@ -178,10 +194,7 @@ def check_codes(entry: dict, path: Path, mimi_fingerprint: str | None, audio_pat
             date is unchanged, unless its file system counts in whole seconds.
     """
     if mimi_fingerprint is not None and entry["mimi"] != mimi_fingerprint:
-        raise UserError(
-            f"{path}: made by Mimi {entry['mimi']}, and this model's is {mimi_fingerprint}; run precompute_codes.py "
-            "again with this model's --hf-repo or --mimi-path"
-        )
+        raise UserError(f"{path}: {describe_difference(entry['mimi'], mimi_fingerprint)}")
     try:
         date = None if audio_path is None else os.stat(audio_path).st_mtime_ns
     except OSError:
@@ -194,3 +207,18 @@ def check_codes(entry: dict, path: Path, mimi_fingerprint: str | None, audio_pat
             f"{path}: made of audio {entry['audio']}, and {audio_path} is now {now}: it has changed since; "
             "run precompute_codes.py again"
         )
+
+
+def describe_difference(found: str, wanted: str) -> str:
+    """Return what is wrong with codes of the Mimi `found` for a model whose Mimi is `wanted`, and what to do."""
+    (made, _, had), (digest, _, keys) = found.partition("-"), wanted.partition("-")
+    if made != digest or not had.isdigit():
+        return (
+            f"made by Mimi {found}, and this model's is {wanted}; run precompute_codes.py again with this model's "
+            "--hf-repo or --mimi-path"
+        )
+    flag = "with" if int(keys) < int(had) else "without"
+    return (
+        f"made for another runtime: Mimi's attention saw {had} steps, and it sees {keys} where this model is served; "
+        f"run precompute_codes.py {flag} --personaplex and with another --output-dir"
+    )

@@ -1,11 +1,9 @@
-"""Words of one channel of a recording, by Whisper (whisper-timestamped).
+"""Words of one channel of a recording, by Whisper or another aligner.
 
 Whisper is made for audio that is full of speech, but one side of a dialogue is mostly silence. So only segments with
 speech are transcribed, and words are dropped or moved until all are in order, inside the file and not in silence.
 """
 
-import os
-import pickle
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,18 +12,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import whisper
-import whisper_timestamped
-from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 
 from finetune.audio.agreement import match_words
+from finetune.audio.aligners import WHISPER_RATE, make_aligner
+from finetune.audio.annotation import ALIGNERS, DEFAULT_ALIGNER
 from finetune.audio.files import read_audio
 from finetune.audio.speech import detect_speech, find_spans, frame_levels, speech_threshold
 from finetune.audio.words import Word
 from finetune.cli import UserError
 from finetune.jobs.workers import WorkerBroken
 
-WHISPER_RATE = 16_000  # Hz (whisper/audio.py: SAMPLE_RATE)
 LEVEL_SAMPLES = 320  # one level: 20 ms, the resolution of Whisper's times (whisper/audio.py: TOKENS_PER_SECOND)
 LEVEL_SEC = LEVEL_SAMPLES / WHISPER_RATE
 # Losing a word is worse than transcribing noise. Of 26 words at -40 dBFS, 5 dB over white noise, tiny.en finds 25 with
@@ -40,9 +36,6 @@ LONG_MARGIN_SEC = 1.5  # the same with keep_silence
 MIN_PHRASE_CONFIDENCE = 0.2
 MIN_WORD_CONFIDENCE = 0.02
 PAUSE_SEC = 0.2  # a word that follows a silence of this length starts where the speech does
-# OpenAI's beam search (whisper/transcribe.py: cli) with its first fallbacks only: at higher temperatures Whisper makes
-# up fluent text, which in noise takes most of its time.
-DECODING = {"beam_size": 5, "best_of": 5, "temperature": (0.0, 0.2, 0.4)}
 # Raised by whisper-timestamped for segments of length zero, text without timestamps and its own failed assertions.
 ENGINE_ERRORS = (AssertionError, IndexError, ValueError, RuntimeError)
 
@@ -98,67 +91,28 @@ def speech_segments(speech: np.ndarray, margin_sec: float, duration_sec: float) 
     ]
 
 
-def download_whisper(name: str) -> None:
-    """Download a model by name into Whisper's cache, before several workers would write to the same file.
-
-    Raises UserError if there is no such model or the download fails.
-    """
-    if name not in whisper.available_models():
-        known = ", ".join(whisper.available_models())
-        raise UserError(f"the Whisper model {name!r} is neither a file nor one of {known}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "whisper"  # as in whisper.load_model
-    try:
-        whisper._download(whisper._MODELS[name], str(cache), in_memory=False)
-    except (OSError, RuntimeError) as error:
-        problem = f"cannot download the Whisper model {name!r} ({error}); give the path of a .pt file instead"
-        raise UserError(problem) from None
-
-
-def load_whisper(name: str, device: str) -> whisper.model.Whisper:
-    """Load a Whisper by name or from a `.pt` file in openai-whisper's format.
-
-    A file has no alignment heads, and with the generic ones words come 0.1 s early: if its name ends like that of a
-    known model (`whisper-tiny.en.pt`), it gets the heads of that model. Raises UserError if it cannot be loaded.
-    """
-    try:
-        model = whisper.load_model(name, device)
-    except pickle.UnpicklingError:
-        raise UserError(f"cannot load the Whisper model {name!r}: it is not a file of weights") from None
-    except (RuntimeError, OSError, KeyError, ValueError, TypeError, EOFError) as error:
-        reason = f"{type(error).__name__}, {error}".splitlines()[0]
-        raise UserError(f"cannot load the Whisper model {name!r}: {reason}") from None
-    for known, heads in whisper._ALIGNMENT_HEADS.items():
-        if f"-{Path(name).name}".removesuffix(".pt").endswith(f"-{known}"):
-            with suppress(ValueError, RuntimeError):  # not of the size in its name: the generic heads still work
-                model.set_alignment_heads(heads)
-    return model
-
-
 class Transcriber:
-    """A Whisper model on a device.
+    """An aligner with a model on a device.
 
     Args:
         language: a code such as "en" or a name; None: detected in the first speech of each file.
         keep_silence: keep 1.5 s of silence around speech instead of 0.5 s.
+        aligner: `module:function` (see finetune.audio.aligners).
     Raises UserError if the model cannot be loaded or does not know the language.
     """
 
-    def __init__(self, model: str, device: str, language: str | None = None, keep_silence: bool = False):
-        if language is not None:
-            language = TO_LANGUAGE_CODE.get(language.lower(), language.lower())
-            if language not in LANGUAGES:
-                raise UserError(f"--lang {language}: Whisper knows {', '.join(sorted(LANGUAGES))}")
-        self.model = load_whisper(model, device)
-        if not self.model.is_multilingual and language not in (None, "en"):
-            raise UserError(f"the Whisper model {model!r} knows English only, and --lang is {language!r}")
-        self.language = language if self.model.is_multilingual else "en"
+    def __init__(
+        self, model: str, device: str, language: str | None = None, keep_silence: bool = False,
+        aligner: str = ALIGNERS[DEFAULT_ALIGNER],
+    ):  # fmt: skip
+        self._align = make_aligner(aligner, model, device, language)
         self.margin_sec = LONG_MARGIN_SEC if keep_silence else MARGIN_SEC
 
     def __call__(self, path: Path, channel: int) -> Transcript:
         """Transcribe one channel of a file. Raises UserError as `read_blocks` does."""
         words: list[Word] = []
         repairs: Counter[str] = Counter()
-        language, duration, speech_sec = self.language, 0.0, 0.0
+        language, duration, speech_sec = None, 0.0, 0.0
         worded_sec, on_speech, unsure = 0.0, 0, 0
         for offset, pcm in read_blocks(path, channel):
             length = len(pcm) / WHISPER_RATE
@@ -186,11 +140,11 @@ class Transcriber:
         """Return (words, language) of all segments. They are transcribed in one call, as Whisper works best on full 30
         seconds; after an error of whisper-timestamped one by one, so that it costs one segment and not the file."""
         with suppress(*ENGINE_ERRORS):
-            return self._whisper(pcm, segments, language)
+            return self._find_words(pcm, segments, language)
         words, failures = [], []
         for segment in segments:
             try:
-                more, language = self._whisper(pcm, [segment], language)
+                more, language = self._find_words(pcm, [segment], language)
                 words += more
             except ENGINE_ERRORS as error:
                 failures.append(error)
@@ -200,31 +154,24 @@ class Transcriber:
             repairs["given up: segments"] += len(failures)
         return words, language
 
-    def _whisper(self, pcm, segments, language) -> tuple[list[dict], str | None]:
+    def _find_words(self, pcm, segments, language) -> tuple[list[dict], str | None]:
         try:
-            result = whisper_timestamped.transcribe(
-                self.model, pcm, language=language, vad=segments, verbose=None, **DECODING
-            )
+            return self._align(pcm, segments, language)
         except RuntimeError as error:
             if "CUDA" in str(error):  # everything later fails in this process, whatever the audio
                 raise WorkerBroken(str(error).splitlines()[0]) from error
             raise
-        words = [
-            word | {"phrase confidence": phrase.get("confidence", 1.0)}
-            for phrase in result["segments"]
-            for word in phrase.get("words", [])
-        ]
-        return words, result["language"] if words else language
 
 
 def has_letters(word: dict) -> bool:
-    """Return whether a word of whisper-timestamped has a letter or a digit."""
+    """Return whether a word of an aligner has a letter or a digit."""
     return any(letter.isalnum() for letter in word["text"])
 
 
 def is_unsure(word: dict) -> bool:
-    """Return whether a word of whisper-timestamped is too uncertain to keep."""
-    unsure = word["phrase confidence"] < MIN_PHRASE_CONFIDENCE or word["confidence"] < MIN_WORD_CONFIDENCE
+    """Return whether a word of an aligner is too uncertain to keep."""
+    phrase, own = word.get("phrase confidence", 1.0), word.get("confidence", 1.0)
+    unsure = phrase < MIN_PHRASE_CONFIDENCE or own < MIN_WORD_CONFIDENCE
     return has_letters(word) and unsure
 
 
@@ -232,7 +179,7 @@ def repair_words(raw: list[dict], speech: np.ndarray, duration_sec: float, repai
     """Return words in order, inside [0, `duration_sec`], of positive length, none of them in silence.
 
     Args:
-        raw: words from whisper-timestamped: text, start, end (seconds), confidence, phrase confidence.
+        raw: words of an aligner: text, start, end (seconds), perhaps confidence and phrase confidence.
         speech: bool [frames of 20 ms], from `find_speech`.
         repairs: counts the words dropped or moved by reason, each word once.
     """

@@ -1,7 +1,9 @@
-"""Word times and prompts: the `.json` next to an audio file."""
+"""Word times and prompts: the `.json` of an audio file, next to it or where its manifest says (`Line.words_path`)."""
 
 import codecs
+import hashlib
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from finetune.files import regular
 
 MAIN_SPEAKER = "SPEAKER_MAIN"  # moshi-finetune's label of the agent
 PROMPT_FIELDS = ("text_prompt", "voice_prompt")  # of a manifest line or a .json
+COPY = "precompute_codes.py"  # key of a .json that is a copy: the `stamp` of the original
 Word = tuple[str, float, float]  # text, start and end in seconds from the start of the file
 # What transcribers write for something that is not a word: [laughter], <unk>, {breath}, ((unintelligible)) and (( )),
 # *sighs*, %uh. A word in single parentheses may have been said.
@@ -20,7 +23,7 @@ _TAG = re.compile(r"\[.*\]|<.*>|\{.*\}|\(\(.*\)\)|\(\(|\)\)|\*.*\*|%[^\W\d]\w*",
 
 
 def sidecar(audio: Path) -> Path:
-    """Return the path of the `.json` next to an audio file."""
+    """Return the path of the `.json` next to an audio file, unless a manifest names another one: `Line.words_path`."""
     return audio.with_suffix(".json")
 
 
@@ -62,9 +65,11 @@ def read_alignments(
     return words
 
 
-def read_sidecar(audio: Path) -> dict:
-    """Return the content of the `.json` next to an audio file. Raises UserError if it has no "alignments"."""
-    file = sidecar(audio)
+def read_sidecar(file: Path) -> dict:
+    """Return the content of a `.json` of words.
+
+    Raises UserError if it has no "alignments", or is a copy by precompute_codes.py of words that have changed.
+    """
     try:
         content = from_json(
             regular(file).read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -79,27 +84,27 @@ def read_sidecar(audio: Path) -> dict:
             f'{file}: has no "alignments"; finetune.tools.import_words takes words from transcripts of other programs, '
             "annotate.py finds them in the sound"
         )
+    if COPY in content:
+        check_original(file, content[COPY])
     return content
 
 
 def read_words(
-    audio: Path, speakers: Sequence[str] = (MAIN_SPEAKER,), drop_tags: bool = True
+    file: Path, speakers: Sequence[str] = (MAIN_SPEAKER,), drop_tags: bool = True
 ) -> tuple[list[Word], dict]:  # fmt: skip
-    """Return (words of `speakers`, prompt fields) from the `.json` next to an audio file. Raises UserError."""
-    content = read_sidecar(audio)
+    """Return (words of `speakers`, prompt fields) from a `.json` of words. Raises UserError."""
+    content = read_sidecar(file)
     try:
         words = read_alignments(content["alignments"], speakers, drop_tags)
     except UserError as error:
-        raise UserError(f"{sidecar(audio)}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
     return words, {key: content[key] for key in PROMPT_FIELDS if key in content}
 
 
-def read_prompt_fields(audio: Path) -> dict:
-    """Return the prompt fields of the `.json` next to an audio file; none if the file is missing or broken."""
+def read_prompt_fields(file: Path) -> dict:
+    """Return the prompt fields of a `.json` of words; none if the file is missing or broken."""
     try:
-        raw = regular(
-            sidecar(audio)
-        ).read_bytes()  # parsed only if there is a prompt, as it may have thousands of words
+        raw = regular(file).read_bytes()  # parsed only if there is a prompt, as it may have thousands of words
         content = (
             from_json(raw.removeprefix(codecs.BOM_UTF8))
             if any(f'"{key}"'.encode() in raw for key in PROMPT_FIELDS)
@@ -108,3 +113,28 @@ def read_prompt_fields(audio: Path) -> dict:
         return {key: content[key] for key in PROMPT_FIELDS if key in content}
     except (OSError, ValueError, TypeError):
         return {}
+
+
+def stamp(file: Path) -> dict[str, str | int]:
+    """Return what tells whether a file has changed: its path, date (ns) and digest. Raises OSError."""
+    date = os.stat(file).st_mtime_ns
+    return {"path": str(file), "mtime_ns": date, "sha256": hashlib.sha256(regular(file).read_bytes()).hexdigest()}
+
+
+def is_current(mark: object) -> bool:
+    """Return whether the file of a `stamp` is unchanged, or away.
+
+    A file of the same date is unchanged, unless its file system counts in whole seconds.
+    """
+    try:
+        date = os.stat(mark["path"]).st_mtime_ns
+        same_date = date == mark["mtime_ns"] and date % 10**9 != 0
+        return same_date or stamp(Path(mark["path"]))["sha256"] == mark["sha256"]
+    except (OSError, TypeError, KeyError, ValueError):
+        return True
+
+
+def check_original(copy: Path, mark: object) -> None:
+    """Raise UserError if the words of which `copy` was made have changed since. They may be away."""
+    if not is_current(mark):
+        raise UserError(f"{copy}: a copy of {mark['path']}, which has changed since; run precompute_codes.py again")

@@ -42,7 +42,7 @@ class Sample:
     text: TextStats
     prompt_ids: list[int] = field(default_factory=list)  # of the text prompt
     voice: str | None = None  # name of the voice prompt
-    voiceless: bool = False  # `same_speaker` found no other speech of the agent
+    voiceless: bool = False  # without a voice prompt, in a run with prompts
 
 
 @dataclass
@@ -70,6 +70,16 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """Copy the tensors that the model needs to a device."""
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def window(self, i: int, delays: list[int], dep_q: int, with_loss: bool) -> "Batch":
+        """Return a batch of one of the windows, with its loss or without."""
+        codes, mask = self.codes[i : i + 1], self.loss_mask[i : i + 1] & with_loss
+        rows = lambda tensor: None if tensor is None else tensor[i : i + 1]
+        targets = make_targets(codes, mask, delays, dep_q)
+        return replace(
+            self, codes=codes, loss_mask=mask, embeddings=rows(self.embeddings), lengths=rows(self.lengths),
+            targets=targets, counts=targets.counts(), names=self.names[i : i + 1],
+        )  # fmt: skip
 
     def pin_memory(self) -> "Batch":
         """Copy them to pinned memory, so that a copy to a GPU is asynchronous. DataLoader calls this by its name."""

@@ -15,7 +15,7 @@ import copy
 import itertools
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,6 +42,7 @@ class Microbatches(IterableDataset):
     share: RankShare
     tokenizer: Tokenizer
     seed: int | None  # of the prompt dropout; None: no prompt is dropped
+    skip: frozenset[str] = frozenset()  # names of windows to leave out
     finish: Finish | None = None  # None: yield (drafts, problems) instead of batches
 
     def __iter__(self):
@@ -57,7 +58,8 @@ class Microbatches(IterableDataset):
                 file, part = index.window(window)
                 generator = None if self.seed is None else np.random.default_rng([self.seed, 2, position])
                 try:
-                    drafts.append(self.tokenizer.read(index.line(file), part, generator))
+                    draft = self.tokenizer.read(index.line(file), part, generator)
+                    drafts += [draft] * (draft.name not in self.skip)
                 except UserError as error:
                     problems.append(str(error))
             yield (drafts, problems) if self.finish is None else self.finish(drafts, problems)
@@ -108,7 +110,7 @@ def get_precomputed_iterator(stream: Microbatches, finish: Finish, workers: int,
 def get_dataset_iterator(
     windows: Windows, tokenizer: Tokenizer, share: RankShare, delays: list[int], dep_q: int, *,
     seed: int = 0, shuffle: bool = False, workers: int = 0, evaluation: bool = False, eval_samples: int | None = None,
-    pin: bool = False,
+    pin: bool = False, skip: Collection[str] = (),
 ) -> Iterator[Batch]:  # fmt: skip
     """Return an iterator over the batches of this rank.
 
@@ -117,6 +119,7 @@ def get_dataset_iterator(
         share: the part of the stream that this rank takes, and where it begins.
         evaluation: read all windows, or `eval_samples` evenly spread ones, once, in order, and drop no prompt.
         pin: put batches of pre-computed codes into pinned memory, from which a GPU copies them.
+        skip: names of windows to leave out; the others keep their places.
     """
     if evaluation:
         order = EvalOrder(windows.sizes, eval_samples)
@@ -124,7 +127,7 @@ def get_dataset_iterator(
     else:
         order = WindowOrder(windows.sizes, windows.weights, seed, shuffle)
     finish = partial(_make_batch, tokenizer, list(delays), dep_q)
-    stream = Microbatches(windows.indexes, order, share, tokenizer, None if evaluation else seed)
+    stream = Microbatches(windows.indexes, order, share, tokenizer, None if evaluation else seed, frozenset(skip))
     if windows.precomputed:
         return get_precomputed_iterator(stream, finish, workers, pin)
     stream.tokenizer = copy.copy(tokenizer)

@@ -4,9 +4,8 @@ import abc
 import bisect
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from finetune.data.cache import LRUCache
 from finetune.data.manifest import Line, resolve_path
 from finetune.data.prompter import Prompter, PromptParts
 from finetune.prompts.hybrid import VoicePrompt, build_prompt
-from finetune.prompts.same_speaker import SAME_SPEAKER, load_same_speaker, same_speaker_file
+from finetune.prompts.same_speaker import SAME_SPEAKER, find_segments, load_same_speaker, same_speaker_file
 from finetune.streams import CODEBOOKS, TEXT_EPAD, TEXT_PAD, stack_streams
 
 LONGEST_WORD_SEC = 60.0  # a word that claims to last longer is a mistake, and is not repeated in later windows
@@ -150,26 +149,36 @@ class Tokenizer(abc.ABC):
         if frames == 0:
             stated = f"the manifest (line {line.number}) says it lasts {line.fields.get('duration')} s"
             raise UserError(f"{line.path}: ends before {start_sec:.2f} s, and {stated}")
-        words, extra = self.cache.get(line.path, lambda: self._words(line.path))
-        text, stats = self.interleaver(words, start_sec, frames)
+        words, extra = self._words(line)
         prompt = None
         if self.prompter is not None:
             window = (start_sec, (start + frames) / FRAME_RATE)
-            prompt = self.prompter(line, extra, words, window, generator, self._stored_segments(line))
+            prompt = self.prompter(line, extra, window, generator, self.segments)
+            head, stop = prompt.head, frames - prompt.tail
+            codes = None if codes is None else codes[:, head:stop]
+            pcm = None if pcm is None else pcm[:, head * FRAME_SIZE : stop * FRAME_SIZE]
+            start_sec, frames = start_sec + head / FRAME_RATE, stop - head
+        text, stats = self.interleaver(words, start_sec, frames)
         return Draft(text, pcm, codes, prompt, f"{line.path} at {start_sec:.2f} s", stats)
 
-    def _words(self, audio: Path) -> tuple[tuple[list[Word], dict], int]:
-        """Return ((words, prompt fields) of the .json, their approximate size in bytes)."""
-        words, extra = read_words(audio, self.speakers, self.drop_tags)
-        return (words, extra), 200 + 150 * len(words)
+    def _words(self, line: Line) -> tuple[list[Word], dict]:
+        """Return (words, prompt fields) of the .json of a file."""
+
+        def load() -> tuple[tuple[list[Word], dict], int]:
+            words, extra = read_words(line.words_path, self.speakers, self.drop_tags)
+            return (words, extra), 200 + 150 * len(words)
+
+        return self.cache.get(line.words_path, load)
+
+    def segments(self, line: Line) -> list[dict]:
+        """Return the `same_speaker` segments of a file: [{"start", "end" (sec), "codes": [8, N], if pre-computed}]."""
+        words, _ = self._words(line)
+        spans = self.cache.get(("voices", line.path), lambda: (find_segments(line.path, words), 1000))
+        return [{"start": start, "end": end} for start, end in spans]
 
     @abc.abstractmethod
     def _load(self, line: Line, start: int) -> tuple[Tensor | None, np.ndarray | None]:
         """Return (codes, pcm) of the window that begins at frame `start`; one of them is None."""
-
-    def _stored_segments(self, line: Line) -> Callable[[], list[dict]] | None:
-        """Return a loader of the stored `same_speaker` segments of a file; None: they are read from the audio."""
-        return None
 
     @abc.abstractmethod
     def encode(self, drafts: list[Draft]) -> list[Sample]:
@@ -182,7 +191,7 @@ class Tokenizer(abc.ABC):
         mask = torch.ones(frames, dtype=torch.bool)
         embeddings, ids, voice, voiceless = None, [], None, False
         if draft.prompt is not None:
-            voice, _, ids, voiceless = draft.prompt
+            voice, _, ids, voiceless, *_ = draft.prompt
             if voice_codes is not None:
                 voice = VoicePrompt(SAME_SPEAKER, voice_codes)
             prompt = build_prompt(voice, ids)
@@ -235,14 +244,14 @@ class PrecomputedTokenizer(Tokenizer):
             raise UserError(f"{path}: holds codes that Mimi does not have, {where}; run precompute_codes.py again")
         return codes.long().flatten(0, 1), None
 
-    def _stored_segments(self, line: Line) -> Callable[[], list[dict]]:
+    def segments(self, line: Line) -> list[dict]:
         path = same_speaker_file(resolve_path(line.manifest, line.fields["codes_path"]))
 
         def load() -> tuple[list[dict], int]:
             segments = load_same_speaker(path, self.mimi_fingerprint, self.speakers)
             return segments, 500 + sum(2 * segment["codes"].numel() for segment in segments)
 
-        return lambda: self.cache.get(("voices", line.path), load)
+        return self.cache.get(("voices", line.path), load)
 
     def encode(self, drafts: list[Draft]) -> list[Sample]:
         return [self._assemble(draft, draft.codes, None) for draft in drafts]

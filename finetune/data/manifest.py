@@ -1,7 +1,8 @@
 """Manifests: JSON lines, one audio file each, `{"path": "calls/1.wav", "duration": 63.2, ...}`.
 
 All commands resolve a relative path against the folder of the manifest, which the path may not leave. "duration" is in
-seconds; training needs it, annotate.py and precompute_codes.py do without.
+seconds; training needs it, annotate.py and precompute_codes.py do without. "words_path" names the .json of the words if
+it does not lie next to the audio. "speaker" names the agent and "call" the call: see finetune.data.voice_supply.
 """
 
 import gzip
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune.audio.words import sidecar
 from finetune.cli import UserError
 from finetune.files import expand, regular, why_missing
 
@@ -33,6 +35,12 @@ class Line(NamedTuple):
         value = self.fields.get("duration")  # true is an int, and NaN a float
         return float(value) if type(value) in (int, float) and 0 <= value <= LONGEST_SEC else None
 
+    @property
+    def words_path(self) -> Path:
+        """The .json of words and prompts: the one that the line names, or the one next to the audio."""
+        named = self.fields.get("words_path")
+        return sidecar(self.path) if named is None else resolve_path(self.manifest, named)
+
 
 def check_duration(line: Line) -> None:
     """Raise UserError if a line has no duration, or one that is not a number from 0 to LONGEST_SEC."""
@@ -42,13 +50,13 @@ def check_duration(line: Line) -> None:
         raise UserError(f"{line.manifest}, line {line.number}: {problem}")
 
 
-def resolve_path(manifest: Path, value: str) -> Path:
+def resolve_path(manifest: Path, value: object) -> Path:
     """Return the path that `value` names in `manifest`. Raises UserError if it is not usable as one."""
-    path = Path(value)
     try:
+        path = Path(value)
         if not path.name or b"\0" in os.fsencode(value):
             raise ValueError
-    except ValueError:  # half of a surrogate pair has no encoding
+    except (TypeError, ValueError):  # half of a surrogate pair has no encoding
         raise UserError(f"{value!r} is no file's name") from None
     if path.is_absolute():
         return path
@@ -57,12 +65,19 @@ def resolve_path(manifest: Path, value: str) -> Path:
     return manifest.parent / path
 
 
+def path_from(folder: Path, path: str) -> str:
+    """Return `path` relative to `folder` if it is below it, else unchanged."""
+    return path.removeprefix(f"{folder}{os.sep}")
+
+
 def parse_line(manifest: Path, number: int, raw: bytes, offset: int = 0) -> Line:
     """Parse a line of a manifest. Raises UserError naming manifest and line."""
     try:
         fields = json.loads(raw.decode().removeprefix("\ufeff"))  # the mark with which editors on Windows begin a file
         if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
             raise UserError(f'needs {{"path": ..., "duration": seconds}}, found {json.dumps(fields)[:60]}')
+        if "words_path" in fields:  # checked here, so that no command meets a bad name later
+            resolve_path(manifest, fields["words_path"])
         return Line(number, resolve_path(manifest, fields["path"]), fields, manifest, offset)
     except (ValueError, RecursionError) as error:
         problem = f'not JSON ({error}); needs {{"path": ..., "duration": seconds}}'

@@ -8,12 +8,12 @@ import numpy as np
 import sentencepiece
 
 from finetune.args import PromptArgs, TrainArgs
-from finetune.audio.files import FRAME_RATE, FRAME_SIZE, probe_audio, to_frames
-from finetune.audio.words import Word
+from finetune.audio.files import FRAME_RATE, FRAME_SIZE, to_frames
 from finetune.cli import UserError
 from finetune.data.manifest import Line
+from finetune.data.voice_supply import SpeakerCalls, VoiceSource, another_call, choose_segment, voice_source
 from finetune.prompts.hybrid import VoicePrompt, prompt_length
-from finetune.prompts.same_speaker import SAME_SPEAKER, segment_audio, voice_segments
+from finetune.prompts.same_speaker import SAME_SPEAKER, segment_audio
 from finetune.prompts.text import wrap_system_prompt
 from finetune.prompts.voices import VoiceBook
 
@@ -27,7 +27,9 @@ class PromptParts(NamedTuple):
     voice: VoicePrompt | None
     pcm: np.ndarray | None  # the voice as audio, [samples] float32 at 24 kHz
     text_ids: list[int]
-    voiceless: bool = False  # a voice was requested, and the recording has none
+    voiceless: bool = False  # without a voice, for whatever reason
+    head: int = 0  # frames of dialogue that the window gives up for its voice, at its start
+    tail: int = 0  # and at its end
 
 
 def bullet_list(sentences: list[str], shown: int = 20) -> str:
@@ -52,20 +54,29 @@ def check_context(args: TrainArgs, context: int | None) -> None:
 class Prompter:
     """Chooses prompts: those of the manifest line, else of the `.json` next to the audio, else of the settings.
 
-    Load the files that `check` returns into `voices` before the first call.
+    Load the files that `check` returns into `voices` before the first call. `speakers` are the files that lend their
+    voice to other calls, and `line_of` returns the line of one.
     """
 
     def __init__(self, args: PromptArgs, tokenizer: sentencepiece.SentencePieceProcessor, book: VoiceBook):
         self.args, self.tokenizer, self.book = args, tokenizer, book
         self.max_frames = longest_prompt(args)
         self.voices: dict[Path, VoicePrompt] = {}
+        self.speakers: SpeakerCalls = {}
+        self.line_of: Callable[[VoiceSource], Line] | None = None
         self._texts: dict[str, list[int]] = {}
 
     def names(self, line: Line, extra: dict) -> tuple[str | None, str | None]:
-        """Return (text, voice) of a file, unchanged, or None; `extra`: the prompt fields of its .json."""
-        text = line.fields.get("text_prompt") or extra.get("text_prompt") or self.args.text
-        voice = line.fields.get("voice_prompt") or extra.get("voice_prompt") or self.args.voice
-        return text, voice
+        """Return (text, voice) of a file, unchanged; None if it has none, or opts out with an empty one.
+
+        `extra`: the prompt fields of its .json.
+        """
+
+        def given(key: str, default: str | None) -> str | None:
+            value = next((found for found in (line.fields.get(key), extra.get(key)) if found is not None), default)
+            return None if isinstance(value, str) and not value.strip() else value
+
+        return given("text_prompt", self.args.text), given("voice_prompt", self.args.voice)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text prompt, wrapped once."""
@@ -91,13 +102,13 @@ class Prompter:
             limit = f"prompt.max_sec {self.args.max_sec:g} has room for {room}{and_voice}"
             raise UserError(f"its text prompt has {len(ids)} tokens, and {limit}: {text[:60]!r}")
 
-    def find_voice(self, voice: object, folder: Path) -> Path | None:
-        """Return the file of a voice for audio in `folder`, None for no voice or `same_speaker`. Raises UserError."""
+    def find_voice(self, voice: object, line: Line) -> Path | None:
+        """Return the file of the voice of a line, None for no voice or `same_speaker`. Raises UserError."""
         if voice is None or voice == SAME_SPEAKER:
             return None
         if not isinstance(voice, str):
             raise UserError(f"voice_prompt is {voice!r}, not a string")
-        return self.book.find(voice, folder)
+        return self.book.find(voice, line.path.parent, line.manifest.parent)
 
     def scan(self, files: Iterable[tuple[Line, dict]]) -> tuple[list[Path], dict[str, str]]:
         """Check the prompts of files, given as (manifest line, prompt fields of the .json).
@@ -108,7 +119,7 @@ class Prompter:
         problems: dict[str, str] = {}
         for line, extra in files:
             text, voice = self.names(line, extra)
-            for check, *prompt in ((self.check_text, text, voice), (self.find_voice, voice, line.path.parent)):
+            for check, *prompt in ((self.check_text, text, voice), (self.find_voice, voice, line)):
                 try:
                     path = check(*prompt)
                 except UserError as error:
@@ -127,16 +138,17 @@ class Prompter:
         return list(dict.fromkeys(path for voices, _ in scans for path in voices))
 
     def __call__(
-        self, line: Line, extra: dict, words: list[Word], window: tuple[float, float],
-        generator: np.random.Generator | None, stored: Callable[[], list[dict]] | None,
+        self, line: Line, extra: dict, window: tuple[float, float], generator: np.random.Generator | None,
+        segments: Callable[[Line], list[dict]],
     ) -> PromptParts:  # fmt: skip
         """Return the prompt of a window. Raises UserError if it does not fit or has an unknown voice.
 
         Args:
-            extra, words: prompt fields and words of the .json.
+            extra: prompt fields of the .json.
             window: (start, end) in seconds of the file.
-            generator: draws the prompt dropout; None: nothing is dropped.
-            stored: loads the encoded `same_speaker` segments (`load_same_speaker`); None: read them from the audio.
+            generator: draws the prompt dropout and the call of the same speaker; None: nothing is dropped.
+            segments: returns the `same_speaker` segments of a file (`load_same_speaker`); those without codes are read
+                from the audio.
         """
         text, name = self.names(line, extra)
         if generator is not None:
@@ -148,26 +160,42 @@ class Prompter:
         if room < 0:
             raise UserError(f"{line.path}: its text prompt of {len(ids)} tokens does not fit prompt.max_sec")
         if name == SAME_SPEAKER:
-            voice, pcm = self._same_speaker(line, words, window, stored)
+            voice, pcm, head, tail = self._same_speaker(line, window, generator, segments)
             voice, pcm = _fit_voice(voice, room), None if pcm is None or room == 0 else pcm[: room * FRAME_SIZE]
-            return PromptParts(voice, pcm, ids, voiceless=voice is None and pcm is None)
-        path = self.find_voice(name, line.path.parent)
+            return PromptParts(voice, pcm, ids, voice is None and pcm is None, head, tail)
+        path = self.find_voice(name, line)
         if path is not None and path not in self.voices:
             raise UserError(f"{line.path}: its voice {name!r} was not there when the run began; start it again")
-        return PromptParts(_fit_voice(self.voices.get(path), room), None, ids)
+        voice = _fit_voice(self.voices.get(path), room)
+        return PromptParts(voice, None, ids, voiceless=voice is None)
 
     def _same_speaker(
-        self, line: Line, words: list[Word], window: tuple[float, float], stored: Callable[[], list[dict]] | None
-    ) -> tuple[VoicePrompt | None, np.ndarray | None]:
-        """Return the first segment of the agent outside the window, as codes or audio; (None, None) without one."""
-        outside = lambda start, end: end <= window[0] or start >= window[1]
-        if stored is not None:
-            found = [segment for segment in stored() if outside(segment["start"], segment["end"])]
-            return VoicePrompt(SAME_SPEAKER, found[0]["codes"].long()) if found else None, None
-        for start, end in voice_segments(words, probe_audio(line.path).duration_sec):
-            if outside(start, end) and (pcm := segment_audio(line.path, start, end)) is not None:
-                return None, pcm
-        return None, None
+        self, line: Line, window: tuple[float, float], generator: np.random.Generator | None,
+        segments: Callable[[Line], list[dict]],
+    ) -> tuple[VoicePrompt | None, np.ndarray | None, int, int]:  # fmt: skip
+        """Return (voice as codes, or as audio, frames that the window gives up at its start, and at its end).
+
+        It is the agent's speech outside of the window; else the best of another call of the same speaker; else, with
+        prompt.reserve_sec, a part of the window. (None, None, 0, 0) if there is none of these.
+        """
+        found = segments(line)
+        spans = [(segment["start"], segment["end"]) for segment in found]
+        choice, lender = choose_segment(spans, window), None
+        if choice is None:
+            source = voice_source(line, 0, spans)
+            files = len(self.speakers.get((line.manifest, source.speaker), ()))
+            first = line.number if generator is None or not files else int(generator.integers(files))
+            lender = another_call(self.speakers, source, first)
+        if lender is not None:
+            line = self.line_of(lender)
+            segment, head, tail = segments(line)[0], 0, 0
+        elif choice := choice or choose_segment(spans, window, self.args.reserve_sec):
+            segment, head, tail = found[choice.segment], choice.head, choice.tail
+        else:
+            return None, None, 0, 0
+        if "codes" in segment:
+            return VoicePrompt(SAME_SPEAKER, segment["codes"].long()), None, head, tail
+        return None, segment_audio(line.path, segment["start"], segment["end"]), head, tail
 
 
 def _fit_voice(voice: VoicePrompt | None, room: int) -> VoicePrompt | None:

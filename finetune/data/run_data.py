@@ -5,6 +5,7 @@ import functools
 import gc
 import itertools
 import logging
+import os
 import time
 import weakref
 from collections import Counter
@@ -17,7 +18,7 @@ from moshi.models import MimiModel
 
 from finetune.args import DataArgs, TrainArgs
 from finetune.audio.agreement import find_disagreements, measure_agreement
-from finetune.audio.codes import audio_fingerprint, check_codes, fingerprint_file, load_codes
+from finetune.audio.codes import audio_fingerprint, check_codes, load_codes
 from finetune.audio.files import probe_audio, read_audio, to_frames
 from finetune.audio.speech import frame_levels
 from finetune.audio.words import parse_word, read_sidecar, read_words
@@ -27,11 +28,15 @@ from finetune.data.dataset import get_dataset_iterator, spread_samples
 from finetune.data.interleaver import InterleavedTokenizer, Interleaver, PrecomputedTokenizer, Tokenizer
 from finetune.data.manifest import Line, resolve_path
 from finetune.data.prompter import Prompter, bullet_list, check_context
-from finetune.data.windows import RankShare, Windows, open_windows
+from finetune.data.voice_supply import VoiceSource, describe_shortage, find_shortage, group_speakers, voice_source
+from finetune.data.windows import RankShare, Windows, count_windows, open_windows
 from finetune.distributed import World
 from finetune.model.pretrained import Pretrained
+from finetune.progress import tracked
 from finetune.prompts.embedded import embed_column
 from finetune.prompts.hybrid import VoicePrompt
+from finetune.prompts.recordings import warn_of_unserved
+from finetune.prompts.same_speaker import SAME_SPEAKER
 from finetune.prompts.voices import VoiceBook, load_voices
 
 logger = logging.getLogger(__name__)
@@ -64,8 +69,8 @@ class RunData:
         if world.is_main:
             warn_of_words(self.train, args.data)
         self.text_tokenizer = checkpoint.tokenizer()
-        self.mimi = functools.cache(lambda: checkpoint.mimi(world.device))
-        self._fingerprint = functools.cache(lambda: fingerprint_file(checkpoint.mimi_weights()))
+        self.mimi = functools.cache(lambda: checkpoint.mimi(world.device, self.dep_q))
+        self._fingerprint = functools.cache(lambda: checkpoint.mimi_fingerprint(self.dep_q))
         self.prompter = None
         if prompts:
             check_context(args, lm_kwargs.get("context"))
@@ -75,6 +80,9 @@ class RunData:
             self.prompter.voices = self._load_voices(functools.partial(embed_column, read))
         self._streams: weakref.WeakSet[Iterator] = weakref.WeakSet()
         self._tokenizers = {id(w): self._tokenizer(w) for w in (self.train, self.held_out) if w is not None}
+        self.voiceless_share = 0.0  # of the training windows: those that have no voice prompt, before any is dropped
+        if prompts:
+            self.voiceless_share = self._survey_voices()
 
     def _load_voices(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> dict[Path, VoicePrompt]:
         """Load the voices of all prompts; each rank checks the prompts of a part of the files."""
@@ -86,10 +94,65 @@ class RunData:
                 wanted, self.mimi, self._fingerprint, embed, self.delays, self.args.trains_embeddings,
                 self.prompter.room([]),
             )  # fmt: skip
+        if self.world.is_main:
+            warn_of_unserved(voices)
         if all(windows.precomputed for windows in sources):
             self.mimi.cache_clear()  # it was needed for new voices only
             gc.collect()  # moshi's streaming modules are reference cycles
         return voices
+
+    def _survey_voices(self) -> float:
+        """Find the files that lend their voice to others; return the share of the training windows without a voice.
+
+        Raises UserError if there are windows for which `same_speaker` finds none, unless prompt.allow_voiceless is set.
+        """
+        args, problems, textless = self.args, [], 0
+        indexes = {}
+        for windows in filter(None, (self.train, self.held_out)):
+            parts = self.world.gather(self._survey(windows))
+            sources = sorted((source for found, *_ in parts for source in found), key=lambda source: source[:2])
+            unreadable = [problem for *_, found in parts for problem in found]
+            if len(unreadable) == sum(index.files for index in windows.indexes):
+                raise UserError(unreadable[0])
+            textless += sum(count for _, _, count, _ in parts)
+            missing = sum((found for _, found, *_ in parts), Counter())  # windows of each manifest
+            lacking = find_shortage(sources, self.window_frames, args.prompt.reserve_sec)
+            if lacking:
+                name = "data.train_data" if windows is self.train else "data.eval_data"
+                own = describe_shortage(sources, len(windows), args.duration_sec, args.prompt.reserve_sec)
+                problems.append(f"{name}: {own}")
+            missing.update(lacking)
+            if windows is self.train:
+                total = sum((Counter({index.path: len(index)}) for index in windows.indexes), Counter())
+                weighted = zip(windows.indexes, windows.weights)
+                share = sum(weight * missing[index.path] / total[index.path] for index, weight in weighted)
+            self.prompter.speakers |= group_speakers(sources)  # in an order that does not depend on the ranks
+            indexes |= {index.path: index for index in windows.indexes}
+        self.prompter.line_of = lambda source: indexes[source.manifest].line(source.file)
+        if problems and not args.prompt.allow_voiceless:
+            raise UserError("; ".join(problems))
+        if textless and self.world.is_main:
+            logger.warning("WARNING: %d files have no text prompt, and no server starts without one: what the model "
+                           "learns there has no use", textless)  # fmt: skip
+        return share
+
+    def _survey(self, windows: Windows) -> tuple[list[VoiceSource], Counter[Path], int, list[str]]:
+        """Return, of this rank's part of the files: the sources of same_speaker voices; the number of windows of each
+        manifest without a voice prompt; the number of files without a text prompt; why others cannot be read."""
+        sources, unasked, textless, problems = [], Counter(), 0, []
+        tokenizer = self._tokenizers[id(windows)]
+        for file, line, extra in windows.lines(self.world.rank, self.world.size):
+            text, voice = self.prompter.names(line, extra)
+            textless += text is None
+            if voice is None:
+                unasked[line.manifest] += count_windows(line.duration, self.window_frames)
+            elif voice == SAME_SPEAKER:
+                try:
+                    spans = [(segment["start"], segment["end"]) for segment in tokenizer.segments(line)]
+                    sources.append(voice_source(line, file, spans))
+                except UserError as error:  # its windows are skipped and reported when their turn comes
+                    problems.append(str(error))
+        return sources, unasked, textless, problems
 
     def _tokenizer(self, windows: Windows) -> Tokenizer:
         data = self.args.data
@@ -126,15 +189,19 @@ class RunData:
 
     def batches(self, position: int) -> Iterator[Batch]:
         """Return this rank's microbatches, from a position of the endless stream of windows on."""
-        return self._iterate(self.train, position, seed=self.args.seed, shuffle=self.args.data.shuffle)
+        data = self.args.data
+        return self._iterate(self.train, position, seed=self.args.seed, shuffle=data.shuffle, skip=data.skip)
 
     def eval_batches(self) -> Iterator[Batch]:
         """Return this rank's held-out batches, the same in each call."""
-        return self._iterate(self.held_out, evaluation=True, eval_samples=self.args.eval_max_samples)
+        stream = self._iterate(self.held_out, evaluation=True, eval_samples=self.args.eval_max_samples)
+        windows = min(self.args.eval_max_samples or len(self.held_out), len(self.held_out))
+        size = lambda batch: len(batch.names) + len(batch.problems)
+        return tracked(stream, "evaluating held-out windows", windows / self.world.size, size)
 
     def decoder(self) -> MimiModel:
         """Return Mimi, to decode codes. It stays in memory only if training needs it too."""
-        return self.mimi() if not self.train.precomputed else self._checkpoint.mimi(self.world.device)
+        return self.mimi() if not self.train.precomputed else self._checkpoint.mimi(self.world.device, self.dep_q)
 
     def eval_samples(self, count: int) -> list[Sample]:
         """Return `count` held-out samples, evenly spread; those that cannot be read are left out."""
@@ -148,7 +215,7 @@ def check_speakers(windows: Windows, speakers: list[str], files: int = 50) -> No
         for file in range(0, index.files, max(1, len(windows.indexes) * index.files // files)):
             # Its windows are skipped and reported when their turn comes.
             with contextlib.suppress(UserError, TypeError, ValueError):
-                for row in read_sidecar(index.line(file).path)["alignments"]:
+                for row in read_sidecar(index.line(file).words_path)["alignments"]:
                     parse_word(row)
                     found[str(row[2]) if len(row) > 2 else None] += 1
     if found and not found.keys() & {None, *speakers}:
@@ -170,10 +237,10 @@ def warn_of_words(windows: Windows, data: DataArgs, files: int = 16, limit_sec: 
     for index, file in every[:: -(-len(every) // files)]:
         with contextlib.suppress(UserError):
             line = index.line(file)
-            if time.monotonic() > end or not line.path.is_file():
+            if time.monotonic() > end or not os.path.isfile(line.path):
                 continue
             channels, rate, duration_sec = probe_audio(line.path)
-            words, _ = read_words(line.path, data.speakers, data.drop_tags)
+            words, _ = read_words(line.words_path, data.speakers, data.drop_tags)
             if channels != 2 or not words:
                 continue
             start, size = max(0, int(duration_sec) // 2 - 30), rate // 50

@@ -190,14 +190,20 @@ class Windows(NamedTuple):
         return [len(index) for index in self.indexes]
 
     def prompts(self, rank: int = 0, size: int = 1) -> Iterator[tuple[Line, dict]]:
-        """Yield (manifest line, prompt fields of the .json) of each file; rank `rank` of `size` reads every size-th.
+        """Yield `lines` without the index."""
+        return ((line, extra) for _, line, extra in self.lines(rank, size))
+
+    def lines(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, Line, dict]]:
+        """Yield (index within its manifest, line, prompt fields of the .json) of each file; rank `rank` of `size` reads
+        every size-th.
 
         A broken .json counts as one without prompts: its windows are skipped and reported when their turn comes.
         """
         for index in self.indexes:
-            for line in map(index.line, range(rank, index.files, size)):
-                complete = all(line.fields.get(key) for key in PROMPT_FIELDS)
-                yield line, {} if complete else read_prompt_fields(line.path)
+            for file in range(rank, index.files, size):
+                line = index.line(file)
+                complete = all(line.fields.get(key) is not None for key in PROMPT_FIELDS)
+                yield file, line, {} if complete else read_prompt_fields(line.words_path)
 
 
 def many_epochs(windows: Windows, drawn: int) -> str | None:

@@ -1,18 +1,11 @@
-"""Long runs over many files: one sentence for each file that failed, and progress in hours of audio."""
+"""Long runs over many files: one sentence for each file that failed."""
 
 import os
-import sys
-import threading
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 from finetune.cli import no_room
 from finetune.files import replacing
-
-tqdm.set_lock(threading.RLock())  # tqdm's default is shared between processes, and a killed one leaks it
 
 
 def error_file(output: Path) -> Path:
@@ -59,32 +52,3 @@ def show_list(title: str, lines: list[str], limit: int = 20) -> None:
         print("\n  ".join([title, *lines[:limit]]))
         if len(lines) > limit:
             print(f"  ... and {len(lines) - limit} more")
-
-
-class HoursBar(tqdm):
-    """A progress bar in hours of audio, with the speed as a multiple of real time; call `update(seconds)` per file.
-
-    Args:
-        durations: seconds of each file. If one is None (unknown), the bar has no end and shows no time left.
-    """
-
-    def __init__(self, durations: Iterable[float | None], description: str, **kwargs):
-        durations = list(durations)
-        total = None if None in durations else sum(durations)
-        left = "" if total is None else ", {remaining} left"
-        super().__init__(
-            total=total,
-            desc=description,
-            smoothing=0,  # long files come first and end in bursts: only the average since the start predicts the end
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            bar_format="{desc}: {bar}| {hours}, {speed}, {elapsed} elapsed" + left + "{postfix}",
-            **kwargs,
-        )
-
-    @property
-    def format_dict(self) -> dict:
-        values = super().format_dict
-        hours = f"{values['n'] / 3600:.2f}"
-        values["hours"] = f"{hours} h" if self.total is None else f"{hours}/{self.total / 3600:.2f} h"
-        values["speed"] = f"{values['n'] / values['elapsed']:.1f}x real time" if values["elapsed"] else "?"
-        return values

@@ -10,10 +10,14 @@ from moshi.models import LMModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from finetune.args import TrainArgs
 from finetune.cli import UserError
-from finetune.lora import initial_adapter, is_adapter, is_embedding, stock_name
+from finetune.lora import add_adapters, initial_adapter, is_adapter, is_embedding, part_of, stock_name
 from finetune.model.expansion import NEW_EMBEDDING, expansion_sources
+from finetune.model.quantised import QuantisedLinear, quantise_layers, quantised_linears
 from finetune.model.weights import WeightFile
+from finetune.optim import is_depth, peak_rate
+from finetune.progress import tracked
 from finetune.streams import CODEBOOKS, DEP_Q
 
 _COPY_AGAIN = "download or copy the file again"
@@ -76,12 +80,32 @@ def build_lm(kwargs: dict, dtype: torch.dtype) -> LMModel:
         raise UserError(f"the LM config does not fit moshi's LMModel: {error or type(error).__name__}") from None
 
 
-def set_trainable(lm: nn.Module, full: bool, ft_embed: bool) -> None:
+def make_trainable(lm: nn.Module, args: TrainArgs) -> None:
+    """Add adapters to a meta-device model, if there are to be any, quantise what base_dtype says, and choose the
+    parameters to train.
+
+    What has no rate or no loss is left as it is: without loss, weight decay alone would change it."""
+
+    def learns(name: str) -> bool:
+        weight = args.audio_loss_weight if is_depth(name) else args.text_loss_weight or name != "text_linear.weight"
+        return peak_rate(name, args.optim) > 0 and weight > 0
+
+    if args.lora.enable:
+        rank = lambda name: args.lora.rank_of(part_of(name)) if learns(f"{name}.weight") else 0
+        add_adapters(lm, rank, args.lora.scaling)
+    if args.base_dtype != "bf16":
+        quantise_layers(lm, args.base_dtype)
+    set_trainable(lm, args.full_finetuning, args.lora.ft_embed, learns)
+
+
+def set_trainable(lm: nn.Module, full: bool, ft_embed: bool, learns: Callable[[str], bool] = lambda _: True) -> None:
     """Choose the parameters to train and make them float32; the frozen ones keep their dtype.
 
-    `full` trains everything, otherwise adapters only; `ft_embed` (of moshi-finetune) trains embedding tables too."""
+    `full` trains everything, otherwise adapters only; `ft_embed` (of moshi-finetune) trains embedding tables too; but
+    only what `learns`, given its name."""
     for name, parameter in lm.named_parameters():
-        parameter.requires_grad_(full or is_adapter(name) or (ft_embed and is_embedding(name)))
+        chosen = full or is_adapter(name) or (ft_embed and is_embedding(name))
+        parameter.requires_grad_(chosen and learns(name))
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
@@ -89,30 +113,46 @@ def set_trainable(lm: nn.Module, full: bool, ft_embed: bool) -> None:
 def load_weights(
     lm: nn.Module, weights: StoredWeights, seed: int, gather: Callable[[set], list[set]] = lambda own: [own]
 ) -> None:
-    """Fill a model that `to_empty` gave memory: the base from the file, adapters with their initial values.
+    """Fill a model that `to_empty` gave memory: the base from the file, adapters with their initial values. Quantised
+    weights are quantised as they are read, a few rows at a time.
 
     Each rank reads only its own rows; `gather` collects a value of each rank. Raises UserError if the file holds other
     parameters, or values that no training has left: NaN, infinity, or a whole tensor of zeros.
     """
     zero: set[str] = set()
-    weights.check({stock_name(n): p.shape for n, p in lm.named_parameters() if not is_adapter(n)})
+    quantised = dict(quantised_linears(lm))
+    shapes = {stock_name(n): p.shape for n, p in lm.named_parameters() if not is_adapter(n)}
+    shapes |= {stock_name(n): torch.Size((m.out_features, m.in_features)) for n, m in quantised.items()}
+    weights.check(shapes)
 
-    def fill(named: tuple[str, nn.Parameter]) -> None:
+    def read(name: str, start: int, out: Tensor) -> bool:
+        """Fill `out` with rows; return whether all are zero."""
+        weights.read_into(name, start, out)
+        lowest, highest = torch.aminmax(out) if out.numel() else (out.sum(), out.sum())  # NaN if one is NaN
+        if not (lowest.isfinite() and highest.isfinite()):
+            raise UserError(f"{weights.file.path}: {name} holds values that are not finite; {_COPY_AGAIN}")
+        return bool(lowest == highest == 0)
+
+    def fill(named: tuple[str, nn.Parameter | QuantisedLinear]) -> None:
         name, parameter = named
+        if isinstance(parameter, QuantisedLinear):
+            zeros: list[bool] = []
+            parameter.fill(lambda start, out: zeros.append(read(stock_name(name), start, out)))
+            if all(zeros):
+                zero.add(stock_name(name))
+            return
         start, local = local_rows(parameter)
         if is_adapter(name):
             local.copy_(initial_adapter(name, parameter.shape, seed)[start : start + local.shape[0]])
             return
-        name = stock_name(name)
-        weights.read_into(name, start, local)
-        lowest, highest = torch.aminmax(local) if local.numel() else (local.sum(), local.sum())  # NaN if one is NaN
-        if not (lowest.isfinite() and highest.isfinite()):
-            raise UserError(f"{weights.file.path}: {name} holds values that are not finite; {_COPY_AGAIN}")
-        if lowest == highest == 0:
-            zero.add(name)
+        if read(stock_name(name), start, local):
+            zero.add(stock_name(name))
 
+    every = [*lm.named_parameters(), *quantised.items()]
+    size = lambda named: shapes.get(stock_name(named[0]), torch.Size()).numel()
     with ThreadPoolExecutor(READERS) as readers:
-        list(readers.map(torch.no_grad()(fill), lm.named_parameters()))
+        filled = zip(every, readers.map(torch.no_grad()(fill), every))
+        list(tracked(filled, "loading weights", sum(map(size, every)), lambda pair: size(pair[0])))
     if zero := sorted(set.intersection(*gather(zero)) - {NEW_EMBEDDING}):
         more = f" and {len(zero) - 1} more tensors" if len(zero) > 1 else ""
         raise UserError(f"{weights.file.path}: {zero[0]}{more} hold nothing but zeros; {_COPY_AGAIN}")
@@ -123,7 +163,7 @@ def check_memory(lm: nn.Module, device: torch.device, ranks: int) -> None:
 
     `lm` is sharded and has no memory yet; on a CPU, `ranks` processes share it.
     """
-    need = 0
+    need = sum(buffer.nbytes for _, module in quantised_linears(lm) for buffer in module.buffers())
     for parameter in lm.parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         need += local.numel() * (local.element_size() + 12 * parameter.requires_grad)  # float32: gradient, two moments

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from moshi.modules.lora import LoRALinear
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -25,29 +27,31 @@ class Artefact:
 
     Args:
         config: arguments of LMModel, and where to find Mimi and the tokenizer.
-        adapters: (rank, scaling) to save the trained tensors only: adapters, and embeddings if trained; None: save all.
+        scaling: of the adapters, to save only them, and embeddings if trained; None: save all weights.
         dtype: of the saved tensors.
     """
 
-    def __init__(self, config: dict, adapters: tuple[int, float] | None, dtype: torch.dtype):
-        self.config, self.adapters, self.dtype = dict(config), adapters, dtype
-        if adapters is not None:
-            self.config |= {"lora": True, "lora_rank": adapters[0], "lora_scaling": adapters[1]}
+    def __init__(self, config: dict, scaling: float | None, dtype: torch.dtype):
+        self.config, self.dtype, self.adapters_only = dict(config), dtype, scaling is not None
+        if self.adapters_only:
+            self.config |= {"lora": True, "lora_scaling": scaling}
         else:
             # Without `lora`: moshi would put random adapters on top of merged weights.
             self.config["moshi_name"] = "consolidated.safetensors"
 
     def write(self, lm: nn.Module, folder: Path, is_main: bool) -> str | None:
         """Write both files on the main rank, while every rank takes part in gathering. Returns an error, or None."""
-        saved = {
-            name: parameter
-            for name, parameter in lm.named_parameters()
-            if (parameter.requires_grad if self.adapters else not is_adapter(name))
-        }
-        tensors, error = merged_tensors(lm, saved), None
+        if self.adapters_only:
+            self.config["lora_rank"] = rank = common_rank(lm)
+            shapes, tensors = adapter_shapes(lm, rank), adapter_tensors(lm, rank)
+        else:
+            saved = {name: parameter for name, parameter in lm.named_parameters() if not is_adapter(name)}
+            shapes = {stock_name(name): tuple(parameter.shape) for name, parameter in saved.items()}
+            tensors = merged_tensors(lm, saved)
+        error = None
         if is_main:
-            layout = {stock_name(name): (self.dtype, tuple(parameter.shape)) for name, parameter in saved.items()}
-            file = "lora.safetensors" if self.adapters else "consolidated.safetensors"
+            layout = {name: (self.dtype, shape) for name, shape in shapes.items()}
+            file = "lora.safetensors" if self.adapters_only else "consolidated.safetensors"
             try:
                 write_safetensors(folder / file, layout, tensors)
                 (folder / "config.json").write_text(json.dumps(self.config, indent=2))
@@ -56,6 +60,32 @@ class Artefact:
         for _ in tensors:  # gathering is collective: on the other ranks, and on the main rank after an error
             pass
         return error
+
+
+def common_rank(lm: nn.Module) -> int:
+    """The highest rank of the adapters of a model."""
+    return max(module.rank for module in lm.modules() if isinstance(module, LoRALinear))
+
+
+def adapter_shapes(lm: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
+    """{stock name: shape} of a file of adapters, as moshi's `get_lora_moshi` reads it: it gives every linear layer
+    adapters of one rank, and fails where the file has none. So smaller adapters, and absent ones, are padded with
+    zeros."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in lm.named_modules():
+        if isinstance(module, nn.Linear | LoRALinear) and not name.endswith((".lora_A", ".lora_B", ".frozen_W")):
+            shapes[f"{name}.lora_A.weight"] = (rank, module.in_features)
+            shapes[f"{name}.lora_B.weight"] = (module.out_features, rank)
+    tables = {name: tuple(p.shape) for name, p in lm.named_parameters() if p.requires_grad and not is_adapter(name)}
+    return shapes | tables
+
+
+def adapter_tensors(lm: nn.Module, rank: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) in the order of `adapter_shapes`."""
+    parameters = dict(lm.named_parameters())
+    for name, shape in adapter_shapes(lm, rank).items():
+        values = torch.zeros(shape) if name not in parameters else _full(parameters[name])
+        yield name, F.pad(values, (0, shape[1] - values.shape[1], 0, shape[0] - values.shape[0]))
 
 
 def merged_tensors(lm: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,9 @@ import sentencepiece
 import torch
 from huggingface_hub import errors, hf_hub_download
 from moshi.models import MimiModel, loaders
+from moshi.modules.transformer import set_attention_context
 
+from finetune.audio.codes import fingerprint_file
 from finetune.cli import UserError
 from finetune.files import why_missing
 from finetune.streams import CODEBOOKS, DEP_Q
@@ -149,14 +151,45 @@ class Pretrained:
             raise
         return None if name is None else _read_json(self.file("mimi_config_name"))
 
-    def mimi(self, device: torch.device | str = "cpu") -> MimiModel:
-        """Mimi with the 8 codebooks of one channel (`CheckpointInfo.get_mimi` would set 16 for PersonaPlex)."""
-        path, config = self.mimi_weights(), self.mimi_config()
+    def mimi_context(self, dep_q: int | None = None) -> int:
+        """Return how many keys Mimi's attention sees in the runtime that serves a model of `dep_q` depformer steps.
+
+        Kyutai's runtime uses all of its ring of keys: 250, 10 s, in the published Mimi. NVIDIA's gives the oldest key
+        of a full ring a position in the future, which the mask then hides (NVIDIA/personaplex, modules/transformer.py:
+        `delta <= 0` in RingKVCache.complete): 249.
+
+        Args:
+            dep_q: None: as in the config, which names 8 steps where weights will be expanded to 16.
+        """
+        transformer = (self.mimi_config() or loaders._mimi_config).get("transformer")
+        keys = transformer.get("context") if isinstance(transformer, dict) else None
+        if type(keys) is not int:
+            raise UserError(f"{self.file('mimi_config_name')}: names no transformer.context; download or copy it again")
+        if dep_q is None:
+            try:
+                dep_q = self.lm_config.get("dep_q")
+            except Unreachable:
+                if not self._given.get("mimi_name"):  # with --mimi-path nothing else is needed
+                    raise
+        return keys - 1 if dep_q == DEP_Q else keys
+
+    def mimi_fingerprint(self, dep_q: int | None = None) -> str:
+        """Return `fingerprint_mimi` of `mimi(dep_q=dep_q)`, without building it."""
+        return fingerprint_file(self.mimi_weights(), self.mimi_context(dep_q))
+
+    def mimi(self, device: torch.device | str = "cpu", dep_q: int | None = None) -> MimiModel:
+        """Mimi as in the runtime of a model of `dep_q` depformer steps (see `mimi_context`).
+
+        It has the 8 codebooks of one channel (`CheckpointInfo.get_mimi` would set 16 for PersonaPlex).
+        """
+        path, config, context = self.mimi_weights(), self.mimi_config(), self.mimi_context(dep_q)
         try:
-            return loaders.get_mimi(path, config, device=device, num_codebooks=CODEBOOKS)
+            mimi = loaders.get_mimi(path, config, device=device, num_codebooks=CODEBOOKS)
         except Exception as error:  # torch raises nearly anything on a file that is not its own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: does not load as a Mimi of this configuration ({reason})") from None
+        set_attention_context(mimi, context)
+        return mimi
 
     def tokenizer(self) -> sentencepiece.SentencePieceProcessor:
         """The text tokenizer. Raises UserError if it has more tokens than the model's text table has rows."""

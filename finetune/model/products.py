@@ -9,6 +9,7 @@ from moshi.modules.lora import LoRALinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from finetune.model.quantised import QuantisedLinear
 from finetune.streams import ZERO
 
 # How much exists at a time. On a CPU: what fits its caches (malloc also maps blocks from 32 MiB on again for each use;
@@ -71,10 +72,21 @@ class Linears(NamedTuple):
 
     def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """As output heads, x: [Q, N, in], targets: [Q, N] -> summed cross-entropies and hits, both [Q] float32."""
-        return _HeadLoss.apply(x, targets, *self, torch.is_grad_enabled())
+        return _HeadLoss.apply(x, targets, *self, torch.is_grad_enabled(), None)
+
+    def drift(self, x: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """As output heads -> summed divergences KL(base || this), [Q] float32, where the base is the heads without
+        adapters on `reference` [Q, N, in]."""
+        return _HeadLoss.apply(x, targets, *self, torch.is_grad_enabled(), reference)[0]
 
 
 def _stack(layers: list[nn.Linear], dtype: torch.dtype) -> Tensor:
+    first = layers[0]
+    if isinstance(first, QuantisedLinear):
+        stacked = first.scales.new_empty(len(layers), first.out_features, first.in_features, dtype=dtype)
+        for own, layer in zip(stacked, layers):
+            layer.dequantise(own)
+        return stacked
     weights = [layer.weight for layer in layers]
     stacked = weights[0][None] if len(weights) == 1 else torch.stack(weights)  # temporal layers are not copied
     return stacked.to(dtype)
@@ -149,30 +161,39 @@ class Gate(torch.autograd.Function):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Cross-entropy of linear heads, without rows whose target is ZERO. The forward pass also computes the gradients of
-    the sum, which a factor completes later, for one chunk of rows at a time: logits are neither stored nor computed
-    twice."""
+    """Cross-entropy of linear heads, or their divergence from a reference, without rows whose target is ZERO. The
+    forward pass also computes the gradients of the sum, which a factor completes later, for one chunk of rows at a
+    time: logits are neither stored nor computed twice."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, targets: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float, train: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx, x: Tensor, targets: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float,
+        train: bool, reference: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ce, hits = torch.zeros(2, len(x), device=x.device).unbind()
         needed = [True, *ctx.needs_input_grad[2:5]]
         dx, totals = torch.empty_like(x) if train else None, [None, None, None]
-        inputs = (x, targets[..., None], dx if train else x)
-        for chunk, target, dchunk in zip(*(chunk_rows(t, len(x) * weight.shape[1], LOGITS_PER_CHUNK) for t in inputs)):
+        inputs = (x, targets[..., None], dx if train else x, x if reference is None else reference)
+        chunks = (chunk_rows(t, len(x) * weight.shape[1], LOGITS_PER_CHUNK) for t in inputs)
+        for chunk, target, dchunk, base in zip(*chunks):
             valid, index = target != ZERO, target.clamp(min=0)
             chunk = chunk * valid  # zero rows give weights no gradient; cheaper than zeroing gradients of all logits
             logits, low = _linear(chunk, weight, a, b, scaling)
             probability = logits.softmax(-1, dtype=torch.float32)
             highest, best = probability.max(-1, keepdim=True)
-            # -log p(target), computed from the best token because p(target) may underflow.
-            surprise = logits.gather(-1, best).float() - logits.gather(-1, index).float() - highest.log()
+            if reference is None:
+                # -log p(target), computed from the best token because p(target) may underflow.
+                surprise = logits.gather(-1, best).float() - logits.gather(-1, index).float() - highest.log()
+            else:
+                wanted = torch.bmm(base, weight.mT).log_softmax(-1, dtype=torch.float32)
+                surprise = (wanted.exp() * (wanted - logits.log_softmax(-1, dtype=torch.float32))).sum(-1, keepdim=True)
             ce += torch.where(valid, surprise, 0).sum((1, 2))
             hits += (best == target).sum((1, 2))
             if train:
-                dlogits = probability.scatter_add_(-1, index, torch.full_like(highest, -1)).to(x.dtype)
+                if reference is None:
+                    dlogits = probability.scatter_add_(-1, index, torch.full_like(highest, -1)).to(x.dtype)
+                else:
+                    dlogits = probability.sub_(wanted.exp_()).to(x.dtype)
                 gradients = _linear_gradients(dlogits, chunk, weight, a, b, low, scaling, needed)
                 torch.mul(gradients[0], valid, out=dchunk)
                 totals = accumulate(totals, gradients[1:])
@@ -186,4 +207,4 @@ class _HeadLoss(torch.autograd.Function):
         # `out` keeps the dtype of the gradient; the product would be float32.
         scaled = lambda g: None if g is None else torch.mul(g, dce[:, None, None], out=torch.empty_like(g))
         dx, dweight, da, db = map(scaled, ctx.saved_tensors)
-        return dx, None, dweight, da, db, None, None
+        return dx, None, dweight, da, db, None, None, None

@@ -2,22 +2,25 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from moshi.models import LMModel, loaders
+from moshi.modules.transformer import set_attention_context
 from torch import Tensor
 
 from finetune.cli import UserError
 from finetune.config import flatten, read_settings
 from finetune.files import expand
+from finetune.guard import best_checkpoint
 from finetune.lora import is_embedding, merge_adapter
 from finetune.metrics import read_rows
 from finetune.model.build import StoredWeights, build_lm
 from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.model.weights import WeightFile, attention_steps, split_names
+from finetune.progress import tracked
 from finetune.run_dir import list_checkpoints
 from finetune.streams import CODEBOOKS, DEP_Q
 
@@ -49,6 +52,7 @@ class StoredModel:
     # writes them (`model_id` in config.json, which stock moshi ignores).
     lineage: dict
     training: TrainingRecord | None  # None without the folder of its run
+    choice: str = ""  # which checkpoint of a run this is, and why
 
     @property
     def rank(self) -> int:
@@ -124,7 +128,8 @@ def open_stored(name: str, base: str | None = None, expand: bool = False) -> Sto
     Raises:
         UserError: the model does not exist, or its files do not fit together.
     """
-    checkpoint = Pretrained(_inference_folder(name))
+    inference_folder, choice = _inference_folder(name)
+    checkpoint = Pretrained(inference_folder)
     kwargs = lm_kwargs(checkpoint, MOSHI)
     adapted = checkpoint.raw_config.get("lora", False)
     if expand and adapted:
@@ -149,7 +154,7 @@ def open_stored(name: str, base: str | None = None, expand: bool = False) -> Sto
     weights = StoredWeights(path, kwargs["dep_q"])
     shapes = {key: parameter.shape for key, parameter in build_lm(kwargs, torch.bfloat16).named_parameters()}
     weights.check(shapes)
-    model = StoredModel(name, checkpoint, kwargs, shapes, weights, adapters, address, lineage, training)
+    model = StoredModel(name, checkpoint, kwargs, shapes, weights, adapters, address, lineage, training, choice)
     if adapters is not None:
         _check_adapters(model)
     return model
@@ -175,20 +180,35 @@ def _check_adapters(model: StoredModel) -> None:
         )
 
 
-def _inference_folder(name: str) -> str:
-    """The folder with config.json in a checkpoint, or in the newest checkpoint of a run; other names unchanged."""
+def _inference_folder(name: str) -> tuple[str, str]:
+    """(folder with config.json, which one it is) of a checkpoint, or of the best checkpoint of a run, or the newest if
+    none was evaluated; other names unchanged."""
     folder = expand(name)
     if not folder.is_dir():
-        return name
+        return name, ""
     if (folder / "config.json").is_file():
-        return str(folder)
+        return str(folder), ""
     if (folder / "consolidated/config.json").is_file():
-        return str(folder / "consolidated")
-    if steps := list_checkpoints(folder):
-        return str(steps[-1][1] / "consolidated")
+        return str(folder / "consolidated"), ""
+    if best := best_checkpoint(folder):
+        step, path, reason = best
+        return str(path / "consolidated"), f"step {step} ({reason})"
+    if steps := [(step, path) for step, path in list_checkpoints(folder) if (path / "consolidated").is_dir()]:
+        step, path = steps[-1]
+        return str(path / "consolidated"), f"step {step} (the newest; none was evaluated)"
     if (folder / "args.yaml").is_file():
         raise UserError(f"{folder}: a run that has no checkpoint yet")
-    return str(folder)
+    return str(folder), ""
+
+
+def base_of(model: StoredModel) -> StoredModel | None:
+    """The model that training began with; None if that is not known."""
+    if model.adapters is not None:
+        return replace(model, adapters=None)
+    if model.training is None:
+        return None
+    checkpoint = Pretrained(**_run_paths(model.training, model.kwargs["dep_q"]))
+    return replace(model, weights=StoredWeights(checkpoint.moshi_weights(), model.kwargs["dep_q"]))
 
 
 def _training_record(folder: Path) -> TrainingRecord | None:
@@ -233,7 +253,7 @@ def _lineage(name: str) -> dict:
 def _find_base(name: str, checkpoint: Pretrained, run_paths: dict | None, given: str | None) -> tuple[str, Path, dict]:
     """(address, file, lineage) of the base of adapters: as given, else by config.json, else by the run's settings."""
     if given is not None:
-        base = Pretrained(_inference_folder(given))
+        base = Pretrained(_inference_folder(given)[0])
         lineage = _lineage(base.source)
         if base.raw_config.get("lora"):
             raise UserError(f"{given}: holds adapters, and --base must hold all weights")
@@ -253,7 +273,10 @@ def _find_base(name: str, checkpoint: Pretrained, run_paths: dict | None, given:
 def load_merged(source: StoredModel, device: torch.device, dtype: torch.dtype, dep_q: int = CODEBOOKS) -> LMModel:
     """Load a model for inference with `dep_q` depformer steps, with adapters merged, one tensor at a time."""
     lm = build_lm(source.kwargs | {"dep_q": dep_q}, dtype).to_empty(device=device)
+    every, size = list(lm.named_parameters()), lambda named: named[1].numel()
     with torch.no_grad():
-        for name, parameter in lm.named_parameters():
+        for name, parameter in tracked(every, "loading weights", sum(map(size, every)), size):
             parameter.copy_(source.read(name))
+    if source.kwargs["dep_q"] == DEP_Q and lm.context is not None:
+        set_attention_context(lm.transformer, lm.context - 1)  # as in NVIDIA's runtime: see Pretrained.mimi_context
     return lm.eval()

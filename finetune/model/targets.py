@@ -40,6 +40,20 @@ def make_targets(codes: Tensor, loss_mask: Tensor, delays: Sequence[int], dep_q:
     return Targets(*(tensor for row, part in zip(rows, parts) for tensor in (row, part[:, row])))
 
 
+class DriftRows(NamedTuple):
+    """A sample of the frames that carry loss."""
+
+    indices: tuple[Tensor, ...]  # [N] int64 into the rows of words, padding and audio in `Targets`; never empty
+    counts: tuple[bool, ...]  # false for an index that is there only because there is no other
+
+
+def sample_rows(targets: Targets, frames: int, every: int, phase: int) -> DriftRows:
+    """Choose the frames t of each window of `frames` with t % every == phase."""
+    chosen = [(rows % frames % every == phase).nonzero()[:, 0] for rows in targets[0::2]]
+    indices = tuple(index if len(index) else index.new_zeros(1) for index in chosen)
+    return DriftRows(indices, tuple(len(index) > 0 for index in chosen))
+
+
 def delay_streams(codes: Tensor, delays: Sequence[int], first: Tensor) -> Tensor:
     """Shift stream k of codes [B, K, T] right by delays[k] frames; `first` [1, K, 1] fills the frames before it."""
     frames, longest = codes.shape[2], max(delays)

@@ -15,7 +15,7 @@ way, as by `LMGen` and `LMModel.forward`, still run moshi's code.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,13 +23,16 @@ import torch
 import torch.nn.functional as F
 from moshi.models.lm import LMModel
 from moshi.modules.gating import ActivationGating
+from moshi.modules.lora import LoRALinear
 from moshi.modules.transformer import RMSNorm, StreamingTransformerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finetune.cli import UserError
+from finetune.lora import adapters_off
 from finetune.model.products import GATED_PER_CHUNK, Gate, Linears, accumulate, chunk_rows, join_chunks, rms_norm
-from finetune.model.targets import Targets, delay_streams, make_targets
+from finetune.model.targets import DriftRows, Targets, delay_streams, make_targets
+from finetune.streams import ZERO
 
 Attention = Callable[[Tensor, int], Tensor]  # (qkv [Q, N, 3 * dim], heads) -> [Q, N, dim]
 
@@ -40,6 +43,7 @@ class Losses(NamedTuple):
 
     ce: Tensor  # cross-entropy in nats, differentiable
     correct: Tensor  # how often the target has the highest logit
+    drift: Tensor | None = None  # divergence from the base in nats on a sample of frames, differentiable
 
 
 @dataclass
@@ -98,15 +102,22 @@ class TrainingLayer(StreamingTransformerLayer):
             return super().forward(x, cross_attention_src)
         if checkpointing or not torch.is_grad_enabled():  # chunks also bound the memory of evaluations
             return _CheckpointedLayer.apply(self, attend, x, *self.parameters())
-        return self.run(x, self.weights(x.dtype), attend)
+        return self.run(x, self.weights(x.dtype, len(x)), attend)
 
-    def weights(self, dtype: torch.dtype) -> list[Tensor]:
-        """The parameters as `run` takes them: both norms, then the tensors of four `Linears`."""
+    def weights(self, dtype: torch.dtype, steps: int) -> list[Tensor]:
+        """The parameters of the first `steps` as `run` takes them: both norms, then the tensors of four `Linears`."""
         tensors = [self.norm1.alpha.flatten(), self.norm2.alpha.flatten()]
-        linear_in, linear_out = zip(*((gating.linear_in, gating.linear_out) for gating in _gatings(self)))
-        for modules in (self.self_attn.in_projs, self.self_attn.out_projs, linear_in, linear_out):
+        for modules in self._linears(steps):
             tensors += [part for part in Linears.of(modules, dtype)[:3] if part is not None]
         return tensors
+
+    def _linears(self, steps: int) -> Iterator[Sequence[nn.Module]]:
+        """Each of the four products of a layer as the linears of its first steps."""
+        gatings = _gatings(self)[:steps]
+        yield self.self_attn.in_projs[:steps]
+        yield self.self_attn.out_projs[:steps]
+        yield [gating.linear_in for gating in gatings]
+        yield [gating.linear_out for gating in gatings]
 
     def run(self, x: Tensor, weights: list[Tensor], attend: Attention) -> Tensor:
         x, gated, linear_out = self.run_to_last_linear(x, weights, attend)
@@ -115,9 +126,12 @@ class TrainingLayer(StreamingTransformerLayer):
     def run_to_last_linear(self, x: Tensor, weights: list[Tensor], attend: Attention) -> tuple[Tensor, Tensor, Linears]:
         """(residual, gated channels, last linear); the layer's output is residual + last linear(gated channels)."""
         alpha1, alpha2, *rest = weights
-        parts, scaling = len(rest) // 4, getattr(self.self_attn.in_projs[0], "scaling", 0.0)
-        linears = [Linears(*rest[i : i + parts])._replace(scaling=scaling) for i in range(0, len(rest), parts)]
-        in_proj, out_proj, linear_in, linear_out = linears
+        parts = iter(rest)
+        in_proj, out_proj, linear_in, linear_out = (
+            Linears(*(next(parts) for _ in range(3)), scaling=first.scaling)
+            if isinstance(first, LoRALinear) else Linears(next(parts))
+            for first, *_ in self._linears(1)
+        )  # fmt: skip
         qkv = in_proj(rms_norm(x, alpha1, self.norm1.eps))
         x = x + out_proj(attend(qkv, self.self_attn.num_heads))
         return x, Gate.apply(linear_in(rms_norm(x, alpha2, self.norm2.eps))), linear_out
@@ -140,7 +154,7 @@ class _CheckpointedLayer(torch.autograd.Function):
     def forward(ctx, layer: TrainingLayer, attend: Attention, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.layer, ctx.attend = layer, attend
         ctx.save_for_backward(x)
-        weights = layer.weights(x.dtype)
+        weights = layer.weights(x.dtype, len(x))
         return join_chunks([layer.run(chunk, weights, attend) for chunk in layer.chunks(x)])
 
     @staticmethod
@@ -148,7 +162,7 @@ class _CheckpointedLayer(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         layer, attend, (x,) = ctx.layer, ctx.attend, ctx.saved_tensors
         with torch.enable_grad():
-            weights = layer.weights(x.dtype)
+            weights = layer.weights(x.dtype, len(x))
             leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
             trained = [leaf for leaf in leaves if leaf.requires_grad]
             dx, totals = [], [None] * len(trained)
@@ -162,7 +176,8 @@ class _CheckpointedLayer(torch.autograd.Function):
         parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         stacked = [weight for weight in weights if weight.requires_grad]
         dstacked = [total.to(weight.dtype) for total, weight in zip(totals, stacked)]
-        gradients = iter(torch.autograd.grad(stacked, parameters, dstacked) if parameters else ())
+        # Parameters of steps that do not run have no gradient.
+        gradients = iter(torch.autograd.grad(stacked, parameters, dstacked, allow_unused=True) if stacked else ())
         return None, None, join_chunks(dx), *(next(gradients) if p.requires_grad else None for p in layer.parameters())
 
 
@@ -185,7 +200,8 @@ class TrainingLM(nn.Module):
 
     def forward(
         self, codes: Tensor, loss_mask: Tensor, prompt_embeddings: Tensor | None = None,
-        prompt_lengths: Tensor | None = None, *, targets: Targets | None = None,
+        prompt_lengths: Tensor | None = None, *, targets: Targets | None = None, steps: int | None = None,
+        drift: DriftRows | None = None,
     ) -> Losses:  # fmt: skip
         """
         Args:
@@ -194,8 +210,11 @@ class TrainingLM(nn.Module):
             prompt_embeddings: [B, P, dim] with P <= T, in place of the embedded tokens at the first prompt_lengths [B]
                 positions of each window. Position 0 is the initial column.
             targets: `make_targets` of codes and loss_mask; made here if None, without a wait if both are on the CPU.
+            steps: of the depformer, from the first; None for all. The losses of the others are zero.
+            drift: frames on which to measure the divergence from the model without adapters.
         """
         lm, device = self.lm, self.lm.text_emb.weight.device
+        steps = lm.dep_q if steps is None else steps
         if targets is None:
             targets = make_targets(codes, loss_mask, lm.delays, lm.dep_q)
         targets = Targets(*(tensor.to(device, non_blocking=True) for tensor in targets))
@@ -204,7 +223,7 @@ class TrainingLM(nn.Module):
         initial[:, 0] = lm.text_initial_token_id
         delayed = delay_streams(codes, lm.delays, initial)
 
-        x = self._embed(torch.cat([initial.expand(len(codes), -1, -1), delayed[:, :, :-1]], 2))
+        x = embed_columns(lm, torch.cat([initial.expand(len(codes), -1, -1), delayed[:, :, :-1]], 2))
         if prompt_embeddings is not None:
             positions = prompt_embeddings.shape[1]
             replaced = torch.arange(positions, device=device) < prompt_lengths.to(device)[:, None]
@@ -212,36 +231,61 @@ class TrainingLM(nn.Module):
             x = torch.cat([prompt, x[:, positions:]], 1)
         attend = TemporalAttention.of(lm, x.shape[1], device)
         x = x.view(1, -1, lm.dim)
+        tokens = delayed[:, :steps].transpose(0, 1).flatten(1).index_select(1, targets.audio_rows)  # [steps, N]
+        if drift is not None:
+            indices = [index.to(device, non_blocking=True) for index in drift.indices]
+            with torch.no_grad(), adapters_off(lm):
+                base_inputs = self._head_inputs(x, attend, targets, tokens, indices)
+        inputs = self._head_inputs(x, attend, targets, tokens)
+
+        text_head = Linears.of([lm.text_linear], inputs[0].dtype)
+        heads = [text_head, text_head, *([Linears.of(lm.linears[:steps], inputs[2].dtype)] if steps else [])]
+        wanted = [targets.word_targets, targets.padding_targets, targets.audio_targets[:steps]]
+        losses = [head.loss(own, target) for head, own, target in zip(heads, inputs, wanted)]
+        ce, correct = (F.pad(torch.cat(group), (0, lm.dep_q - steps)) for group in zip(*losses))
+        if drift is None:
+            return Losses(ce, correct)
+        wanted = [target if counts else torch.full_like(target, ZERO) for target, counts in zip(wanted, drift.counts)]
+        away = [
+            head.drift(own.index_select(1, index), base, target.index_select(1, index))
+            for head, own, base, target, index in zip(heads, inputs, base_inputs, wanted, indices)
+        ]
+        return Losses(ce, correct, F.pad(torch.cat(away), (0, lm.dep_q - steps)))
+
+    def _head_inputs(
+        self, x: Tensor, attend: TemporalAttention, targets: Targets, tokens: Tensor, sample: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """x: [1, B * T, dim] embedded -> the inputs of the heads [Q, N, ...] for words, padding and, if the depformer
+        runs, audio; of the rows in `sample` only, if given."""
+        lm = self.lm
         for layer in lm.transformer.layers:
             x = layer(x, attend=attend, checkpointing=self.gradient_checkpointing)
         x = rms_norm(x[0], lm.out_norm.alpha, lm.out_norm.eps)  # [B * T, dim]
-
-        text_head = Linears.of([lm.text_linear], x.dtype)
-        words = text_head.loss(x.index_select(0, targets.word_rows)[None], targets.word_targets)
-        padding = text_head.loss(x.index_select(0, targets.padding_rows)[None], targets.padding_targets)
-        tokens = delayed[:, : lm.dep_q].transpose(0, 1).flatten(1).index_select(1, targets.audio_rows)
-        y = self._depformer(x.index_select(0, targets.audio_rows), tokens)
-        audio = Linears.of(lm.linears, y.dtype).loss(y, targets.audio_targets)
-        ce, correct = (torch.cat(group) for group in zip(words, padding, audio))
-        return Losses(ce, correct)
-
-    def _embed(self, columns: Tensor) -> Tensor:
-        """columns: [B, K, T] delayed tokens -> [B, T, dim]."""
-        first, *others = self.lm.emb
-        x = first(columns[:, 1])
-        for stream, embedding in enumerate(others, start=2):
-            x = x + embedding(columns[:, stream])
-        return x + self.lm.text_emb(columns[:, 0])
+        rows = [targets.word_rows, targets.padding_rows, targets.audio_rows]
+        if sample is not None:
+            rows = [own.index_select(0, index) for own, index in zip(rows, sample)]
+            tokens = tokens.index_select(1, sample[2])
+        words, padding, audio = (x.index_select(0, own) for own in rows)
+        return [words[None], padding[None], *([self._depformer(audio, tokens)] if len(tokens) else [])]
 
     def _depformer(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """x: [N, dim], tokens: [dep_q, N], where token q is the input of step q -> [dep_q, N, depformer dim]."""
+        """x: [N, dim], tokens: [Q, N], where token q is the input of step q -> [Q, N, depformer dim]."""
         lm = self.lm
         embeddings = [lm.depformer_text_emb, *lm.depformer_emb]
         embedded = torch.stack([embedding(token) for embedding, token in zip(embeddings, tokens)])
-        y = embedded + Linears.of(lm.depformer_in, x.dtype).fan_out(x)
+        y = embedded + Linears.of(lm.depformer_in[: len(tokens)], x.dtype).fan_out(x)
         for layer in lm.depformer.layers:
             y = layer(y, attend=depformer_attention, checkpointing=self.gradient_checkpointing)
         return y
+
+
+def embed_columns(lm: LMModel, columns: Tensor) -> Tensor:
+    """columns: [B, K, T] delayed tokens -> [B, T, dim]."""
+    first, *others = lm.emb
+    x = first(columns[:, 1])
+    for stream, embedding in enumerate(others, start=2):
+        x = x + embedding(columns[:, stream])
+    return x + lm.text_emb(columns[:, 0])
 
 
 def _check_architecture(lm: LMModel) -> None:

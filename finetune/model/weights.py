@@ -18,6 +18,7 @@ from torch import Tensor
 
 from finetune.cli import UserError
 from finetune.files import replacing
+from finetune.progress import tracked
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -150,7 +151,7 @@ def write_safetensors(
     expected = iter(layout.items())
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(blob).to_bytes(8, "little") + blob)
-        for key, tensor in tensors:
+        for key, tensor in tracked(tensors, f"writing {path.name}", len(layout)):
             want, (dtype, shape) = next(expected, (None, (None, None)))
             if key != want or tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"got {key} {tuple(tensor.shape)} where the layout has {want} {shape}")

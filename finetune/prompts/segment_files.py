@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,24 +10,26 @@ from moshi.models import MimiModel
 
 from finetune.audio.codec import encode_audio
 from finetune.audio.codes import save_tensors
-from finetune.audio.files import probe_audio
-from finetune.audio.words import MAIN_SPEAKER, Word, read_words
+from finetune.audio.words import MAIN_SPEAKER, Word, read_words, sidecar
 from finetune.cli import UserError
-from finetune.prompts.same_speaker import load_same_speaker, same_speaker_file, segment_audio, voice_segments
+from finetune.prompts.same_speaker import find_segments, load_same_speaker, same_speaker_file, segment_audio
+
+VERSION = 2  # of `find_segments`; files of an earlier one can be used, and are made again
 
 
 def save_same_speaker(
     files: Sequence[tuple[Path, Path]], mimi: MimiModel, fingerprint: str,
-    speakers: Sequence[str] = (MAIN_SPEAKER,), exact: bool = False,
+    speakers: Sequence[str] = (MAIN_SPEAKER,), exact: bool = False, words_of: Callable[[Path], Path] = sidecar,
 ) -> dict[Path, str]:  # fmt: skip
     """Encode the `same_speaker` segments of recordings, and save them next to their codes.
 
-    A recording without enough speech, or whose words are where it is silent, gets an empty list of segments.
+    A recording without enough speech gets an empty list of segments.
 
     Args:
         files: (recording, its file of codes) pairs.
         fingerprint: of the codec; `exact`: see finetune.audio.codec.
         speakers: whose words show where the agent speaks.
+        words_of: returns the .json of words of a recording.
     Returns:
         {recording: reason} for recordings that could not be read.
     """
@@ -36,9 +38,8 @@ def save_same_speaker(
         found = []  # (file to write, digest of the words, [(start, end, sound)]) for each recording
         for recording, codes in files[i : i + 16]:
             try:
-                words, _ = read_words(recording, speakers)
-                spans = voice_segments(words, probe_audio(recording).duration_sec)
-                audio = [(*span, segment_audio(recording, *span)) for span in spans]
+                words, _ = read_words(words_of(recording), speakers)
+                audio = [(*span, segment_audio(recording, *span)) for span in find_segments(recording, words)]
                 found.append((same_speaker_file(codes), _digest(words), [a for a in audio if a[2] is not None]))
             except UserError as error:
                 problems[recording] = str(error)
@@ -46,18 +47,22 @@ def save_same_speaker(
         for target, words, audio in found:
             segments = [{"start": a, "end": b, "codes": next(encoded).to(torch.int16)} for a, b, _ in audio]
             entry = {"mimi": fingerprint, "speakers": list(speakers), "words": words, "exact": exact}
-            save_tensors(target, entry | {"stretches": segments})  # the name that existing files have
+            # "stretches" is the name that existing files have.
+            save_tensors(target, entry | {"stretches": segments, "version": VERSION})
     return problems
 
 
-def has_same_speaker(recording: Path, codes: Path, fingerprint: str, speakers: Sequence[str], exact: bool) -> bool:
+def has_same_speaker(
+    recording: Path, codes: Path, fingerprint: str, speakers: Sequence[str], exact: bool,
+    words_of: Callable[[Path], Path] = sidecar,
+) -> bool:  # fmt: skip
     """Return whether valid segments of the recording's present words exist; if `exact`, exactly encoded ones."""
     path = same_speaker_file(codes)
     try:
         load_same_speaker(path, fingerprint, speakers)
         entry = torch.load(path, weights_only=True)
-        current = entry.get("words") == _digest(read_words(recording, speakers)[0])
-        return current and (bool(entry.get("exact")) or not exact)
+        current = entry.get("words") == _digest(read_words(words_of(recording), speakers)[0])
+        return current and entry.get("version") == VERSION and (bool(entry.get("exact")) or not exact)
     except UserError:
         return False
 

@@ -58,16 +58,18 @@ class VoiceBook:
     def __init__(self, folder: Path | None, archive: Callable[[], Path | None], setting: str = "prompt.voices_dir"):
         self._folder, self._archive, self._setting = folder, archive, setting
 
-    def find(self, name: str, base: Path) -> Path:
-        """Return the file of a voice: a path, absolute or relative to `base`, or a name in the folder or the archive.
+    def find(self, name: str, *bases: Path) -> Path:
+        """Return the file of a voice: a path, absolute or relative to a base, or a name in the folder or the archive.
 
-        `base` is the folder of the recording that names the voice. Raises UserError if the file is in none of these.
+        `bases` are the folder of the recording that names the voice, and that of its manifest. Raises UserError if the
+        file is in none of these.
         """
         path, searched = expand(name), []
         if path.is_absolute() or ".." not in path.parts:
-            if (base / path).is_file():
-                return base / path
-            searched.append(str((base / path).parent))
+            for base in bases:
+                if os.path.isfile(base / path):  # of a folder that may not be entered, Path.is_file raises
+                    return base / path
+            searched += dict.fromkeys(str((base / path).parent) for base in bases)
         remedy = f"give an absolute path, or a bare name of a file in {self._setting}"
         if Path(name).name == name:
             found = self._in_folder.get(name) or self._in_archive.get(name)

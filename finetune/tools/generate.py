@@ -29,6 +29,7 @@ from finetune.model.stored import INFERENCE_DTYPES, StoredModel, load_merged, op
 from finetune.parser import Parser
 from finetune.prompts.embedded import embed_column
 from finetune.prompts.hybrid import SystemPrompt, build_prompt
+from finetune.prompts.recordings import warn_of_unserved
 from finetune.prompts.text import wrap_system_prompt
 from finetune.prompts.voices import VoiceBook, load_voices
 from finetune.streams import DEP_Q
@@ -81,7 +82,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--user-wav", nargs="+", required=True, help="users; of a stereo file, the right channel")
     parser.add_argument("--out", required=True, help="wav to write; a folder for several users")
     parser.add_argument("--text", help="JSON to write the agent's words to; a folder for several users")
-    parser.add_argument("--voice", help="voice prompt: a recording, a .pt or a shipped name")
+    parser.add_argument("--voice", help="voice prompt: a mono recording, a .pt or a shipped name")
     parser.add_argument("--voices-dir", type=Path, help="folder of voices; without it, the repository's voices.tgz")
     parser.add_argument("--text-prompt", default="", help="the role; wrapped in <system> tags")
     parser.add_argument("--tail-sec", type=float, default=4.0, help="silence after the user, for the answer")
@@ -92,7 +93,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--temp-text", type=float, default=Sampling.temp_text, help="temperature of text tokens")
     parser.add_argument("--top-k", type=int, default=Sampling.top_k, help="sample audio from the k most likely tokens")
     parser.add_argument("--top-k-text", type=int, default=Sampling.top_k_text, help="the same for text")
-    parser.add_argument("--batch-size", type=int, default=8, help="users at once; at 7B each takes 1.6 GB")
+    parser.add_argument("--batch-size", type=int, default=8, help="users at once; at 7B each takes 0.5 MB a frame")
     parser.add_argument("--dtype", choices=INFERENCE_DTYPES, help="default: bf16; fp32 on a CPU without bf16 products")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = parser.parse_args()
@@ -124,6 +125,7 @@ def _build_prompt(
         embed, delays = functools.partial(embed_column, source.read), source.kwargs["delays"]
         fingerprint = lambda: fingerprint_mimi(mimi)
         voice = load_voices([path], lambda: mimi, fingerprint, embed, delays, trains_embeddings=False)[path]
+        warn_of_unserved([path])
     return build_prompt(voice, tokenizer.encode(text, add_bos=False, add_eos=False))
 
 

@@ -19,13 +19,13 @@ from finetune.distributed import pick_device
 from finetune.model.stored import INFERENCE_DTYPES, open_stored
 from finetune.parser import Parser
 from finetune.prompts.embedded import RING, ReadRows, embedding_table
-from finetune.prompts.recordings import encode_recordings
-from finetune.streams import N_STREAMS, SINE_TOKENS, TEXT_PAD, stack_streams
+from finetune.prompts.recordings import encode_recordings, warn_of_unserved
+from finetune.streams import DEP_Q, N_STREAMS, SINE_TOKENS, TEXT_PAD, stack_streams
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("recording", type=Path, help="wav, flac, ...; its first channel is used, at -24 LUFS")
+    parser.add_argument("recording", type=Path, help="mono wav or flac")
     parser.add_argument("out", type=Path, help="the .pt to write")
     parser.add_argument("--weights", required=True, metavar="W", help="the model that will use it")
     parser.add_argument("--base", metavar="REPO_OR_FOLDER", help="base weights of adapters, if not as stored with them")
@@ -37,10 +37,11 @@ def main() -> None:
     if not args.out.absolute().parent.is_dir():
         raise UserError(f"{args.out.absolute().parent}: no such folder; create it, or name a file elsewhere")
     source = open_stored(args.weights, args.base)
-    mimi = source.checkpoint.mimi(pick_device(args.device))
+    mimi = source.checkpoint.mimi(pick_device(args.device), DEP_Q)  # only NVIDIA's runtime reads a .pt
     encoded, problems = encode_recordings([args.recording], lambda: mimi, fingerprint_mimi(mimi))
     if problems:
         raise UserError(problems[0])
+    warn_of_unserved([args.recording])
     codes = encoded[args.recording]
     save_tensors(args.out, make_embedded(source.read, source.kwargs, codes, INFERENCE_DTYPES[args.dtype]))
     seconds = codes.shape[1] / FRAME_RATE

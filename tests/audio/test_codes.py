@@ -21,7 +21,7 @@ from finetune.audio.codes import (
 )
 from finetune.cli import UserError
 from finetune.model.pretrained import Pretrained
-from tests.audio.tiny_mimi import make_mimi
+from tests.audio.tiny_mimi import CONTEXT, make_mimi
 from tests.support import script
 
 # --- fingerprints -----------------------------------------------------------------------------------------------
@@ -37,7 +37,8 @@ def test_the_fingerprint_does_not_depend_on_the_kind_of_file(mimi, tmp_path):
     name = fingerprint_mimi(mimi)
     save_file(state, tmp_path / "mimi.safetensors")
     torch.save({"model": state}, tmp_path / "mimi.pt")
-    assert fingerprint_file(tmp_path / "mimi.safetensors") == fingerprint_file(tmp_path / "mimi.pt") == name
+    assert all(fingerprint_file(tmp_path / f"mimi.{suffix}", CONTEXT) == name for suffix in ("safetensors", "pt"))
+    assert fingerprint_file(tmp_path / "mimi.pt", CONTEXT - 1) != name
     for names in (("in_proj_weight", "embed_avg"), ("in_proj.weight", "embed_sum")):
         renamed = {
             key.replace("in_projs.0.weight", names[0]).replace("out_projs.0.weight", "out_proj.weight")
@@ -45,7 +46,7 @@ def test_the_fingerprint_does_not_depend_on_the_kind_of_file(mimi, tmp_path):
             for key, value in state.items()
         }  # fmt: skip
         save_file(renamed, tmp_path / "old.safetensors")
-        assert fingerprint_file(tmp_path / "old.safetensors") == name
+        assert fingerprint_file(tmp_path / "old.safetensors", CONTEXT) == name
     mimi.set_num_codebooks(9)
     try:
         assert fingerprint_mimi(mimi) != name
@@ -69,16 +70,19 @@ def test_the_fingerprint_is_of_the_weights_that_codes_depend_on(mimi, tmp_path, 
     state[key] = state[key].clone()
     state[key].view(-1)[0] += 1e-4
     save_file(state, tmp_path / "other.safetensors")
-    assert (fingerprint_file(tmp_path / "other.safetensors") != fingerprint_mimi(mimi)) == used
+    assert (fingerprint_file(tmp_path / "other.safetensors", CONTEXT) != fingerprint_mimi(mimi)) == used
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fingerprint_in_existing_files_stays_valid(tmp_path, dtype):
-    """Files of codes keep fingerprints: they must not change with the program."""
+    """Files of codes keep fingerprints: they must not change with the program. Those without a context have 250."""
     weights = torch.arange(6.0).view(2, 3)
     save_file({"decoder.w": torch.ones(2), "encoder.w": weights.to(dtype)}, tmp_path / "mimi.safetensors")
     digest = hashlib.sha256(b"8" + b"encoder.w[2, 3]" + np.arange(6, dtype="<f4").tobytes())
-    assert fingerprint_file(tmp_path / "mimi.safetensors") == digest.hexdigest()[:16]
+    earlier = digest.hexdigest()[:16]
+    assert fingerprint_file(tmp_path / "mimi.safetensors", 249) == f"{earlier}-249"
+    save_codes(tmp_path / "call.pt", torch.zeros(2, 8, 9), 0.7, earlier, "audio")
+    assert load_codes(tmp_path / "call.pt")["mimi"] == fingerprint_file(tmp_path / "mimi.safetensors", 250)
 
 
 def test_a_file_that_is_not_a_mimi_is_refused(world, tmp_path):
@@ -89,7 +93,7 @@ def test_a_file_that_is_not_a_mimi_is_refused(world, tmp_path):
         (tmp_path / name).write_text("<!DOCTYPE html>")
     for path in [*sorted(tmp_path.iterdir()), tmp_path / "none.safetensors", tmp_path / "none.pt"]:
         with pytest.raises(UserError, match=rf"{path.name}: .*Mimi"):
-            fingerprint_file(path)
+            fingerprint_file(path, 250)
         with pytest.raises(UserError, match=path.name):
             Pretrained(str(world / "model"), mimi_path=str(path)).mimi()
 
@@ -209,6 +213,15 @@ def test_codes_of_another_codec_or_of_changed_audio_are_refused(entry, tmp_path)
     check_codes(loaded, path, "mimi-a")
     with pytest.raises(UserError, match=rf"call\.pt: .*{loaded['audio']}.*call\.wav"):
         check_codes(loaded, path, None, audio)
+
+
+@pytest.mark.parametrize("made, wanted, flag", [("250", "249", "with --"), ("249", "250", "without --")])
+def test_codes_for_the_other_runtime_are_refused(entry, made, wanted, flag):
+    codes, path, _ = entry
+    save_codes(path, codes, 7.95, f"abc-{made}", "audio")
+    check_codes(load_codes(path), path, f"abc-{made}")
+    with pytest.raises(UserError, match=rf"call\.pt: .*{made}.*{wanted}.*{flag}personaplex.*--output-dir"):
+        check_codes(load_codes(path), path, f"abc-{wanted}")
 
 
 @pytest.mark.parametrize("nanoseconds, read", [(10**9 + 7, False), (10**9, True)])

@@ -1,5 +1,6 @@
 """Transcription, with a Whisper that always says the same: blocks, silence, repairs, and errors of the engine."""
 
+import sys
 import urllib.error
 from collections import Counter
 from itertools import islice, pairwise
@@ -12,13 +13,13 @@ import whisper
 import whisper_timestamped
 
 from finetune.audio import transcriber
+from finetune.audio.aligners import download_whisper, glue, load_whisper
+from finetune.audio.annotation import ALIGNERS
 from finetune.audio.files import probe_audio, read_audio
 from finetune.audio.transcriber import (
     Transcriber,
     Transcript,
-    download_whisper,
     find_speech,
-    load_whisper,
     read_blocks,
     repair_words,
     speech_segments,
@@ -390,3 +391,50 @@ def test_words_are_compared_with_the_speech_that_was_transcribed(tmp_path, scrip
     done = Transcriber(scripted, "cpu")(tmp_path / "a.wav", 0)
     assert done.repairs == {"dropped: not sure": 2} and (done.on_speech, done.unsure) == (1, 1)
     assert done.sound_sec == pytest.approx(2.0, abs=0.15) and done.worded_sec == pytest.approx(0.9, abs=0.1)
+
+
+# --- Other aligners ---------------------------------------------------------------------------------------------------
+
+
+def test_glued_segments_map_back_to_where_they_were():
+    pcm = np.arange(10 * 16_000, dtype=np.float32)
+    sound, original = glue(pcm, [(1.0, 2.0), (4.5, 6.0), (9.0, 10.0)])
+    assert len(sound) == 3.5 * 16_000
+    for time in (0.0, 0.99, 1.0, 1.7, 2.5, 3.4):
+        start, end = original(time, time + 0.01)
+        assert pcm[round(start * 16_000)] == sound[round(time * 16_000)] and end == pytest.approx(start + 0.01)
+    assert original(0.8, 1.3) == pytest.approx((1.8, 2.0)), "a word ends with the segment in which it starts"
+    assert original(3.4, 4.2) == pytest.approx((9.9, 10.0))
+
+
+def test_the_words_of_any_aligner_are_repaired(tmp_path, monkeypatch):
+    """It hears what whisper-timestamped would, and needs no confidences."""
+    (tmp_path / "my_aligner.py").write_text(
+        "def make(model, device, language):\n"
+        "    def align(pcm, segments, earlier):\n"
+        "        words = [{'text': f'{model} {a:.1f}', 'start': a, 'end': a + 1} for a, _ in segments]\n"
+        "        return [*words, {'text': '...', 'start': 1.0, 'end': 1.1}], language or earlier\n"
+        "    return align\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    write_stereo(tmp_path / "a.wav", np.concatenate([murmur(1.5, lead=1.0), silence(4), murmur(1.5, lead=1.0)]))
+    done = Transcriber("m", "cpu", "fr", aligner="my_aligner:make")(tmp_path / "a.wav", 0)
+    assert [text for text, _, _ in done.words] == ["m 0.5", "m 6.0"] and done.language == "fr"
+    assert [start for _, start, _ in done.words] == pytest.approx([1.0, 6.5], abs=0.03), "at the onset"
+    assert done.repairs == {"to the onset": 2, "dropped: no letters": 1}
+    for name in ("my_aligner:none", "no_such_module:make"):
+        with pytest.raises(UserError, match=name):
+            Transcriber("m", "cpu", aligner=name)
+
+
+def test_without_its_package_stable_ts_says_how_to_install_it(scripted, monkeypatch):
+    monkeypatch.setitem(sys.modules, "stable_whisper", None)
+    with pytest.raises(UserError, match="pip install"):
+        Transcriber(scripted, "cpu", aligner=ALIGNERS["stable-ts"])
+
+
+def test_stable_ts(tmp_path, scripted):
+    pytest.importorskip("stable_whisper")
+    write_stereo(tmp_path / "a.wav", np.concatenate([murmur(1.5), silence(4), murmur(1.5)]))
+    done = Transcriber(scripted, "cpu", aligner=ALIGNERS["stable-ts"])(tmp_path / "a.wav", 0)
+    assert done.words and {text for text, _, _ in done.words} <= {"one", "two", "three"} and done.language == "en"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from finetune.audio.words import is_tag, read_alignments, read_prompt_fields, read_sidecar, read_words
+from finetune.audio.words import is_tag, read_alignments, read_prompt_fields, read_sidecar, read_words, sidecar
 from finetune.cli import UserError
 
 
@@ -45,12 +45,12 @@ def test_words_and_prompts_of_a_file(tmp_path):
     content = {"alignments": [["😀 ü", [0.1, 0.30000000000000004], "AGENT"]], "text_prompt": "Hi.",
                "voice_prompt": None, "note": 1}  # fmt: skip
     (tmp_path / "call.1.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    audio = tmp_path / "call.1.wav"
-    assert read_sidecar(audio) == content
-    words, fields = read_words(audio, ["AGENT"])
+    file = sidecar(tmp_path / "call.1.wav")
+    assert read_sidecar(file) == content
+    words, fields = read_words(file, ["AGENT"])
     assert words == [("😀 ü", 0.1, 0.30000000000000004)] and fields == {"text_prompt": "Hi.", "voice_prompt": None}
-    assert read_words(audio)[0] == [], "by default only the words of SPEAKER_MAIN"
-    assert read_prompt_fields(audio) == fields
+    assert read_words(file)[0] == [], "by default only the words of SPEAKER_MAIN"
+    assert read_prompt_fields(file) == fields
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"[]", b"{}", b'{"alignments": 3}', b"\xff", b"[" * 10_000,
@@ -59,7 +59,7 @@ def test_a_bad_file_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError) as error:
-        read_words(tmp_path / "a.wav")
+        read_words(tmp_path / "a.json")
     assert str(error.value).startswith(f"{tmp_path / 'a.json'}: ") and "\n" not in str(error.value)
 
 
@@ -67,10 +67,10 @@ def test_a_bad_file_is_named(tmp_path, content):
 def test_a_bad_file_has_no_prompts(tmp_path, content):
     if content is not None:
         (tmp_path / "a.json").write_text(content)
-    assert read_prompt_fields(tmp_path / "a.wav") == {}
+    assert read_prompt_fields(tmp_path / "a.json") == {}
 
 
 def test_a_file_without_prompts_is_not_parsed(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text('{"alignments": []}')
     monkeypatch.setattr("finetune.audio.words.from_json", lambda raw: pytest.fail("parsed"))
-    assert read_prompt_fields(tmp_path / "a.wav") == {}
+    assert read_prompt_fields(tmp_path / "a.json") == {}

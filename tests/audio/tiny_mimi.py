@@ -6,18 +6,21 @@ from moshi.models import loaders
 CONTEXT = 25  # steps of Mimi's attention: 1 s here, 10 s in the real one
 
 
+CONFIG = loaders._mimi_config | {
+    "seanet": loaders._seanet_kwargs | {"dimension": 32, "n_filters": 4},
+    "transformer": loaders._transformer_kwargs | {
+        "d_model": 32, "num_heads": 2, "num_layers": 2, "context": CONTEXT, "dim_feedforward": 64,
+        "input_dimension": 32, "output_dimensions": [32],
+    },
+    "quantizer": {"dimension": 16, "n_q": 10, "bins": 2048, "input_dimension": 32, "output_dimension": 32},
+}  # fmt: skip
+
+
 def make_mimi(seed=0, near_ties=True):
     """Random weights. With `near_ties` codebooks hold each entry twice, with other last bits: which of the two is
     nearer depends on the last bits of the input, so that any change of the arithmetic shows in the codes."""
     torch.manual_seed(seed)
-    seanet = loaders._seanet_kwargs | {"dimension": 32, "n_filters": 4}
-    transformer = loaders._transformer_kwargs | {
-        "d_model": 32, "num_heads": 2, "num_layers": 2, "context": CONTEXT, "dim_feedforward": 64,
-        "input_dimension": 32, "output_dimensions": [32],
-    }  # fmt: skip
-    quantizer = {"dimension": 16, "n_q": 10, "bins": 2048, "input_dimension": 32, "output_dimension": 32}
-    parts = {"seanet": seanet, "transformer": transformer, "quantizer": quantizer}
-    mimi = loaders.get_mimi(None, loaders._mimi_config | parts)
+    mimi = loaders.get_mimi(None, CONFIG)
     for parameter in mimi.parameters():
         if parameter.ndim == 3:  # convolutions: louder, so that codes follow the sound
             parameter.data *= 2

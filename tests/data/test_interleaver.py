@@ -234,7 +234,7 @@ def test_words_and_codes_of_a_file_are_read_once(parts, encoded, monkeypatch):
     line = next(read_manifest(encoded, []))
     for index in (0, 1, 0):
         stored.read(line, index)
-    assert sorted(reads) == [".pt", ".wav"]
+    assert sorted(reads) == [".json", ".pt"]
 
 
 def test_mapped_files_of_codes_are_bounded(tmp_path):

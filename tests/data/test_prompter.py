@@ -15,10 +15,17 @@ from finetune.cli import UserError
 from finetune.data import prompter as prompter_module
 from finetune.data.manifest import Line, read_manifest, resolve_path
 from finetune.data.prompter import Prompter, bullet_list, check_context, longest_prompt
+from finetune.data.voice_supply import VoiceSource, group_speakers
 from finetune.data.windows import open_windows
 from finetune.prompts.hybrid import VoicePrompt, build_prompt
 from finetune.prompts.recordings import load_recording
-from finetune.prompts.same_speaker import SAME_SPEAKER, load_same_speaker, same_speaker_file, segment_audio
+from finetune.prompts.same_speaker import (
+    SAME_SPEAKER,
+    find_segments,
+    load_same_speaker,
+    same_speaker_file,
+    segment_audio,
+)
 from finetune.prompts.segment_files import save_same_speaker
 from tests.data.support import prompted
 from tests.support import write_wav
@@ -42,7 +49,7 @@ class Letters:
 class Book:
     """A VoiceBook in which all voices exist whose name does not begin with "no"."""
 
-    def find(self, name, folder):
+    def find(self, name, folder, *_):
         if name.startswith("no"):
             raise UserError(f"no voice {name!r}")
         return Path(folder) / name
@@ -59,8 +66,9 @@ def line(**fields):
     return Line(1, Path("/calls/a.wav"), fields, Path("/calls/m.jsonl"))
 
 
-def choose(prompter, window=(0.0, 1.0), stored=None, **fields):
-    return prompter(line(**fields), {}, [], window, None, stored)
+def choose(prompter, window=(0.0, 1.0), stored=(), **fields):
+    """The prompt of a window of a file that has these `same_speaker` segments."""
+    return prompter(line(**fields), {}, window, None, lambda _: list(stored))
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------
@@ -71,10 +79,20 @@ def test_a_line_comes_before_the_json_and_the_json_before_the_settings():
     extra = {"text_prompt": "json", "voice_prompt": "j.wav"}
     assert prompter.names(line(text_prompt="line", voice_prompt="l.wav"), extra) == ("line", "l.wav")
     assert prompter.names(line(text_prompt="line"), extra) == ("line", "j.wav")
-    assert prompter.names(line(text_prompt=None, voice_prompt=""), extra) == ("json", "j.wav"), "pandas writes null"
+    assert prompter.names(line(text_prompt=None, voice_prompt=None), extra) == ("json", "j.wav"), "pandas writes null"
     assert prompter.names(line(voice_prompt="l.wav"), {"text_prompt": None}) == ("settings", "l.wav")
-    assert make_prompter().names(line(), {}) == (None, None) and choose(make_prompter()) == (None, None, [], False)
+    assert make_prompter().names(line(), {}) == (None, None)
+    assert choose(make_prompter()) == (None, None, [], True, 0, 0)
     assert Prompter(PromptArgs(voice="s.wav"), Letters(), Book()).names(line(), {}) == (None, "s.wav")
+
+
+def test_an_empty_prompt_opts_out():
+    prompter = make_prompter(text="settings", voice="v")
+    extra = {"text_prompt": "json", "voice_prompt": "j.wav"}
+    assert prompter.names(line(text_prompt="", voice_prompt=" "), extra) == (None, None)
+    assert prompter.names(line(voice_prompt="l.wav"), {"text_prompt": "\n"}) == (None, "l.wav")
+    assert choose(make_prompter(voice=VoicePrompt("v", torch.zeros(8, 20)), text="Hi."), voice_prompt="").voiceless
+    assert prompter.scan([(line(text_prompt="", voice_prompt=""), {})]) == ([], {})
 
 
 def test_a_text_is_wrapped_once_and_encoded_once(monkeypatch):
@@ -106,9 +124,9 @@ def test_window_and_prompt_fit_the_context():
 def test_a_recorded_voice_is_shortened_to_what_the_text_leaves(room):
     codes = torch.arange(160).view(8, 20)
     prompter = make_prompter(SILENCES + len(HI) + room, VoicePrompt("v", codes))
-    stored = lambda: [{"start": 5.0, "end": 6.6, "codes": codes.to(torch.int16)}]
+    stored = [{"start": 5.0, "end": 6.6, "codes": codes.to(torch.int16)}]
     named, own = (choose(prompter, text_prompt="Hi.", voice_prompt=v, stored=stored) for v in ("v", SAME_SPEAKER))
-    assert named.text_ids == own.text_ids == HI and own.voiceless == (room == 0) and not named.voiceless
+    assert named.text_ids == own.text_ids == HI and own.voiceless == named.voiceless == (room == 0)
     if room == 0:
         assert named.voice is None and own.voice is None
     else:
@@ -139,8 +157,9 @@ def test_a_prompt_that_cannot_be_used_costs_a_window():
 ])  # fmt: skip
 def test_the_first_stored_segment_outside_the_window_is_the_voice(window, chosen):
     spans = [(2.0, 4.0), (8.0, 9.0)]
-    stored = lambda: [{"start": a, "end": b, "codes": torch.full((8, 25), i)} for i, (a, b) in enumerate(spans)]
-    voice, pcm, ids, voiceless = choose(make_prompter(), window, stored, voice_prompt=SAME_SPEAKER)
+    stored = [{"start": a, "end": b, "codes": torch.full((8, 25), i)} for i, (a, b) in enumerate(spans)]
+    voice, pcm, ids, voiceless, *cut = choose(make_prompter(), window, stored, voice_prompt=SAME_SPEAKER)
+    assert cut == [0, 0]
     assert voiceless == (voice is None) == (chosen is None) and pcm is None and ids == []
     if voice is not None:
         assert voice.name == SAME_SPEAKER and (voice.codes == chosen).all()
@@ -148,19 +167,72 @@ def test_the_first_stored_segment_outside_the_window_is_the_voice(window, chosen
 
 @pytest.mark.parametrize("quiet_sec, window, start", [
     (0, (3.0, 6.0), 0), (0, (1.0, 2.0), 3), (0, (2.0, 4.0), None),
-    (3, (6.4, 9.0), 3), (6, (6.4, 9.0), None),  # segments in which the agent is silent are passed over
+    (3, (6.4, 9.0), 3), (9, (6.4, 9.0), None),  # segments in which the agent is silent are passed over
 ])  # fmt: skip
 def test_the_first_segment_of_the_audio_outside_the_window_is_the_voice(tmp_path, quiet_sec, window, start):
-    sound = np.random.default_rng(0).uniform(-0.1, 0.1, (2, 9 * 24_000))
+    sound = np.random.default_rng(0).uniform(-0.1, 0.1, (2, 9 * 24_000)) * [[1], [0.1]]
     sound[0, : quiet_sec * 24_000] = 0
     write_wav(tmp_path / "a.wav", sound, 24_000)
     words = [("so", 0.0, 1.9), ("and", 3.0, 4.5)]  # segments of 0 to 3 and 3 to 6 seconds
     recording = Line(1, tmp_path / "a.wav", {"voice_prompt": SAME_SPEAKER}, tmp_path / "m.jsonl")
+    segments = lambda each: [{"start": a, "end": b} for a, b in find_segments(each.path, words)]
     for room in (100, 20, 0):
-        voice, pcm, _, voiceless = make_prompter(SILENCES + room)(recording, {}, words, window, None, None)
+        voice, pcm, _, voiceless, *_ = make_prompter(SILENCES + room)(recording, {}, window, None, segments)
         assert voice is None and voiceless == (pcm is None) == (start is None or room == 0)
         if pcm is not None:
             assert np.array_equal(pcm, segment_audio(tmp_path / "a.wav", start, start + 3)[: room * 1920])
+
+
+@pytest.mark.parametrize("window, reserve_sec, cut", [
+    ((0.0, 8.0), 1.9, None),
+    ((0.0, 8.0), 2.0, (1, 0, 25)),  # its last two seconds
+    ((0.0, 8.96), 9.0, (1, 0, 37)),  # from the start of the last segment on
+    ((0.0, 7.02), 3.0, (1, 0, 13)),
+    ((0.5, 16.0), 9.0, (0, 32, 0)),  # up to 3 s
+    ((2.0, 7.0), 1.0, (0, 13, 0)),  # a segment that begins before the window
+    ((2.0, 7.0), 0.9, None),
+])  # fmt: skip
+def test_a_window_without_another_voice_gives_up_a_part_of_itself(window, reserve_sec, cut):
+    spans = [(1.0, 3.0), (6.0, 8.0)]
+    stored = [{"start": a, "end": b, "codes": torch.full((8, 25), i)} for i, (a, b) in enumerate(spans)]
+    found = choose(make_prompter(reserve_sec=reserve_sec), window, stored, voice_prompt=SAME_SPEAKER)
+    assert found.voiceless == (cut is None) and (found.head, found.tail) == (cut or (0, 0, 0))[1:]
+    assert cut is None or (found.voice.codes == cut[0]).all()
+
+
+def lenders(*calls, speaker="ann", manifest="/calls/m.jsonl"):
+    """(speakers, line_of) of a prompter: files of these calls, one a line."""
+    sources = [VoiceSource(Path(manifest), i, call, speaker, 9.0, [(0.0, 2.0)]) for i, call in enumerate(calls)]
+    line_of = lambda source: Line(source.file + 1, Path(f"/calls/{source.call}"), {}, source.manifest)
+    return group_speakers(sources), line_of
+
+
+def test_a_window_without_a_voice_of_its_own_borrows_one_of_another_call():
+    prompter = make_prompter(reserve_sec=9.0)
+    prompter.speakers, prompter.line_of = lenders("a.wav", "b.wav", "c.wav", "c.wav")
+    voices = {f"/calls/{name}.wav": torch.full((8, 25), i) for i, name in enumerate("abc")}
+    segments = lambda each: [{"start": 0.0, "end": 2.0, "codes": voices[str(each.path)]}]
+
+    def borrowed(seed, window=(0.0, 2.0), **fields):
+        generator = None if seed is None else np.random.default_rng(seed)
+        own = line(voice_prompt=SAME_SPEAKER, call="a.wav", **fields)
+        parts = prompter(own, {}, window, generator, segments)
+        assert (parts.head, parts.tail) == (0, 0)
+        return None if parts.voice is None else int(parts.voice.codes[0, 0])
+
+    chosen = [borrowed([0, 2, position], speaker="ann") for position in range(60)]
+    assert set(chosen) == {1, 2}, "never of the same call"
+    assert chosen == [borrowed([0, 2, position], speaker="ann") for position in range(60)]
+    assert borrowed(None, speaker="ann") == borrowed(None, speaker="ann") in (1, 2)
+    assert borrowed(0, window=(2.0, 4.0), speaker="ann") == 0, "its own comes first"
+    assert borrowed(0, window=(0.0, 3.0), speaker="bob") is None and borrowed(0, window=(0.0, 3.0)) is None
+
+
+def test_a_voice_is_not_borrowed_of_another_manifest():
+    prompter = make_prompter()
+    prompter.speakers, prompter.line_of = lenders("b.wav", manifest="/calls/other.jsonl")
+    stored = [{"start": 0.0, "end": 2.0, "codes": torch.zeros(8, 25)}]
+    assert choose(prompter, (0.0, 2.0), stored, voice_prompt=SAME_SPEAKER, speaker="ann").voiceless
 
 
 # --- the check before a run -------------------------------------------------------------------------------------

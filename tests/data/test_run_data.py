@@ -1,38 +1,48 @@
 """The data of a run: what is checked at its start, what its settings change, and when Mimi is loaded."""
 
 import contextlib
+import itertools
 import json
 import multiprocessing
+import re
 import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import train
 from finetune.audio.codes import fingerprint_mimi, load_codes, save_codes
-from finetune.audio.files import write_wav
+from finetune.audio.files import read_audio, to_int16, write_wav
+from finetune.audio.words import read_words
 from finetune.cli import UserError
 from finetune.config import load_args
 from finetune.data import run_data
-from finetune.data.interleaver import InterleavedTokenizer
+from finetune.data.dataset import Microbatches
+from finetune.data.interleaver import InterleavedTokenizer, Interleaver
 from finetune.data.manifest import read_manifest
 from finetune.data.run_data import RunData
+from finetune.data.windows import RankShare, WindowOrder
 from finetune.distributed import World
 from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from tests.data.support import write_lines
-from tests.support import live, write_config
+from tests.support import PERSONAPLEX_CODES, live, write_config
 
 
 @dataclass(frozen=True)
 class FakeWorld(World):
-    """One rank after the other: each receives the values of those before it."""
+    """One rank after the other: each receives the values of those before it, separately for each call."""
 
     values: list = field(default_factory=list)
+    calls: list = field(default_factory=list)
 
     def gather(self, value):
-        self.values.append(value)
-        return list(self.values)
+        self.values.extend([[]] * (len(self.calls) == len(self.values)))
+        values = self.values[len(self.calls)] = [*self.values[len(self.calls)], value]
+        self.calls.append(value)
+        return values
 
     def main_first(self):
         return contextlib.nullcontext()
@@ -43,9 +53,9 @@ class Checkpoint(Pretrained):
 
     loaded = 0
 
-    def mimi(self, device="cpu"):
+    def mimi(self, *args):
         self.loaded += 1
-        return super().mimi(device)
+        return super().mimi(*args)
 
 
 @pytest.fixture
@@ -54,7 +64,7 @@ def start(world, tmp_path):
 
     def make(prompts=False, rank=None, context=None, **settings):
         checkpoint = Checkpoint(str(world / "model"))
-        args = load_args(write_config(tmp_path, world, **settings))
+        args = load_args(write_config(tmp_path, world, PERSONAPLEX_CODES if prompts else "codes", **settings))
         kwargs = lm_kwargs(checkpoint, PERSONAPLEX if prompts else MOSHI)
         kwargs |= {} if context is None else {"context": context}
         return RunData(args, prompts, checkpoint, kwargs, None, rank or FakeWorld(0, 1, 0, 1, torch.device("cpu")))
@@ -62,12 +72,12 @@ def start(world, tmp_path):
     return make
 
 
-def voices_manifest(world, folder, names):
+def voices_manifest(world, folder, names, codes=PERSONAPLEX_CODES):
     """A manifest of files with codes, each with its own voice."""
     lines = []
-    for name, line in zip(names, read_manifest(world / "codes/train_precomputed.jsonl", [])):
-        codes = world / "codes" / line.fields["codes_path"]
-        paths = {"path": str(line.path), "codes_path": str(codes)}
+    for name, line in zip(names, read_manifest(world / codes / "train_precomputed.jsonl", [])):
+        paths = {"path": str(line.path), "codes_path": str(world / codes / line.fields["codes_path"])}
+        paths["words_path"] = str(line.words_path)
         lines.append(line.fields | paths | {"voice_prompt": name, "text_prompt": "Hi."})
     return str(write_lines(folder / "voices.jsonl", lines))
 
@@ -79,17 +89,17 @@ def test_each_rank_scans_a_part_of_the_lines_and_has_the_voices_of_all(world, tm
     ranks = [FakeWorld(rank, 2, rank, 2, torch.device("cpu"), values=values) for rank in range(2)]
     first, last = (start(prompts=True, rank=rank, **data) for rank in ranks)
     assert {path.name for path in first.prompter.voices} == {names[0]}
-    assert {path.name for path in last.prompter.voices} == set(names) and [len(v) for v, _ in values] == [1, 1]
+    assert {path.name for path in last.prompter.voices} == set(names) and [len(v) for v, _ in values[0]] == [1, 1]
     for position in range(2):
         assert next(last.batches(position)).problems == []
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_prompts_of_training_and_held_out_files_are_checked(world, tmp_path, start, split):
-    data = {f"data.{split}_data": voices_manifest(world, tmp_path, ["none.wav"])}
+    data = lambda *codes: {f"data.{split}_data": voices_manifest(world, tmp_path, ["none.wav"], *codes)}
     with pytest.raises(UserError, match=r"none\.wav"):
-        start(prompts=True, **data)
-    start(prompts=False, **data)
+        start(prompts=True, **data())
+    start(prompts=False, **data("codes"))
 
 
 def test_window_and_prompt_must_fit_the_context(start):
@@ -145,6 +155,7 @@ def test_settings_reach_the_tokenizers(start):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_settings_reach_the_iterators(start, monkeypatch, device):
     settings = {"seed": 11, "batch_size": 3, "eval_max_samples": 4, "data.num_workers": 2, "data.shuffle": False}
+    settings["data.skip"] = ["a.wav at 0.00 s"]
     data = start(rank=FakeWorld(1, 2, 1, 2, torch.device(device)), **settings)
     given = []
     monkeypatch.setattr(
@@ -159,7 +170,7 @@ def test_settings_reach_the_iterators(start, monkeypatch, device):
     share = train[2]
     assert (share.batch_size, share.rank, share.world_size, share.position, share.stop) == (3, 1, 2, 90, None)
     common = {"workers": 2, "pin": device == "cuda"}
-    assert train_settings == common | {"seed": 11, "shuffle": False}
+    assert train_settings == common | {"seed": 11, "shuffle": False, "skip": ["a.wav at 0.00 s"]}
     assert eval_settings == common | {"evaluation": True, "eval_samples": 4}
 
 
@@ -181,6 +192,114 @@ def test_all_workers_end_when_the_data_are_closed(start):
     data.close()
     assert set(multiprocessing.active_children()) == before
     assert [next(stream, None) for stream in streams] == [None, None]
+
+
+# --- Voices that are there --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_calls(world, tmp_path):
+    """Settings with calls that are no longer than a window, whose voice is same_speaker; `fields` of each line.
+
+    Each call is three short ones, one after the other.
+    """
+
+    def make(*fields, split="train", **settings) -> dict:
+        parts, lines = list(read_manifest(world / "data/train.jsonl", [])), []
+        for i, own in enumerate(fields):
+            path, pcm, words, seconds = tmp_path / f"{split}{i}.wav", [], [], 0.0
+            for part in parts[3 * i : 3 * i + 3]:
+                pcm.append(read_audio(part.path))
+                for word, (start, end), who in json.loads(part.words_path.read_text())["alignments"]:
+                    words.append([word, [start + seconds, end + seconds], who])
+                seconds += part.duration
+            write_wav(path, to_int16(np.concatenate(pcm, axis=1)))
+            path.with_suffix(".json").write_text(json.dumps({"alignments": words}))
+            prompts = {"voice_prompt": "same_speaker", "text_prompt": "Hi."}
+            lines.append({"path": path.name, "duration": seconds} | prompts | own)
+        path = write_lines(tmp_path / f"{split}_{len(fields)}.jsonl", lines)
+        return {f"data.{split}_data": str(path), "do_eval": split == "eval", "duration_sec": 60, **settings}
+
+    return make
+
+
+def drafts(data, count, first=0, windows=None):
+    """The windows of a stream from a position on, without Mimi."""
+    windows = windows or data.train
+    order = WindowOrder(windows.sizes, windows.weights, 0, data.args.data.shuffle)
+    share, tokenizer = RankShare(1, position=first), data._tokenizers[id(windows)]
+    stream = Microbatches(windows.indexes, order, share, tokenizer, seed=0)
+    return [found for found, _ in itertools.islice(stream, count) for found in found]
+
+
+def test_windows_without_a_voice_end_the_run_before_it_begins(start, short_calls):
+    for settings in (short_calls({}, {}, {}), short_calls({}, {}, {}, split="eval")):
+        with pytest.raises(UserError, match=r"3 of 3 windows.*duration_sec=.*reserve_sec=.*allow_voiceless") as error:
+            start(prompts=True, **settings)
+        assert ("data.eval_data" in str(error.value)) == settings["do_eval"]
+        assert start(prompts=False, **settings).voiceless_share == 0.0
+    data = start(prompts=True, **short_calls({}, {}, {}), **{"prompt.allow_voiceless": True})
+    assert data.voiceless_share == 1.0 and all(draft.prompt.voiceless for draft in drafts(data, 3))
+
+
+def test_what_the_error_says_helps(start, short_calls):
+    with pytest.raises(UserError) as error:
+        start(prompts=True, **short_calls({}, {}, {}))
+    shorter, reserve = (re.search(rf"{key}=([\d.]+)", str(error.value))[1] for key in ("duration_sec", "reserve_sec"))
+    data = start(prompts=True, **short_calls({}, {}, {}, **{"duration_sec": float(shorter)}))
+    assert data.voiceless_share == 0.0 and len(data.train) > 3
+    data = start(prompts=True, **short_calls({}, {}, {}, **{"prompt.reserve_sec": float(reserve)}))
+    assert data.voiceless_share == 0.0
+    for draft in drafts(data, 3):
+        cut = draft.prompt.head + draft.prompt.tail
+        assert 0 < cut <= float(reserve) * 12.5 + 1 and draft.prompt.pcm is not None
+        path, seconds = re.fullmatch(r"(.*) at (.*) s", draft.name).groups()
+        start_sec, frames = float(seconds), len(draft.text)
+        assert start_sec == draft.prompt.head / 12.5
+        assert np.array_equal(draft.pcm, read_audio(path, start_sec, frames / 12.5)), "the rest of the call"
+        words, _ = read_words(Path(path).with_suffix(".json"))
+        assert torch.equal(draft.text, Interleaver(data.text_tokenizer)(words, start_sec, frames)[0])
+
+
+def test_calls_of_one_speaker_lend_each_other_a_voice_on_any_number_of_ranks(start, short_calls):
+    settings = short_calls(*[{"speaker": name} for name in "aabbbb"], **{"data.shuffle": True})
+    values = []
+    first, last = (FakeWorld(rank, 2, rank, 2, torch.device("cpu"), values=values) for rank in range(2))
+    with pytest.raises(UserError, match="of 6 windows"):  # knows its own half only
+        start(prompts=True, rank=first, **settings)
+    one, two = (start(prompts=True, rank=rank, **settings) for rank in (None, last))
+    assert one.voiceless_share == two.voiceless_share == 0.0
+    voices = [[draft.prompt.pcm for draft in drafts(data, 30)] for data in (one, two)]
+    assert all(np.array_equal(a, b) for a, b in zip(*voices, strict=True))
+    assert all(np.array_equal(a, draft.prompt.pcm) for a, draft in zip(voices[0][11:], drafts(two, 19, first=11)))
+    assert len({voice.tobytes() for voice in voices[0]}) == 6, "all calls lend theirs"
+
+
+def test_the_share_is_that_of_the_mixture_and_in_the_log(start, short_calls, caplog):
+    """One of four windows opts out, and the one of the other manifest has no voice; these are drawn as 3 to 1."""
+    few, many = short_calls({"voice_prompt": ""}, {"speaker": "a"}, {"speaker": "a"}, {"speaker": "a"}), short_calls({})
+    mixture = f"{few['data.train_data']}:0.75,{many['data.train_data']}:0.25"
+    settings = {"data.train_data": mixture, "prompt.allow_voiceless": True, "prompt.drop_voice": 0.2}
+    data = start(prompts=True, **few | settings)
+    share = 0.75 / 4 + 0.25
+    assert data.voiceless_share == pytest.approx(share)
+    with caplog.at_level("INFO"):
+        train.describe(data.args, PERSONAPLEX, "weights", data, data.world)
+    assert f"{100 * (share + 0.2 * (1 - share)):.1f} % of the windows are without a voice" in caplog.text
+
+
+def test_files_without_a_text_prompt_are_told_once(start, short_calls, caplog):
+    settings = short_calls(
+        {"voice_prompt": "", "text_prompt": ""}, {"voice_prompt": ""}, {"voice_prompt": "", "text_prompt": " "}
+    )
+    assert start(prompts=True, **settings).voiceless_share == 1.0
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "2 files have no text" in caplog.text
+
+
+def test_segments_that_are_not_encoded_end_the_run(start, world, tmp_path):
+    path = voices_manifest(world, tmp_path, ["same_speaker"] * 3)
+    with pytest.raises(UserError, match=r"\.voices: missing; run precompute_codes\.py with --same-speaker"):
+        start(prompts=True, **{"data.train_data": path, "do_eval": False})
 
 
 # --- Words and sound --------------------------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.step import peak_memory
 from finetune.cli import UserError
 from finetune.distributed import make_mesh, session, shard
+from finetune.lora import add_adapters, is_adapter, part_of
+from finetune.model.build import set_trainable
 from finetune.model.products import GATED_PER_CHUNK, LOGITS_PER_CHUNK
-from finetune.model.targets import make_targets
+from finetune.model.targets import make_targets, sample_rows
 from finetune.model.training_lm import TemporalAttention, TrainingLM, depformer_attention
 from finetune.tools.plan.meter import Meter
 from tests.engine import DELAYS
@@ -338,3 +340,98 @@ def test_sharded_parameters_give_the_same():
 def test_another_architecture_is_refused(change, word):
     with pytest.raises(UserError, match=word):
         TrainingLM(LMModel(device="meta", **CONFIG | change), gradient_checkpointing=False)
+
+
+# --- parts of the loss ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("steps", [0, 8])
+def test_fewer_depformer_steps_give_what_all_give_without_the_loss_of_the_others(steps, lora, checkpointing):
+    whole, part = stock_lm(16, lora), stock_lm(16, lora)
+    codes, mask = random_batch()
+    kept = torch.arange(18) < 2 + steps
+    expected = TrainingLM(whole, checkpointing)(codes, mask)
+    found = TrainingLM(part, checkpointing)(codes, mask, steps=steps)
+    assert_same(found.ce, expected.ce * kept, "losses")
+    assert torch.equal(found.correct, expected.correct * kept)
+    expected_gradients = gradients(whole, expected.ce * kept)
+    for name, gradient in gradients(part, found.ce).items():
+        assert_same(gradient, expected_gradients[name], name)
+    idle = [name for name, p in part.named_parameters() if p.requires_grad and p.grad is None]
+    assert any("depformer" in name for name in idle) and all(not expected_gradients[name].any() for name in idle)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_parts_without_adapters_are_frozen_products(checkpointing):
+    """Adapters of rank 3 on temporal attention and 2 on depformer gatings, against moshi's own forward."""
+    lm = stock_lm(8)
+    ranks = {"temporal.attention": 3, "depformer.gating": 2}
+    add_adapters(lm, lambda name: ranks.get(part_of(name), 0), 2.0)
+    for name, parameter in lm.named_parameters():
+        if is_adapter(name):
+            parent, _, leaf = name.rpartition(".")
+            setattr(lm.get_submodule(parent), leaf, torch.nn.Parameter(torch.randn(parameter.shape) * 0.1))
+    set_trainable(lm, full=False, ft_embed=False)
+    ours = assert_equal_to_stock(lm, *random_batch(), checkpointing)
+    trained = {name for name in ours if is_adapter(name)}
+    assert {part_of(name) for name in trained} == set(ranks)
+    assert {p.shape[0] for name, p in lm.named_parameters() if ".lora_A." in name} == {2, 3}
+
+
+# --- drift from the base -------------------------------------------------------------------------------------------
+
+
+def drift_by_hand(adapted: LMModel, base: LMModel, codes, mask, every: int, phase: int) -> torch.Tensor:
+    """KL(base || adapted) of each group over the frames t with t % every == phase, from moshi's own logits."""
+    ours, theirs = adapted(codes), base(codes)
+    frames = torch.arange(codes.shape[2]) % every == phase
+    # moshi's logits are in undelayed order, ours are chosen by their delayed column.
+    out, padding = [], (codes[:, 0] == 0) | (codes[:, 0] == 3)
+
+    def sum_over(logits, reference, valid, column_delay):
+        column = torch.roll(frames, -column_delay) if column_delay else frames
+        chosen = valid & column
+        p, q = (x[chosen].double().log_softmax(-1) for x in (reference, logits))
+        return (p.exp() * (p - q)).sum()
+
+    text_valid = ours.text_mask[:, 0] & mask & (codes[:, 0] >= 0)
+    for kind in (~padding, padding):
+        out.append(sum_over(ours.text_logits[:, 0], theirs.text_logits[:, 0], text_valid & kind, 0))
+    for k in range(adapted.dep_q):
+        valid = ours.mask[:, k] & mask & (codes[:, 1 + k] >= 0)
+        out.append(sum_over(ours.logits[:, k], theirs.logits[:, k], valid, DELAYS[1 + k]))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("phase", [0, 2])
+def test_the_drift_is_the_divergence_from_the_model_without_adapters(phase, checkpointing):
+    lm = stock_lm(8, lora=True)
+    base = copy.deepcopy(lm)
+    for name, parameter in base.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.zero_()
+    codes, mask = random_batch()
+    reference = copy.deepcopy(lm)
+    expected = drift_by_hand(reference, base, codes, mask, 3, phase)
+    rows = sample_rows(make_targets(codes, mask, DELAYS, 8), T, 3, phase)
+    found = TrainingLM(lm, checkpointing)(codes, mask, drift=rows)
+    assert found.drift.shape == (10,) and (found.drift > 0).sum() == 9, "every third frame is padding"
+    torch.testing.assert_close(found.drift.double(), expected, rtol=1e-4, atol=1e-6)
+    expected_gradients = gradients(reference, expected)
+    for name, gradient in gradients(lm, found.drift).items():
+        assert_same(gradient, expected_gradients[name].float(), name)
+
+
+def test_the_base_does_not_drift():
+    lm = stock_lm(16, lora=True)
+    for name, parameter in lm.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.zero_()
+    codes, mask = random_batch()
+    rows = sample_rows(make_targets(codes, mask, DELAYS, 16), T, 2, 0)
+    out = TrainingLM(lm, False)(codes, mask, drift=rows)
+    assert out.drift.abs().max() < 1e-4
+    assert torch.equal(out.ce, TrainingLM(lm, False)(codes, mask).ce), "the adapters are on again"

@@ -1,31 +1,63 @@
 """Voice prompts from recordings: loudness, limits, and the cache of their codes."""
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pyloudnorm
 import pytest
+import sphn
 import torch
 
 from finetune.cli import UserError
-from finetune.prompts.recordings import cache_folder, encode_recordings, load_recording
-from tests.support import write_wav
+from finetune.prompts.recordings import cache_folder, encode_recordings, load_recording, warn_of_unserved
+from tests.support import write_media, write_wav
 
 
 def noise(samples, channels=1, level=0.05, seed=0):
     return np.random.default_rng(seed).uniform(-level, level, (channels, samples))
 
 
-@pytest.mark.parametrize("rate", [24_000, 48_000])
-def test_a_recording_is_its_first_channel_at_minus_24_lufs(rate, tmp_path):
-    pcm = noise(2 * rate, channels=2) * [[1], [10]]
-    write_wav(tmp_path / "a.wav", pcm, rate)
+def load_as_the_runtime(path):
+    """What NVIDIA's runtime does with a voice (moshi/models/lm.py: load_audio, normalize_audio): float32 [samples]."""
+    pcm, rate = sphn.read(str(path))
+    pcm = sphn.resample(pcm, src_sample_rate=rate, dst_sample_rate=24_000)
+    pcm = pcm[0] if len(pcm) == 1 else pcm
+    loudness = pyloudnorm.Meter(24_000).integrated_loudness(pcm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of samples over 1
+        return pyloudnorm.normalize.loudness(pcm, loudness, -24.0).astype(np.float32)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 24_000, 44_100, 48_000])
+def test_a_recording_is_what_the_runtime_loads_bit_for_bit(rate, tmp_path):
+    write_wav(tmp_path / "a.wav", noise(2 * rate), rate)
     loaded = load_recording(tmp_path / "a.wav")
-    assert loaded.shape == (48_000,) and loaded.dtype == np.float32
+    assert loaded.dtype == np.float32 and np.array_equal(loaded, load_as_the_runtime(tmp_path / "a.wav"))
     assert pyloudnorm.Meter(24_000).integrated_loudness(loaded.astype(np.float64)) == pytest.approx(-24, abs=0.01)
-    if rate == 24_000:
-        assert np.corrcoef(loaded, pcm[0])[0, 1] > 0.999
+
+
+def test_an_mp3_is_as_late_as_in_the_runtime(tmp_path):
+    write_media(tmp_path / "a.mp3", noise(48_000), 24_000, "mp3")
+    assert np.array_equal(load_recording(tmp_path / "a.mp3"), load_as_the_runtime(tmp_path / "a.mp3"))
+
+
+def test_recordings_that_the_runtime_cannot_load_are_named_and_their_first_channel_is_used(tmp_path, caplog):
+    pcm = noise(48_000, channels=2) * [[1], [10]]
+    write_wav(tmp_path / "stereo.wav", pcm, 24_000)
+    write_wav(tmp_path / "mono.wav", pcm[:1], 24_000)
+    write_media(tmp_path / "mono.m4a", pcm[:1], 24_000, "alac")
+    for name in ("stereo.wav", "mono.m4a"):
+        with pytest.raises(ValueError):
+            load_as_the_runtime(tmp_path / name)
+    assert np.array_equal(load_recording(tmp_path / "stereo.wav"), load_recording(tmp_path / "mono.wav"))
+    assert np.allclose(load_recording(tmp_path / "mono.m4a"), load_recording(tmp_path / "mono.wav"), atol=1e-4)
+    warn_of_unserved([tmp_path / "mono.wav", tmp_path / "shipped.pt"])
+    assert not caplog.messages
+    warn_of_unserved([tmp_path / name for name in ("mono.wav", "stereo.wav", "mono.m4a")])
+    (said,) = caplog.messages
+    assert "stereo.wav (2 channels)" in said and "mono.m4a" in said and "mono.wav" not in said
 
 
 def test_samples_above_full_scale_are_not_clipped(tmp_path, recwarn):

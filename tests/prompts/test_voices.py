@@ -62,6 +62,8 @@ def test_paths_are_absolute_or_relative_to_the_recording(tmp_path, monkeypatch):
     for name in ("../b.wav", "voices/b.wav", str(tmp_path / "c.wav"), "voices"):
         with pytest.raises(UserError, match=name):
             find(name)
+    book = VoiceBook(None, lambda: None)
+    assert book.find("b.wav", tmp_path / "calls", tmp_path) == tmp_path / "b.wav", "or to the manifest"
 
 
 # --- archives --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from finetune.audio.codes import load_codes
 from finetune.jobs.slurm import run_shards
 from tests.audio.scripted_whisper import murmur, scripted_whisper, write_stereo
 from tests.jobs.tasks import pids, square_or_die
-from tests.support import ROOT, rows, script, write_config
+from tests.support import PERSONAPLEX_CODES, ROOT, rows, script, write_config
 
 pytestmark = pytest.mark.timeout(600)
 NODE = socket.gethostname().split(".")[0]
@@ -244,13 +244,14 @@ def settings(**more) -> dict:
 def straight(world, tmp_path_factory):
     """The same training, undisturbed and without SLURM."""
     folder = tmp_path_factory.mktemp("straight")
-    script("train_personaplex.py", write_config(folder, world, **settings()), processes=2)
+    script("train_personaplex.py", write_config(folder, world, PERSONAPLEX_CODES, **settings()), processes=2)
     return folder / "run"
 
 
 @pytest.mark.parametrize("how", ["preempted", "warned"])
 def test_training_continues_where_it_was_stopped(cluster, world, straight, tmp_path, how):
-    number, log = submit(cluster, tmp_path, "train_personaplex.py", write_config(tmp_path, world, **settings()))
+    config = write_config(tmp_path, world, PERSONAPLEX_CODES, **settings())
+    number, log = submit(cluster, tmp_path, "train_personaplex.py", config)
     cluster.wait_for(lambda: len(rows(tmp_path / "run")) >= 3, 120, log)
     if how == "preempted":
         tool("sbatch", "-p", "high", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2")
@@ -271,12 +272,12 @@ def test_training_continues_where_it_was_stopped(cluster, world, straight, tmp_p
 
 
 def test_neither_a_mistake_nor_scancel_requeues_a_job(cluster, world, tmp_path):
-    wrong = write_config(tmp_path, world, **settings(max_steps=-1))
+    wrong = write_config(tmp_path, world, PERSONAPLEX_CODES, **settings(max_steps=-1))
     number, log = submit(cluster, tmp_path, "train_personaplex.py", wrong)
     cluster.wait_for(lambda: cluster.job(number)["JobState"] == "FAILED", 60, log)
     assert cluster.job(number)["Restarts"] == "0" and "max_steps" in log.read_text()
 
-    long = write_config(tmp_path, world, **settings(max_steps=10_000))
+    long = write_config(tmp_path, world, PERSONAPLEX_CODES, **settings(max_steps=10_000))
     number, log = submit(cluster, tmp_path, "train_personaplex.py", long)
     cluster.wait_for(lambda: rows(tmp_path / "run"), 120, log)
     tool("scancel", number)

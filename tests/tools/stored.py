@@ -58,7 +58,7 @@ def save_checkpoint(folder: Path, base: Path, lm: LMModel, adapters: bool, spec=
     folder.mkdir(parents=True)
     checkpoint = Pretrained(str(base))
     config = inference_config(checkpoint, lm_kwargs(checkpoint, spec))
-    artefact = Artefact(config, (RANK, SCALING) if adapters else None, torch.float32)
+    artefact = Artefact(config, SCALING if adapters else None, torch.float32)
     assert artefact.write(lm, folder, is_main=True) is None
     return folder
 

@@ -15,6 +15,7 @@ from moshi.utils.compile import no_compile
 from safetensors.torch import load_file
 
 from finetune.cli import UserError
+from finetune.guard import best_checkpoint
 from finetune.lora import add_adapters, is_adapter
 from finetune.model.build import build_lm
 from finetune.model.expansion import expand_moshiko_to_personaplex
@@ -229,7 +230,7 @@ def test_the_card_describes_the_run(tmp_path, base, export):
     card = (tmp_path / "out/README.md").read_text()
     for part in (
         "# out", "expanded from 8 to 16 codebooks", "LoRA (rank 3, scaling 1.5)", "| steps | 10 |", "80 (8 per step)",
-        "2.50 h in 2 files", "|  | step 0 | step 10 |", "| objective | 9.5000 | 8.5000 |", "Step 0 is the base model",
+        "2.50 h in 2 files", "|  | base | step 10 |", "| objective | 9.5000 | 8.5000 |", best_checkpoint(run)[2],
         "Over 6 windows", "4 replies", "| free-running: time in silence | 25.0% | 25.0% |",
         "| learning rate | ", "make_voice", "do not fit",
         "--moshi-weight model.safetensors --mimi-weight mimi.safetensors --tokenizer tokenizer.model",
@@ -243,6 +244,37 @@ def test_the_card_describes_the_run(tmp_path, base, export):
     (run / "train.jsonl").unlink()
     export(run, tmp_path / "later", "--format", "personaplex")
     assert "| training data | not available" in (tmp_path / "later/README.md").read_text()
+
+
+def test_the_card_has_the_results_of_evaluate_for_the_exported_step(tmp_path, base, export):
+    run = save_run(tmp_path / "run", base, {7: adapted(expanded(base)), 10: adapted(expanded(base))})
+    sentences = {"role": "role matters: a lot", "forgetting": "what the base says is as likely as before: 0"}
+    comparisons = {
+        "conditioning": {"role": {"sentence": sentences["role"]}}, "forgetting": {"sentence": sentences["forgetting"]},
+        "comparison": {"other": "/elsewhere"},
+    }  # fmt: skip
+
+    def card(step: int, evaluation: dict | None) -> str:
+        path = run / f"evaluation_{step:06d}.json"
+        path.write_text("[" if evaluation is None else json.dumps({"step": step} | evaluation))
+        out = tmp_path / f"out_{len(list(tmp_path.iterdir()))}"
+        export(run / f"checkpoints/checkpoint_{step:06d}", out, "--format", "personaplex")
+        return (out / "README.md").read_text()
+
+    # Comparisons alone leave the run's own row of the step.
+    text = card(10, comparisons)
+    assert "|  | base | step 10 |" in text and "| objective | 9.5000 | 8.5000 |" in text
+    assert all(f"- {sentence}" in text for sentence in sentences.values()) and "/elsewhere" not in text
+    # Measures are newer than the row; the base is that of the same data, where free replies may be missing.
+    text = card(10, {"loss": 1.25, "samples": 3, "free_silence": 0.5, "base": {"loss": 1.75}})
+    assert "| objective | 1.7500 | 1.2500 |" in text and "| free-running: time in silence | – | 50.0% |" in text
+    assert "Over 3 windows" in text and sentences["role"] not in text
+    text = card(10, {"loss": 1.25, "base": None})
+    assert "|  | step 10 |" in text and "9.5000" not in text
+    # A step that was not evaluated has no scores, and is not the best.
+    text = card(7, None)
+    assert "## Held-out data" not in text and "| checkpoint |" not in text
+    assert "| objective | 9.5000 | 0.5000 |" in card(7, {"loss": 0.5})
 
 
 @pytest.mark.parametrize("trained, fits", [(False, True), (True, False)])

@@ -10,6 +10,7 @@ import annotate
 from finetune.audio.annotation import missing_speakers
 from finetune.audio.words import read_words
 from finetune.cli import UserError
+from finetune.data.manifest import read_manifest
 from finetune.tools.import_words import command
 from finetune.tools.import_words.formats import READERS, Passage, Token, read_passages
 from finetune.tools.import_words.timing import FILLED, SPREAD, time_words
@@ -53,6 +54,20 @@ def run(folder: Path, *flags: str) -> int:
 
 def rows(path: Path) -> list[list]:
     return json.loads(path.read_text())["alignments"]
+
+
+def test_with_an_output_folder_transcripts_may_lie_where_words_would(calls, tmp_path):
+    """As WhisperX writes them; nothing next to the recordings is touched, and a second run replaces the first one."""
+    write(calls, a__json=HELLO, b__json=HELLO)
+    out = tmp_path / "of words"
+    before = {path: path.read_bytes() for path in calls.iterdir()}
+    for speaker in ("A", "B"):
+        assert run(calls, "--speaker", f"{speaker}={MAIN}", "--output-dir", out) == 0
+        assert {path: path.read_bytes() for path in calls.iterdir() if path != out} == before
+        lines = list(read_manifest(out / "train.jsonl", []))
+        found = [[text for text, *_ in read_words(line.words_path)[0]] for line in lines]
+        assert found == [["hello", "there"] if speaker == "A" else ["hi"]] * 2
+        assert [line.path for line in lines] == [calls / "a.wav", calls / "b.wav"]
 
 
 # --- Formats ----------------------------------------------------------------------------------------------------------
@@ -257,9 +272,9 @@ def test_words_are_what_training_reads_and_annotate_leaves_them(calls, capsys):
     for name in "ab":
         (calls / f"words.{name}").rename(calls / f"{name}.transcript.json")
     assert run(calls, "--speaker", f"A={MAIN}", "--speaker", "B=SPEAKER_USER") == 0
-    words, _ = read_words(calls / "a.wav")
+    words, _ = read_words(calls / "a.json")
     assert words == [("hello", 1.0, 1.3), ("there", 1.4, 1.7)]
-    assert read_words(calls / "a.wav", ["SPEAKER_USER"])[0] == [("hi", 2.0, 2.2)]
+    assert read_words(calls / "a.json", ["SPEAKER_USER"])[0] == [("hi", 2.0, 2.2)]
     content = json.loads((calls / "a.json").read_text())
     assert missing_speakers(content, annotate.CHANNELS["both"]) == {}
     assert "4 words of SPEAKER_MAIN" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import pytest
 from finetune.audio.files import probe_audio, read_audio, to_int16
 from finetune.audio.files import write_wav as write_int16
 from finetune.cli import UserError
+from finetune.data.manifest import read_manifest
 from finetune.data.windows import ManifestIndex
 from finetune.tools.make_manifest import command
 from finetune.tools.make_manifest.pairs import Pair, join_pair
@@ -609,3 +610,13 @@ def test_what_is_no_table_is_refused(calls, tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=name):
         main(tmp_path / name, tmp_path / "out.jsonl")
+
+
+def test_the_words_that_a_manifest_names_are_kept(calls, tmp_path):
+    stereo(calls / "1.wav")
+    (tmp_path / "lists").mkdir()
+    row = {"path": str(calls / "1.wav"), "words_path": "words/1.json"}
+    (tmp_path / "lists/old.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(tmp_path / "lists/old.jsonl", tmp_path / "new.jsonl", "--split", 0) == 0
+    [line] = read_manifest(tmp_path / "new.jsonl", [])
+    assert line.words_path == tmp_path / "lists/words/1.json"

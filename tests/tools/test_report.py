@@ -1,89 +1,31 @@
 """report.html of a real run, of runs with parts missing or broken, and of a long one."""
 
-import base64
-import html
 import itertools
 import json
 import math
 import re
 import sys
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
-import sphn
-import torch
 
-from finetune.audio.files import read_audio, write_conversation
+from finetune.audio.files import read_audio
 from finetune.cli import UserError
-from finetune.loss import loss_report
+from finetune.guard import best_checkpoint
 from finetune.metrics import read_rows
 from finetune.model.pretrained import PERSONAPLEX
-from finetune.tools.report.charts import MAX_POINTS, draw_chart, format_duration, format_number, make_curve, round_ticks
+from finetune.tools.report.charts import (
+    MAX_POINTS,
+    draw_chart,
+    format_duration,
+    format_number,
+    make_curve,
+    round_ticks,
+)
 from finetune.tools.report.listen import draw_conversation, encode_opus
 from finetune.tools.report.page import main, write_report
-from tests.support import train_here, write_config
-
-
-class Page(HTMLParser):
-    """A page taken apart; fails on tags that do not match."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.stack: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-        self.close()
-        assert not self.stack, self.stack
-        self.sections = [section["id"] for section in self.all("section")]
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag != "meta":
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        assert tag in ("path", "rect", "circle"), tag  # of SVG; HTML has no tags that close themselves
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.stack.pop() == tag, (tag, self.getpos())
-
-    def handle_data(self, data):
-        if self.stack and self.stack[-1] not in ("script", "style"):
-            self.text += " " + data
-
-    def all(self, tag, **attributes):
-        return [found for name, found in self.tags if name == tag and found.items() >= attributes.items()]
-
-    def charts(self):
-        """{title: curves} as the page tells them to its script."""
-        return {
-            re.search("<b>(.*?)</b>", part)[1]: json.loads(html.unescape(re.match('"(.*?)"', part)[1]))["curves"]
-            for part in self.source.split(" data-chart=")[1:]
-        }
-
-    def sounds(self):
-        """(samples [channels, n], rate) of each player, newest first as on the page."""
-        players = [player["src"].partition("data:audio/ogg;base64,")[2] for player in self.all("audio")]
-        return [sphn.read_opus_bytes(base64.b64decode(data, validate=True)) for data in players]
-
-
-def check_nothing_is_fetched(page):
-    """No attribute and no style names anything outside of the page."""
-    for tag, attributes in page.tags:
-        for key, value in attributes.items():
-            assert not key.startswith("on"), (tag, key)
-            if key in ("src", "href", "srcset", "poster", "data", "action", "xlink:href"):
-                assert value.startswith(("data:", "#")), (tag, key, value[:80])
-    assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
-    for style in re.findall(r"<style>(.*?)</style>", page.source, re.DOTALL):
-        assert "url(" not in style and "@import" not in style
-    policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
-    assert "default-src 'none'" in policy
+from tests.support import PERSONAPLEX_CODES, train_here, write_config
+from tests.tools.report_page import Page, check_nothing_is_fetched, row, write_rows, write_sample
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +33,8 @@ def real(world, tmp_path_factory):
     """The folder of a PersonaPlex run of two steps, with a reply before and after, and its page."""
     folder = tmp_path_factory.mktemp("report")
     settings = {"ckpt_freq": 1, "eval_free_samples": 1, "eval_free_sec": 1.5, "batch_size": 2, "eval_max_samples": 1}
-    config = write_config(folder, world, **settings)
+    settings |= {"prompt.drop_voice": 0.5}
+    config = write_config(folder, world, PERSONAPLEX_CODES, **settings)
     assert train_here(config, PERSONAPLEX) == 0
     return folder / "run", Page(write_report(folder / "run"))
 
@@ -102,8 +45,8 @@ def real(world, tmp_path_factory):
 def test_a_real_run_is_one_page_that_fetches_nothing(real):
     run, page = real
     check_nothing_is_fetched(page)
-    assert page.sections == ["free-running-replies", "listen", "curves", "codebooks", "evaluations", "arithmetic",
-                             "data", "settings", "checkpoints"]  # fmt: skip
+    assert page.sections == ["replies", "listen", "curves", "codebooks", "evaluations", "arithmetic", "data",
+                             "settings", "checkpoints"]  # fmt: skip
     assert [a["href"] for a in page.all("a")] == ["#" + name for name in page.sections]
     assert "PersonaPlex, 16 codebooks predicted · LoRA of rank 4 · float32 · 2 steps, complete" in page.text
     assert not [path for path in run.iterdir() if "tmp" in path.name]
@@ -157,6 +100,11 @@ def test_arithmetic_and_data_are_those_of_the_run(real, world):
         row["frames_per_sec"] * row["interval_sec"] for row in read_rows(run / "metrics.train.jsonl") if "lr" in row
     )
     assert f"{format_number(frames / 12.5 / 3600)} h of frames that carry loss" in text
+    trained = [row for row in read_rows(run / "metrics.train.jsonl") if "lr" in row]
+    voiceless = np.mean([row["share_without_voice"] for row in trained])
+    assert f"{voiceless:.1%} of the windows had no voice prompt" in text
+    (step, _, reason) = best_checkpoint(run)
+    assert f"Best checkpoint step {step} {reason}" in text and f"that of step {step}: {reason}" in text
     assert "lora.safetensors" in text and "optim.lr 0.001 0.0001 Peak learning rate." in text
 
 
@@ -172,23 +120,6 @@ def test_the_command_writes_the_page_and_says_where(real, monkeypatch, capsys):
 # --- Parts missing, broken, hostile --------------------------------------------------------------------------------
 
 
-def row(step, value=2.0, **more):
-    """A row of metrics with every loss of a PersonaPlex model near `value`."""
-    counts = torch.full((18,), 50.0)
-    return {"step": step} | loss_report(counts * value, counts * 0.5, counts, torch.ones(18)) | more
-
-
-def write_rows(folder, kind, rows):
-    (folder / f"metrics.{kind}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-
-
-def write_sample(folder, step, name, about, seconds=2.0):
-    path = folder / f"samples/step_{step:06d}/{name}.wav"
-    write_conversation(path, *np.random.default_rng(step).normal(0, 0.1, (2, round(seconds * 24_000))))
-    path.with_suffix(".json").write_text(json.dumps(about))
-    return path
-
-
 def write_state(folder):
     state = folder / "checkpoints/checkpoint_000002/train_state.json"
     state.parent.mkdir(parents=True)
@@ -201,7 +132,7 @@ PARTS = {  # {sections of the page: how to write a part of a run that has these 
     ("curves", "codebooks"): lambda folder: write_rows(folder, "train", [row(1, lr=1e-3), row(2)]),
     ("arithmetic",): lambda folder: write_rows(folder, "train", [{"step": 2, "event": "saved", "seconds": 1.5}]),
     ("curves", "codebooks", "evaluations"): lambda folder: write_rows(folder, "eval", [row(0, 3.0), row(2)]),
-    ("free-running-replies", "evaluations"): lambda folder: write_rows(
+    ("replies",): lambda folder: write_rows(
         folder, "eval", [{"step": 4, "free_silence": 0.4, "free_words_per_minute": None, "seconds": None}]
     ),
     ("listen",): lambda folder: write_sample(folder, 3, "only", {}),
@@ -274,7 +205,28 @@ def test_a_card_holds_one_conversation_over_steps(tmp_path):
     assert len(page.all("article")) == 2 and len(page.all("audio")) == 6
     order = [f"w{step}of{name}" for name in ("00", "01") for step in (100, 20, 0)]
     assert re.findall(r'data-end="0.40">(\w+)<', page.source) == order
-    assert page.text.count("(base model)") == 2 and page.text.count("2 earlier steps") == 2
+    assert page.text.count("(base model)") == 2 and page.text.count("2 other steps") == 2
+
+
+def test_the_best_checkpoint_is_heard_first_and_marked(tmp_path):
+    write_rows(tmp_path, "eval", [row(0), row(20, 1.0), row(100)])
+    for step in (20, 100):
+        (tmp_path / f"checkpoints/checkpoint_{step:06d}").mkdir(parents=True)
+    for step in (0, 20, 100):
+        write_sample(tmp_path, step, "00", {"text": [[f"word{step}", 0.1, 0.4]]})
+    page = Page(write_report(tmp_path))
+    assert re.findall(r'data-end="0.40">(\w+)<', page.source) == ["word20", "word100", "word0"]
+    assert "step 20 (best)" in page.text and page.text.count("(best)") == 1
+    assert re.search(r"Evaluations .*? 20 \s*best", page.text, re.DOTALL)
+
+
+def test_a_reply_without_a_voice_says_so(tmp_path):
+    write_rows(tmp_path, "eval", [row(0)])
+    about = {"prompt": "Be kind.", "voice": None}
+    write_sample(tmp_path, 0, "00", about)
+    assert re.search(r"prompt\s+Be kind\.\s+voice\s+none", Page(write_report(tmp_path)).text)
+    write_sample(tmp_path, 0, "00", about | {"voice": "fir.wav"})
+    assert re.search(r"voice\s+fir.wav", Page(write_report(tmp_path)).text)
 
 
 def test_sound_beyond_the_budget_is_named(tmp_path, monkeypatch):
@@ -317,6 +269,7 @@ def test_points_are_drawn_where_the_axis_says():
     base = float(re.search(r'class="base" d="M[\d.]+,([\d.]+)H', drawn)[1])
     assert base == pytest.approx(float(circles[0][1]))
     assert draw_chart("Objective", [make_curve("held", [], "loss")], 100) is None
+    assert draw_chart("Objective", [make_curve("held", rows[:1], "loss")], 100) is None
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.97, 0.972), (3e-6, 4e-5), (-2, 1e4), (0, 1e-9)])

@@ -10,7 +10,6 @@ import numpy as np
 
 from finetune.args import TrainArgs
 from finetune.audio.agreement import find_disagreements, measure_agreement
-from finetune.audio.codes import fingerprint_file
 from finetune.audio.files import probe_audio, to_frames
 from finetune.audio.stream import HEADER_TOLERANCE_SEC, decodable_sec
 from finetune.audio.words import Word
@@ -38,7 +37,7 @@ class Checker:
     """
 
     def __init__(self, args: TrainArgs, checkpoint: Pretrained, kwargs: dict, prompts: bool, share_sec: float):
-        self.checkpoint, self.share_sec = checkpoint, share_sec
+        self.checkpoint, self.dep_q, self.share_sec = checkpoint, kwargs["dep_q"], share_sec
         self.window_frames = to_frames(args.duration_sec)
         data = args.data
         self.text = TextChecker(checkpoint.tokenizer(), data, self.window_frames)
@@ -48,7 +47,7 @@ class Checker:
     def mimi(self) -> str | None:
         """Fingerprint of the codec; None where it cannot be loaded, which training will report."""
         try:
-            return fingerprint_file(self.checkpoint.mimi_weights())
+            return self.checkpoint.mimi_fingerprint(self.dep_q)
         except UserError:
             return None
 

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +17,12 @@ from finetune.data.batch import TextStats
 from finetune.data.manifest import Line, check_duration, parse_line, parse_sources, raw_lines
 from finetune.data.prompter import check_context
 from finetune.data.windows import WindowOrder, count_windows, many_epochs, open_windows
-from finetune.jobs.failures import HoursBar
+from finetune.jobs.bars import HoursBar
 from finetune.jobs.workers import run_tasks
 from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.tools.check_data.checker import Checker
 from finetune.tools.check_data.findings import KINDS, UNREADABLE, FileFacts, Problem
+from finetune.tools.check_data.prompt_checks import find_voiceless
 from finetune.tools.plan.sizes import open_sizes
 
 MAX_DECODED_HOURS = 200  # of all files together
@@ -76,7 +76,7 @@ def check_run(args: TrainArgs, prompts: bool | None = None, workers: int | None 
     if prompts is None:
         lines = [task.line for task in tasks]
         prompts = args.prompt != PromptArgs() or any(key in line.fields for line in lines for key in PROMPT_FIELDS)
-        prompts = prompts or any(read_prompt_fields(line.path) for line in lines)
+        prompts = prompts or any(read_prompt_fields(line.words_path) for line in lines)
     spec = PERSONAPLEX if prompts else MOSHI
     paths = vars(args.moshi_paths) | {"hf_repo_id": args.moshi_paths.hf_repo_id or spec.default_repo}
     checkpoint = Pretrained(**paths)
@@ -139,7 +139,7 @@ def compare_files(facts: list[FileFacts], args: TrainArgs) -> list[Problem]:
     """Return the problems that only all files together show; training data come before held-out data in `facts`."""
     problems = []
     by_sound: dict[str, FileFacts] = {}
-    by_stem: dict[str, FileFacts] = {}
+    by_words: dict[Path, FileFacts] = {}
     for own in facts:
         path = own.line.path
         first = by_sound.setdefault(own.digest or str(path), own)
@@ -147,12 +147,13 @@ def compare_files(facts: list[FileFacts], args: TrainArgs) -> list[Problem]:
             kind = "leak" if own.held_out and not first.held_out else "duplicate"
             detail = f"{path}: the same audio as {first.line.path} ({first.place})"
             problems.append(Problem(kind, own.place, detail))
-        first = by_stem.setdefault(os.path.splitext(path)[0], own)
+        first = by_words.setdefault(own.line.words_path, own)
         if first.line.path != path:
             detail = f"{path}: shares its .json with {first.line.path} ({first.place})"
             problems.append(Problem("shared json", own.place, detail))
     for held_out in (False, True):
         source = [own for own in facts if own.held_out == held_out]
+        problems += find_voiceless(source, args)
         wordless = [own for own in source if own.has("no words")]
         if wordless and not any(own.words for own in source):
             labels = sorted(set().union(*(own.labels for own in wordless)))
@@ -183,10 +184,12 @@ def add_up(facts: list[FileFacts], manifests: int, weights: list[float] | None, 
     """
     dialogue: list[list[int]] = [[] for _ in range(manifests)]
     prompt: list[list[int]] = [[] for _ in range(manifests)]
+    voiceless: list[list[bool]] = [[] for _ in range(manifests)]
     text, talk = TextStats(), np.zeros(3)
     for own in facts:
         dialogue[own.source] += own.windows
         prompt[own.source] += own.prompt_frames
+        voiceless[own.source] += own.voiceless
         text.add(own.text)
         talk += own.talk_sec
     sizes = [len(windows) for windows in dialogue]
@@ -218,6 +221,7 @@ def add_up(facts: list[FileFacts], manifests: int, weights: list[float] | None, 
         "frames": int(lengths.sum()),
         "mean_prompt": before.sum() / max(len(epoch), 1),  # in frames
         # Shares, between 0 and 1. Words and tokens are the agent's.
+        "voiceless": sum(voiceless[source][window] for source, window in epoch) / max(len(epoch), 1),  # of the windows
         "text_padding": 1 - text.placed / max(frames, 1),  # of the dialogue's frames, those without a text token
         "batch_padding": 1 - int(lengths.sum()) / max(padded, 1),  # of the frames of all batches
         "agent": agent,  # of the decoded time

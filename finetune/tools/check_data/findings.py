@@ -7,6 +7,7 @@ from typing import NamedTuple
 from finetune.audio.agreement import Agreement
 from finetune.data.batch import TextStats
 from finetune.data.manifest import Line
+from finetune.data.voice_supply import VoiceSource
 from finetune.prompts.text import SYSTEM_TAG
 
 _DIARISE = "a diarisation tool (pyannote.audio, NVIDIA NeMo)"
@@ -40,6 +41,7 @@ KINDS = {  # {level: {kind: (title, remedy)}}
                    f"{_NO_PROMPTS}"),
         "voice": ("voice that cannot be used", "put the file there, set prompt.voices_dir or, for same_speaker, run "
                   f"precompute_codes.py --same-speaker {_NO_PROMPTS}"),
+        "no voice": ("windows without a voice: training does not start", "choose one of these settings"),
         "codes": ("codes that cannot be used", "run precompute_codes.py again"),
         "failed": ("file that could not be checked", "look at it; training may stop there"),
     },
@@ -77,15 +79,16 @@ KINDS = {  # {level: {kind: (title, remedy)}}
         "truncated": ("truncated words, because data.keep_and_shift is off", "set data.keep_and_shift to true"),
         "script": ("letters outside of the tokenizer's vocabulary", "each costs several tokens: transliterate the "
                    "text, or expect it to be late"),
-        "no text prompt": ("no text prompt", f"give one ({_ANNOTATE} --text-prompt ...) or set prompt.text for all"),
+        "no text prompt": ("no text prompt, which no server starts without", f"give one ({_ANNOTATE} --text-prompt "
+                           "...) or set prompt.text for all"),
         "no voice prompt": ("no voice prompt", f"give one ({_ANNOTATE} --voice-prompt ...) or set prompt.voice for "
                             "all, e.g. to same_speaker"),
         "half wrapped": (f"text prompt with stray {SYSTEM_TAG} tags", f"write {SYSTEM_TAG} at both ends (the closing "
                          "tag has no slash), or leave the tags out"),
         "own voice": ("the recording itself is its voice prompt", "the model can copy it: same_speaker takes a segment "
                       "outside of the window"),
-        "no segment": ("same_speaker finds no speech", "it needs a second of the agent outside of the window; give a "
-                       "voice file"),
+        "no segment": ("same_speaker finds no voice", "it needs a second of the agent outside of the window, or in "
+                       "another call of the same speaker; give a voice file, or an empty voice_prompt to do without"),
         "duplicate": ("the same audio twice", "keep one of the lines, unless the audio should count twice"),
         "shared json": ("two files share one .json", "rename one of the audio files"),
         "leak": ("held-out audio is in the training data", "keep it in one of them only: otherwise the evaluation "
@@ -98,6 +101,8 @@ KINDS = {  # {level: {kind: (title, remedy)}}
                          "words"),
         "other language": ("another language than in most files", "listen to it: if the language is wrong, annotate it "
                            "again with --lang"),
+        "unserved voice": ("voice that NVIDIA's runtime cannot load", "give the server a mono wav of it; training "
+                           "takes the first channel"),
         "unwrapped": (f"text prompt without {SYSTEM_TAG} tags", "nothing: it is wrapped automatically"),
     },
 }  # fmt: skip
@@ -123,6 +128,7 @@ class FileFacts:
     line: Line
     windows: list[int]  # frames of dialogue of each; 0: training would skip it
     prompt_frames: list[int] = field(init=False)  # of each window
+    voiceless: list[bool] = field(init=False)  # of each window: it has no voice prompt
     problems: list[Problem] = field(default_factory=list)
     real_sec: float | None = None  # can be decoded; None: nothing can
     words: int = 0
@@ -139,9 +145,10 @@ class FileFacts:
     mimi: str | None = None  # fingerprint of the codec that made the codes
     prompt: str | None = None
     voice: str | None = None
+    voices: VoiceSource | None = None  # what same_speaker can use
 
     def __post_init__(self):
-        self.prompt_frames = [0] * len(self.windows)
+        self.prompt_frames, self.voiceless = [0] * len(self.windows), [False] * len(self.windows)
 
     @property
     def place(self) -> str:

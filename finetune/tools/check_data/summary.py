@@ -76,6 +76,7 @@ def _table(result: CheckResult) -> list[str]:
         rows |= {
             "different text prompts": "{prompts:,}",
             "different voices": "{voices:,}",
+            "windows without a voice": "{voiceless:.1%}",
             "mean prompt, frames": "{mean_prompt:.1f}",
         }
     languages = Counter(own.language for own in result.facts if own.language)

@@ -9,7 +9,7 @@ import sentencepiece
 from finetune.args import DataArgs
 from finetune.audio.annotation import RECORD, OutputRecord, origins
 from finetune.audio.files import FRAME_RATE
-from finetune.audio.words import MAIN_SPEAKER, Word, is_tag, parse_word, read_sidecar, read_words, sidecar
+from finetune.audio.words import MAIN_SPEAKER, Word, is_tag, parse_word, read_sidecar, read_words
 from finetune.cli import UserError
 from finetune.data.interleaver import Interleaver
 from finetune.tools.check_data.findings import FileFacts
@@ -38,11 +38,11 @@ class TextChecker:
 
     def read(self, facts: FileFacts) -> tuple[list[Word] | None, dict]:
         """Return (words, prompt fields of the .json); the words are None if the .json is missing or broken."""
-        path = facts.line.path
+        path = facts.line.words_path
         try:
             words, extra = read_words(path, self.speakers, self.drop_tags)
         except UserError as error:
-            facts.add("bad words file" if os.path.exists(sidecar(path)) else "no words file", str(error))
+            facts.add("bad words file" if os.path.exists(path) else "no words file", str(error))
             return None, {}
         content = read_sidecar(path)
         rows = content["alignments"]

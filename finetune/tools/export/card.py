@@ -1,5 +1,6 @@
 """The model card of an exported folder: its origin, training, scores, how to run it, and licence."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from moshi.models import loaders
 
 from finetune.cli import UserError
 from finetune.data.manifest import parse_sources, read_manifest
+from finetune.guard import best_checkpoint
 from finetune.model.pretrained import PERSONAPLEX
-from finetune.model.stored import StoredModel, TrainingRecord
+from finetune.model.stored import StoredModel
+from finetune.run_dir import run_of
 from finetune.streams import CODEBOOKS, DEP_Q
 
 _NVIDIA_LICENCE = "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license/"
@@ -58,12 +61,12 @@ def model_card(source: StoredModel, config: dict, title: str) -> str:
         library_name="moshi", tags=["speech-to-speech", "full-duplex"], base_model=root,
         base_model_relation=root and ("adapter" if adapters else "finetune"), **metadata,
     )  # fmt: skip
-    scores = source.training.held_out if source.training else []
-    scores = [scores[0], scores[-1]][-len(scores) :] if scores else []  # the first and the last evaluation
+    scores, findings = _evaluation(source) if source.training else ({}, [])
     measures = [
-        (label, [form.format(row[key]) for row in scores]) for key, (label, form) in _MEASURES.items()
-        if all(isinstance(row.get(key), float) for row in scores)
-    ]  # fmt: skip
+        (label, ["–" if row.get(key) is None else form.format(row[key]) for row in scores.values()])
+        for key, (label, form) in _MEASURES.items()
+        if scores and isinstance(list(scores.values())[-1].get(key), float)
+    ]
     runtime = config["model_type"]
     if runtime == "moshi":
         runtime = "kyutai" if config["dep_q"] == CODEBOOKS else "toolkit"
@@ -77,16 +80,46 @@ def model_card(source: StoredModel, config: dict, title: str) -> str:
         front=front, title=title, config=config, adapters=adapters, runtime=runtime, licence=licence, link=link,
         origin=f"[{root}](https://huggingface.co/{root})" if root else "a local model",
         expanded=source.weights.expanded, method=source.method, training=source.training,
-        facts=_facts(source.training), scores=scores, measures=measures,
+        facts=_facts(source) if source.training else [], scores=scores, measures=measures, findings=findings,
         local="".join(f" {flag} {config[key]}" for key, flag in flags.items() if not config[key].startswith("hf://")),
         published_size=all(config.get(key, value) == value for key, value in published.items()),
         voices_fit=root == PERSONAPLEX.default_repo and source.trained_tables is False,
     )  # fmt: skip
 
 
-def _facts(training: TrainingRecord) -> Iterator[tuple[str, object]]:
-    settings = training.settings
+def _evaluation(source: StoredModel) -> tuple[dict[str, dict], list[str]]:
+    """Return the held-out measures of the base, if they are known, and of the exported step, by the head of their
+    column; and what `evaluate` found out about prompts and forgetting, in words.
+
+    The measures are those of `evaluate` if it has evaluated this step, else those of the run at this step.
+    """
+    step, held_out = source.training.step, {row["step"]: row for row in source.training.held_out}
+    try:
+        path = _run_folder(source) / f"evaluation_{step:06d}.json"
+        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        stored = {}
+    row, base = held_out.get(step), held_out.get(0)
+    if stored.get("loss") is not None:
+        row, base = (row or {}) | stored, stored.get("base", base)
+    columns = {"base": base, f"step {step:,}": row} if step else {"base": row}
+    found = [*(stored.get("conditioning") or {}).values(), stored.get("forgetting") or {}]
+    sentences = [own["sentence"] for own in found if "sentence" in own]
+    return {name: values for name, values in columns.items() if values} if row else {}, sentences
+
+
+def _run_folder(source: StoredModel) -> Path:
+    return run_of(Path(source.checkpoint.source).resolve())
+
+
+def _facts(source: StoredModel) -> Iterator[tuple[str, object]]:
+    training, settings = source.training, source.training.settings
     yield "steps", f"{training.step:,}"
+    best = best_checkpoint(_run_folder(source))
+    if best is not None and best[0] == training.step:
+        yield "checkpoint", best[2]
+    elif source.choice:
+        yield "checkpoint", source.choice
     yield "windows seen", f"{training.windows:,} ({training.windows / max(training.step, 1):g} per step)"
     try:
         manifests = parse_sources(str(settings.get("data.train_data", "")))

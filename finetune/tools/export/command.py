@@ -5,7 +5,7 @@
     python -m finetune.tools.export CHECKPOINT OUT --format personaplex      full weights, for NVIDIA's runtime
     python -m finetune.tools.export --expand MOSHI OUT                       a Moshi with 16 codebooks instead of 8
 
-CHECKPOINT is a run folder (its newest checkpoint is exported), one of its checkpoints, an exported folder or a hub
+CHECKPOINT is a run folder (its best checkpoint is exported), one of its checkpoints, an exported folder or a hub
 repository. NVIDIA's runtime cannot load adapters, so --format personaplex always merges them. Adapters that were
 trained on Moshi weights with train_personaplex.py need weights that --expand wrote.
 
@@ -48,6 +48,8 @@ def main() -> None:
     source = open_stored(args.source, args.base, args.expand)
     runtime = "personaplex" if args.expand else args.format
     merge = args.merge or runtime == "personaplex"
+    if source.choice:
+        print(f"checkpoint: {source.choice}")
     print(f"weights: {source.weights}")
     if source.adapters is not None:
         reason = " (NVIDIA's runtime has no LoRA)" if runtime == "personaplex" else ""

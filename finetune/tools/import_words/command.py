@@ -19,6 +19,9 @@ record of where the words come from. Training reads the words of SPEAKER_MAIN, t
 are mapped with --speaker; words of other names are left out, and counted. A diarisation numbers its speakers in each
 file anew: if the agent is not the same SPEAKER_00 in all files, --by-channel finds it.
 
+With --output-dir nothing is written next to the recordings: the words go to DIR/calls/0001.json, and DIR/train.jsonl is
+a manifest whose lines name them as "words_path". Train on that one.
+
 A word without times (WhisperX has none for digits) gets some from its neighbours, and is counted. A transcript with the
 times of sentences only is refused: its words would come seconds too early or too late. With --spread its words share
 the time of their sentence by their lengths; better times come from annotate.py or a forced aligner.
@@ -28,6 +31,7 @@ imported, and nothing else. Exit code 1 if a recording got no words, 2 for a mis
 """
 
 import argparse
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -35,6 +39,7 @@ from finetune.audio.words import MAIN_SPEAKER
 from finetune.claim import claimed
 from finetune.cli import UserError, no_room
 from finetune.data.manifest import read_manifest
+from finetune.data.words_folder import redirect_words
 from finetune.files import expand, why_missing
 from finetune.jobs.failures import show_list
 from finetune.parser import Parser
@@ -47,8 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse_args(argv)
     if not args.manifest.exists():
         raise UserError(f"{args.manifest}: {why_missing(args.manifest)}")
+    problems: list[str] = []
+    if args.output_dir:
+        args.manifest = redirect_words(args.manifest, args.output_dir, problems)
     with claimed(args.manifest):
-        return import_words(args)
+        return import_words(args, problems)
 
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -57,6 +65,8 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("manifest", type=expand, metavar="MANIFEST", help=".jsonl or .jsonl.gz file")
     parser.add_argument("--transcripts", type=expand, metavar="PATH", help="folder of the transcripts, or one file for "
                         "all; default: the folder of each recording")  # fmt: skip
+    parser.add_argument("--output-dir", type=expand, metavar="DIR", help="folder for the words and a manifest that "
+                        "names them, if they cannot lie next to the recordings")  # fmt: skip
     parser.add_argument("--speaker", action="append", metavar="NAME=SPEAKER", help="NAME in the "
                         "transcripts is SPEAKER_MAIN (the agent) or SPEAKER_USER; '*': all other words, also those "
                         "without a name")  # fmt: skip
@@ -77,6 +87,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--speaker and --by-channel exclude each other")
     args.rules = ImportRules(speakers, args.by_channel, args.spread, args.replace, args.set_aside)
     args.manifest = args.manifest.absolute()
+    args.output_dir = args.output_dir and Path(os.path.abspath(args.output_dir))
     if args.transcripts is not None:
         args.transcripts = args.transcripts.absolute()
         if not args.transcripts.exists():
@@ -86,9 +97,11 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def import_words(args: argparse.Namespace) -> int:
-    """Import the words of all recordings and print a summary. Returns the exit code."""
-    problems: list[str] = []
+def import_words(args: argparse.Namespace, problems: list[str]) -> int:
+    """Import the words of all recordings and print a summary. Returns the exit code.
+
+    `problems`: sentences about bad lines, to which those of this manifest are added.
+    """
     lines = {line.path: line for line in read_manifest(args.manifest, problems)}
     if not lines:
         raise UserError("; ".join([f"{args.manifest}: names no audio file", *problems[:1]]))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.audio.annotation import USER_SPEAKER, add_words, load_output, origins, other_speakers
-from finetune.audio.words import MAIN_SPEAKER, Word, sidecar
+from finetune.audio.words import MAIN_SPEAKER, Word
 from finetune.cli import UserError
 from finetune.data.manifest import Line
 from finetune.tools.import_words.formats import Passage
@@ -33,7 +33,7 @@ class Imported(NamedTuple):
 
 def import_recording(line: Line, transcripts: dict[Source, list[Passage]], rules: ImportRules) -> Imported:
     """Write the .json of a recording. Raises UserError, and then writes nothing."""
-    output, sources = sidecar(line.path), list(transcripts)
+    output, sources = line.words_path, list(transcripts)
     passages: dict[tuple[str | None, str | None], list[Passage]] = {}  # by (speaker of the source, name)
     for source, found in transcripts.items():
         for passage in found:
@@ -110,7 +110,7 @@ def _set_aside(output: Path, allowed: bool) -> None:
     if not allowed:
         raise UserError(
             f"{output}: this transcript lies where the word times belong; move it to another folder and name that with "
-            f"--transcripts, or let --set-aside rename it to {target.name}"
+            f"--transcripts, let --set-aside rename it to {target.name}, or write the words elsewhere with --output-dir"
         )
     if target.exists():
         raise UserError(f"{output}: cannot be renamed to {target.name}, which exists; move one of them elsewhere")

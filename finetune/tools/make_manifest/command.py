@@ -8,14 +8,17 @@ stereo: left the agent, right the user.
 
 FOLDER may also be a list of recordings: a .csv or .tsv with the names of its columns, a manifest of NeMo, cuts of
 Lhotse (.jsonl or .jsonl.gz), or a manifest. The path is in the column path, audio_filepath, file_name, filename, file,
-audio, wav or recording; call, speaker, text_prompt and voice_prompt are kept. Recordings are taken whole, whatever part
-of them a row names: training cuts its own windows.
+audio, wav or recording; call, speaker, text_prompt, voice_prompt and words_path are kept. Recordings are taken whole,
+whatever part of them a row names: training cuts its own windows.
 
 Two mono files of a call are joined into a stereo wav in --pairs-dir; the sources are never changed. They are recognised
 by the ends of their names, call1_agent.wav and call1_user.wav, or _left/_right, _a/_b, .L/.R; or by a folder,
 agent/call1.wav and user/call1.wav, or call1/agent.wav and call1/user.wav. A folder of the agent may also be called
 assistant or left, one of the user caller, customer, client or right. --left-suffix and --right-suffix give other ends
-and folders. A mono file with both voices is refused, because this command cannot separate speakers.
+and folders. A file with both voices in one sound is refused unless there is a diarisation of it: --agent SPEAKER_00
+takes call1.rttm from next to call1.wav (--rttm names another folder, or one file for all) and writes a stereo wav to
+--pairs-dir, with the turns of SPEAKER_00 on the left and those of all others on the right. Where both speak, both are
+heard on both sides; the summary says how much that is.
 
 --split holds out whole calls: call1_part0.wav and call1_part1.wav (also piece, seg, segment, chunk), or call1_a.wav and
 call1_b.wav, are never on both sides. Other names of pieces need --call; a line of a manifest may also have its own
@@ -37,11 +40,12 @@ from pathlib import Path
 from finetune.cli import UserError
 from finetune.data.manifest import read_manifest
 from finetune.files import replacing, why_missing
-from finetune.jobs.failures import HoursBar, show_list
+from finetune.jobs.bars import HoursBar
 from finetune.jobs.workers import run_tasks
 from finetune.parser import Parser
 from finetune.tools.make_manifest.calls import call_of, choose_held_out, print_split
-from finetune.tools.make_manifest.pairs import JoinedPair, Pair, join_pair, pair_up
+from finetune.tools.make_manifest.diarisation import Diarisations, Separation, separate
+from finetune.tools.make_manifest.pairs import Pair, join_pair, pair_up
 from finetune.tools.make_manifest.recordings import (
     AUDIO_SUFFIXES,
     MIXED,
@@ -51,6 +55,7 @@ from finetune.tools.make_manifest.recordings import (
     inspect_recording,
 )
 from finetune.tools.make_manifest.sides import SIDES, own_sides, side_of
+from finetune.tools.make_manifest.summary import print_summary
 from finetune.tools.make_manifest.tables import TABLES, read_table
 
 
@@ -81,18 +86,29 @@ def main(argv: list[str] | None = None) -> int:
         refused["in the table, but the file is missing"].append(f"{path}: {why_missing(path)}")
 
     # 1. Stereo files are used unchanged, mono files are joined.
-    unknown = _find_unknown(files, args, known)
+    diarisations = Diarisations(args.rttm, args.agent, files, args.folder, args.pairs_dir)
+    unknown = _find_unknown(files, args, known, diarisations)
     infos = _run(inspect_recording, unknown, [None] * len(unknown), "inspecting", args.workers, refused)
-    mono = _sort_by_channels(infos, args, new, refused)
+    separations = diarisations.plan(infos, refused)
+    mixed = {task.recording for task in separations}
+    mono = _sort_by_channels({path: info for path, info in infos.items() if path not in mixed}, args, new, refused)
     pairs = pair_up(sorted(mono), args.sides, args.folder, args.pairs_dir, refused)
     durations = [max(infos[pair.left].duration_sec, infos[pair.right].duration_sec) for pair in pairs]
     joined = _run(join_pair, pairs, durations, "joining", args.workers, refused)
-    for pair, result in joined.items():
-        fields = fields | {pair.target: fields.get(pair.right, {}) | fields.get(pair.left, {})}
-        if pair.target in known:
-            known[pair.target]["duration"] = round(result.duration_sec, 3)
+    durations = [infos[task.recording].duration_sec for task in separations]
+    separated = _run(separate, separations, durations, "separating", args.workers, refused)
+    made = {  # {stereo file: (result, fields of its line)}
+        pair.target: (result, fields.get(pair.right, {}) | fields.get(pair.left, {})) for pair, result in joined.items()
+    } | {
+        task.target: (result, {"agent": task.agent} | fields.get(task.recording, {}))
+        for task, result in separated.items()
+    }
+    for target, (result, own) in made.items():
+        fields = fields | {target: own}
+        if target in known:
+            known[target]["duration"] = round(result.duration_sec, 3)
         else:
-            new[pair.target] = result.duration_sec
+            new[target] = result.duration_sec
 
     # 2. The split. It depends on calls, and on paths relative to the folder: the data may move to another disk.
     calls = {path: _call_of(path, known[path], args) for path in known}
@@ -113,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 3. Manifests and summary.
     manifests = {path: lines for path, lines in ((args.out, train), (eval_out, held_out)) if lines}
-    if new or joined:
+    if new or made:
         base.mkdir(parents=True, exist_ok=True)
         for path in reversed(manifests):
             with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -121,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.folder}: {len(files)} recordings")
     if table and table.parts:
         print(f"{table.parts} rows name a part of a recording, or one once more: recordings are taken whole")
-    _print_summary(infos, joined, list(new), list(known), refused)
+    print_summary(infos, joined, separated, list(new), list(known), refused)
     print_split(train, held_out, calls, args.split)
     outside = [path for lines in manifests.values() for path in lines if not path.is_relative_to(base)]
     if outside:
@@ -154,12 +170,20 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--left-suffix", help="end of an agent's file name (before .wav), or name of the agent's "
                         "folder, instead of those above")  # fmt: skip
     parser.add_argument("--right-suffix", help="the same for the user")
-    parser.add_argument("--pairs-dir", type=Path, help="folder for the joined files (OUT_pairs if absent)")
+    parser.add_argument("--agent", metavar="NAME", help="the agent's name in the diarisations")
+    parser.add_argument("--rttm", type=Path, metavar="PATH", help="folder of the diarisations, or one .rttm for all; "
+                        "next to the recordings if absent")  # fmt: skip
+    parser.add_argument("--pairs-dir", type=Path, help="folder for new stereo files (OUT_pairs if absent)")
     parser.add_argument("--workers", type=int, help="processes (one per core if absent); 0: only this one")
     args = parser.parse_args(argv)
     args.pairs_dir = args.pairs_dir or args.out.with_name(f"{args.out.stem}_pairs")
-    for name in ("folder", "out", "pairs_dir"):
-        setattr(args, name, Path(os.path.abspath(getattr(args, name).expanduser())))
+    for name in ("folder", "out", "pairs_dir", "rttm"):
+        if getattr(args, name) is not None:
+            setattr(args, name, Path(os.path.abspath(getattr(args, name).expanduser())))
+    if args.rttm is not None and not args.rttm.exists():
+        raise UserError(f"--rttm {args.rttm}: {why_missing(args.rttm)}")
+    if args.rttm is not None and not args.agent:
+        raise UserError("--rttm needs --agent NAME: which of the speakers in the diarisations is the agent")
     suffixes = (args.left_suffix, args.right_suffix)
     args.sides = SIDES if suffixes == (None, None) else own_sides(*(suffix or "" for suffix in suffixes))
     args.table = None
@@ -199,8 +223,10 @@ def _call_of(path: Path, fields: dict, args: argparse.Namespace) -> str:
     return str(fields["call"]) if fields.get("call") else call_of(_name_of(path, args), args.sides, args.call)
 
 
-def _find_unknown(files: list[Path], args: argparse.Namespace, known: dict[Path, dict]) -> list[Path]:
-    """Return the files that are not in a manifest, neither themselves nor as a side of an up-to-date pair.
+def _find_unknown(
+    files: list[Path], args: argparse.Namespace, known: dict[Path, dict], diarisations: Diarisations
+) -> list[Path]:
+    """Return the files that are not in a manifest, neither themselves nor in an up-to-date stereo file.
 
     Raises UserError if a known pair was joined the other way round.
     """
@@ -213,6 +239,7 @@ def _find_unknown(files: list[Path], args: argparse.Namespace, known: dict[Path,
             )
         if pair.target in known and pair.is_up_to_date():
             sides |= {pair.left, pair.right}
+    sides.update(path for path in files if diarisations.is_done(path, known))
     return [path for path in files if path not in known and path not in sides]
 
 
@@ -224,7 +251,11 @@ def _run(
     results = {}
     with HoursBar(durations, activity, disable=not tasks) as bar:
         for task, result, error in run_tasks(partial(_start, function), tasks, workers):
-            path, reason = (task.left, "cannot be joined") if isinstance(task, Pair) else (task, "cannot be read")
+            path, reason = task, "cannot be read"
+            if isinstance(task, Pair):
+                path, reason = task.left, "cannot be joined"
+            elif isinstance(task, Separation):
+                path, reason = task.recording, "cannot be separated"
             if error is None:
                 results[task] = result
                 bar.update(result.duration_sec)
@@ -245,45 +276,10 @@ def _sort_by_channels(
     for path, info in infos.items():
         if info.channels > 2:
             refused["more than two channels; export the agent's and the user's"].append(f"{path}: has {info.channels}")
-        elif info.channels == 2 and not (info.shared and info.shared.is_one_recording):
+        elif not info.is_mixed:
             new[path] = info.duration_sec
         elif info.channels == 2 and side_of(path.relative_to(args.folder), args.sides) is None:
             refused[f"the same sound in both channels. {MIXED}"].append(f"{path}: {info.shared}")
         else:
             mono.append(path)
     return mono
-
-
-def _print_summary(
-    infos: dict[Path, RecordingInfo], joined: dict[Pair, JoinedPair], new: list[Path], known: list[Path],
-    refused: Refusals,
-) -> None:  # fmt: skip
-    stereo = [path for path in new if path in infos]
-    print(f"  {len(stereo):>6} new stereo files")
-    print(f"  {len(new) - len(stereo):>6} new pairs, joined into left (agent) and right (user)")
-    print(f"  {len(known):>6} files already in the manifests, kept")
-    print(f"  {sum(map(len, refused.values())):>6} refused")
-    notes = {
-        "one side is longer than the other, which is padded with silence; do they start together?": [
-            f"{pair.left}: by {result.difference_sec:.1f} s" for pair, result in joined.items()
-            if result.difference_sec > 1
-        ],
-        "joined again because a side has changed; move the old .json away and annotate again": [
-            str(pair.target) for pair in joined if pair.target in known
-        ],
-        "a side is silent in the excerpts that were inspected": [
-            f"{path}: {'left (agent)' if infos[path].silent[0] else 'right (user)'}" for path in stereo
-            if any(infos[path].silent)
-        ],
-        "one speaker is heard in both channels; training needs them apart": [
-            f"{path}: {infos[path].shared}" for path in stereo if infos[path].shared
-        ] + [f"{pair.left}: {result.shared}" for pair, result in joined.items() if result.shared],
-        "the header of a wav states another length than its sound has; the sound is used to its end": [
-            f"{path}: {info.stated_sec:.1f} s in the header, {info.duration_sec:.1f} s of sound"
-            for path, info in infos.items() if info.stated_sec is not None
-        ],
-        "in the manifest, but the file is missing": [str(path) for path in known if not path.exists()],
-        **{f"refused: {reason}": rows for reason, rows in refused.items()},
-    }  # fmt: skip
-    for title, rows in notes.items():
-        show_list(f"{len(rows)} x {title}", rows, limit=5)

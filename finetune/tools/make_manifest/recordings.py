@@ -20,8 +20,8 @@ AUDIO_SUFFIXES = {
 EXCERPT_SEC = 10  # length of the excerpts from start, middle and end in which channels are compared
 SILENT_RMS = 1e-3  # -60 dB of full scale, below which a channel counts as silent
 MIXED = (
-    "Training needs agent and user apart: record them apart, or separate the speakers with a diarisation tool "
-    "(pyannote.audio, NVIDIA NeMo) and write one file for each"
+    "Training needs agent and user apart: record them apart, or give the RTTM of a diarisation tool (pyannote.audio, "
+    "NVIDIA NeMo) with --rttm and the agent's name in it with --agent"
 )
 
 
@@ -34,6 +34,11 @@ class RecordingInfo(NamedTuple):
     stated_sec: float | None  # in the header of a wav, if the sound in it has another length
     shared: SharedVoice | None  # a voice that both channels hold
     silent: tuple[bool, ...]  # for each channel, in the excerpts
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether all voices are in one sound: a channel, or the same in both."""
+        return self.channels == 1 or (self.shared is not None and self.shared.is_one_recording)
 
 
 def inspect_recording(path: Path) -> RecordingInfo:

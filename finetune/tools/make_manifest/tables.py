@@ -36,7 +36,10 @@ def read_table(path: Path) -> Table:
                 )
             recording = Path(os.path.abspath(path.parent / expand(audio)))
             parts += recording in table or any(float(row.get(key) or 0) > 0 for key in ("offset", "start"))
-            table.setdefault(recording, {key: row[key] for key in KEPT_FIELDS if row.get(key)})
+            fields = {key: row[key] for key in KEPT_FIELDS if row.get(key)}
+            if row.get("words_path"):
+                fields["words_path"] = os.path.abspath(path.parent / expand(row["words_path"]))
+            table.setdefault(recording, fields)
     except (ValueError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a table ({error})") from None
     if not table:

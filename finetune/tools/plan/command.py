@@ -65,6 +65,7 @@ def describe_plan(sizes: RunSizes, name: str, memory: int, reserve: int) -> tupl
     largest = [sizes.largest_batch(memory - reserve, checkpointing) for checkpointing in (True, False)]
     rows = [
         (f"frozen weights, {args.param_dtype}", state["frozen"]),
+        (f"frozen weights, {args.base_dtype}", state["quantised"]),
         ("adapters, float32", state["adapters"]),
         ("trained weights, float32", state["trained weights"]),
         ("AdamW's moments, float32", state["moments"]),
@@ -76,6 +77,7 @@ def describe_plan(sizes: RunSizes, name: str, memory: int, reserve: int) -> tupl
         ("    gradients, float32", *(step.at_peak["gradients"] for step in steps)),
         ("or peak of a free-running evaluation", evaluation.total()),
         (f"    parameters gathered, {args.param_dtype}", evaluation["gathered"]),
+        ("    weights dequantised for a layer", evaluation["dequantised"]),
         (f"    caches of {args.eval_free_samples} conversations", evaluation["caches"]),
         ("reserve", reserve),
         ("sum: what stays, the higher peak, reserve", *totals),

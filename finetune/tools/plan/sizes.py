@@ -13,11 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from finetune.args import PromptArgs, TrainArgs
 from finetune.audio.files import to_frames
 from finetune.data.prompter import check_context, longest_prompt
-from finetune.generate import generation_mode
-from finetune.lora import add_adapters, is_adapter
-from finetune.model.build import build_lm, set_trainable
+from finetune.generate import generation_mode, short_ring
+from finetune.lora import is_adapter
+from finetune.loss import depformer_steps
+from finetune.model.build import build_lm, make_trainable
 from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.model.products import Linears
+from finetune.model.quantised import quantised_linears, refuse_shards
 from finetune.model.targets import Targets
 from finetune.model.training_lm import TrainingLM
 from finetune.streams import DEP_Q, N_STREAMS
@@ -54,13 +56,14 @@ class RunSizes:
         self.prompt_frames = longest_prompt(args.prompt) if prompts else 0
         if prompts:
             check_context(args, kwargs.get("context"))
+        refuse_shards(args.base_dtype, args.sharding, ranks)
         dtype, on_cpu = getattr(torch, args.param_dtype), args.device == "cpu"
         with torch.device("meta"):  # moshi creates some layers on the default device
             lm = build_lm(kwargs, dtype)
-            if args.lora.enable:
-                add_adapters(lm, args.lora.rank, args.lora.scaling)
-        set_trainable(lm, args.full_finetuning, args.lora.ft_embed)
+            make_trainable(lm, args)
+        quantised = [module for _, module in quantised_linears(lm)]
         self.parameters = sum(p.numel() for name, p in lm.named_parameters() if not is_adapter(name))
+        self.parameters += sum(module.in_features * module.out_features for module in quantised)
         self.trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         self.state = Counter()
         for name, parameter in lm.named_parameters():
@@ -68,6 +71,7 @@ class RunSizes:
             kind = "adapters" if is_adapter(name) else "trained weights" if parameter.requires_grad else "frozen"
             self.state[kind] += size
             self.state["moments"] += 2 * size * parameter.requires_grad
+        self.state["quantised"] = sum(buffer.nbytes for module in quantised for buffer in module.buffers())
         self.state["mimi"] = sum(t.nbytes for t in (*mimi.parameters(), *mimi.buffers())) if mimi else 0
 
         self.on_cpu = self.over_gloo = on_cpu
@@ -80,6 +84,9 @@ class RunSizes:
                 for name, parameter in module.named_parameters(recurse=False):
                     values = self._tensor(parameter.shape, dtype=dtype)
                     setattr(module, name, nn.Parameter(values, parameter.requires_grad))
+            for module in quantised:
+                for name, buffer in module.named_buffers():
+                    setattr(module, name, self._tensor(buffer.shape, dtype=buffer.dtype))
         self.lm = TrainingLM(lm, args.gradient_checkpointing)
         self.step = functools.cache(self._step)
 
@@ -93,7 +100,8 @@ class RunSizes:
         words = -(-rows // 3)
         parts = ((1, words), (1, rows - words), (self.lm.lm.dep_q, rows))
         targets = Targets(*(tensor for heads, n in parts for tensor in (tokens(n), tokens(heads, n))))
-        return self.lm(tokens(batch, N_STREAMS, frames), tokens(batch, frames).bool(), targets=targets).ce.sum()
+        codes, mask = tokens(batch, N_STREAMS, frames), tokens(batch, frames).bool()
+        return self.lm(codes, mask, targets=targets, steps=depformer_steps(self.args, self.lm.lm.dep_q)).ce.sum()
 
     def _step(self, batch: int, checkpointing: bool) -> Meter:
         """Meter the forward and backward pass of the last microbatch of a step."""
@@ -141,10 +149,15 @@ class RunSizes:
         if not (self.args.do_eval and self.args.eval_free_samples):
             return Counter()
         lm, samples = self.lm.lm, self.args.eval_free_samples
-        with self._fake, generation_mode(lm), Meter() as meter, LMGen(lm).streaming(samples):
+        columns = self.prompt_frames + to_frames(self.args.eval_free_sec) + 2
+        with self._fake, generation_mode(lm), short_ring(lm, columns), Meter() as meter, LMGen(lm).streaming(samples):
             pass  # allocates the caches; a step would take seconds even without memory
         gathered = sum(p.nbytes for p in fsdp_parameters(lm.parameters(), self.shards))
-        return Counter(gathered=gathered, caches=meter.peak)
+        if self.args.base_dtype == "bf16":
+            return Counter(gathered=gathered, caches=meter.peak)
+        with self._fake, torch.no_grad(), Meter() as gating:  # which has the largest matrices
+            lm.transformer.layers[0].gating(self._tensor(samples, 1, lm.dim, dtype=lm.text_emb.weight.dtype))
+        return Counter(gathered=gathered, caches=meter.peak, dequantised=gating.peak)
 
     def total(self, batch: int, checkpointing: bool) -> int:
         """Return the peak of the run, without the streams of Mimi, which adapt to the memory that is free."""

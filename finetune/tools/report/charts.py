@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 MAX_POINTS = 160  # of a curve; more rows are drawn as means with their range as a band
 
@@ -113,6 +113,11 @@ class _Axes:
     def level(self, style: str, value: float) -> None:
         self.parts.append(f'<path class="{style}" d="M{self.left},{self.y(value):.1f}H{self.right}"/>')
 
+    def shade(self, style: str, first: float, last: float) -> None:
+        """Fill the area between two values."""
+        shape = f"M{self.left},{self.y(first):.1f}H{self.right}V{self.y(last):.1f}H{self.left}Z"
+        self.parts.append(f'<path class="{style}" d="{shape}"/>')
+
     def upright(self, style: str, x: str) -> None:
         self.parts.append(f'<path class="{style}" d="M{x},{self.top}V{self.bottom}"/>')
 
@@ -137,18 +142,21 @@ def draw_chart(
     hint: str = "",
     small: bool = False,
     limits: tuple[float, float] | None = None,
+    recorded: float | None = None,
+    allowed: tuple[float | None, float | None] | None = None,
 ) -> Chart | None:
-    """Curves over steps; None if there are no points.
+    """Curves over steps; None if all points are of one step.
 
     Args:
         base: value of a dashed reference line.
+        recorded: value of a dotted reference line, that of the recorded agents.
+        allowed: lowest and highest value that the guard allows (None: any); the area beyond them is shaded.
         hint: unit of the value axis, or which direction is good.
         limits: of the value axis; fitted to the curves if None.
     """
     curves = [c for c in curves if c.points]
-    if not curves:
+    if len({step for curve in curves for step, _ in curve.points}) < 2:
         return None
-    last_step = max(last_step, 1)
     low, high = limits or axis_limits([y for c in curves for _, y in c.points] + ([] if base is None else [base]))
     size = (176, 130, 30) if small else (340, 190, 46)
     axes = _Axes(*size, last_step, low, min(high, 1.0) if form is format_percent else high)
@@ -157,6 +165,11 @@ def draw_chart(
     for step in round_ticks(0, last_step, 2 if small else 5):
         if step == round(step):
             axes.label_x(step, f"{step:,.0f}" if step < 1e4 else f"{step / 1000:g}k")
+    for limit, edge in zip(allowed or (), (axes.low, axes.high)):
+        if limit is not None:
+            axes.shade("outside", limit, edge)
+    if recorded is not None:
+        axes.level("recorded", recorded)
     if base is not None:
         axes.level("base", base)
     at = lambda step, value: f"{axes.x(step):.1f},{axes.y(value):.1f}"
@@ -175,9 +188,40 @@ def draw_chart(
         "left": axes.left / axes.width, "right": axes.right / axes.width, "width": axes.width, "last": last_step,
         "curves": [[style, [[round(s, 1), form(v)] for s, v in points]] for style, points, _ in curves],
     }  # fmt: skip
-    reference = "" if base is None or small else form(base)
-    newest = form(curves[-1].points[-1][1])
-    return Chart(title, newest, reference, hint, axes.svg(f"{title} over steps"), json.dumps(data), small)
+    step, newest = curves[-1].points[-1]
+    reference = "" if base is None or small or step == 0 else form(base)  # step 0 is the base
+    return Chart(title, form(newest), reference, hint, axes.svg(f"{title} over steps"), json.dumps(data), small)
+
+
+class Estimate(NamedTuple):
+    """A mean with its 95 % interval, as `evaluate` writes them to JSON."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def draw_intervals(title: str, rows: Sequence[tuple[str, str, Estimate]], hint: str) -> Chart:
+    """One line for each (label, CSS class, interval), on an axis that has zero."""
+    known = [value for _, _, interval in rows for value in interval if math.isfinite(value)]
+    low, high = min(0.0, *known), max(0.0, *known)
+    room = 0.06 * (high - low) or 1.0
+    low, high = low - room, high + room
+    left, right, height = 96, 330, 20
+    x = lambda value: left + (right - left) * (min(max(value, low), high) - low) / (high - low)
+    bottom = height * len(rows) + 6
+    parts = []
+    for tick in round_ticks(low, high, 4):
+        style = "zero" if abs(tick) < 1e-12 else "grid"
+        parts.append(f'<path class="{style}" d="M{x(tick):.1f},4V{bottom}"/>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:.6g}</text>')
+    for i, (label, style, interval) in enumerate(rows):
+        y = 4 + height * (i + 0.5)
+        parts.append(f'<text x="{left - 8}" y="{y + 3.5}" text-anchor="end">{escape(label)}</text>')
+        parts.append(f'<path class="line {style}" d="M{x(interval.low):.1f},{y}H{x(interval.high):.1f}"/>')
+        parts.append(f'<circle class="{style}" cx="{x(interval.mean):.1f}" cy="{y}" r="3.2"/>')
+    head = Markup('<svg viewBox="0 0 340 {}" role="img" aria-label="{}">').format(bottom + 20, title)
+    return Chart(title, "", "", hint, head + Markup("".join(parts)) + Markup("</svg>"))
 
 
 def draw_histogram(title: str, values: Sequence[float], mark: float | None) -> Chart:

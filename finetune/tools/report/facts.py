@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from finetune.args import SETTINGS
 from finetune.audio.words import MAIN_SPEAKER
+from finetune.streams import CODEBOOKS
 from finetune.tools.report.charts import draw_histogram, format_duration, format_number
 from finetune.tools.report.record import MAX_SIDECARS, RunRecord, values_of
 
@@ -50,6 +51,7 @@ def arithmetic(run: RunRecord) -> dict | None:
         "waiting for data": waiting,
         "evaluating": sum(values_of(run.held_out, "seconds")),
         "saving": sum(values_of(run.saves, "seconds")),
+        "rolled back": sum(sum(values_of(run.rolled_back, key)) for key in ("interval_sec", "seconds")),
     }
     spent = {name: seconds for name, seconds in spent.items() if seconds > 0}
     whole = sum(spent.values())
@@ -58,6 +60,14 @@ def arithmetic(run: RunRecord) -> dict | None:
     dropped, late, skipped = (values_of(run.train, key) for key in ("text_tokens_dropped", "words_late", "skipped"))
     if dropped or late:
         facts.append(("text", f"{sum(dropped):,} tokens found no frame, {sum(late):,} words came late"))
+    voiceless = values_of(run.train, "share_without_voice")
+    if voiceless and run.dep_q > CODEBOOKS:
+        held_out = values_of(run.held_out, "share_without_voice")[-1:]
+        also = "".join(f" ({share:.1%} of the held-out ones)" for share in held_out)
+        facts.append(("voices", f"{statistics.fmean(voiceless):.1%} of the windows had no voice prompt{also}"))
+    bad = values_of(run.train, "bad_steps")
+    if bad:
+        facts.append(("left out", f"{bad[-1]:,} steps that were not finite (see not_finite_step_*.json)"))
     if skipped:
         facts.append(("skipped", f"{skipped[-1]:,} windows could not be read"))
     bar = [(f"{sec / whole:.4f}", f"{name} {format_duration(sec)}, {sec / whole:.0%}") for name, sec in spent.items()]
@@ -113,5 +123,5 @@ def checkpoints(run: RunRecord) -> dict | None:
         weights = [name for name in sizes if name.startswith("consolidated/") and name.endswith(".safetensors")]
         loaded = [(Path(name).name, f"{sizes[name] / 1e6:,.1f} MB") for name in weights]
         folder = str(path.relative_to(run.folder))
-        rows.append((f"{step:,}", folder, loaded, f"{sum(sizes.values()) / 1e6:,.1f} MB"))
-    return {"rows": rows} if rows else None
+        rows.append((step, folder, loaded, f"{sum(sizes.values()) / 1e6:,.1f} MB"))
+    return {"rows": rows, "best": run.best} if rows else None

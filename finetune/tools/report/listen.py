@@ -12,8 +12,9 @@ from markupsafe import Markup, escape
 from finetune.audio.files import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, read_audio
 from finetune.audio.speech import find_spans, voice_activity
 from finetune.cli import UserError
+from finetune.streams import CODEBOOKS
 from finetune.tools.report.record import RunRecord, SavedReply
-from finetune.tools.report.sections import OUT_OF, REPLY_COLUMNS
+from finetune.tools.report.replies import CODE_MEASURES, OUT_OF, REPLY_COLUMNS, in_text
 
 AUDIO_BUDGET = 16_000_000  # bytes of sound in one page; replies beyond it are named and not embedded
 PICTURE_WIDTH = 1080  # pixels, within the limits that follow
@@ -88,9 +89,9 @@ def show_reply(reply: SavedReply, room: int) -> tuple[dict, int]:
         return shown, 0
     words, measures, chips = reply.about.get("text", []), reply.about.get("measures", {}), []
     for key, title, form in REPLY_COLUMNS:
-        if key not in OUT_OF.values() and measures.get(key) is not None:
+        if key not in (*OUT_OF.values(), *CODE_MEASURES) and measures.get(key) is not None:
             whole = measures.get(OUT_OF.get(key))
-            chips.append((title.lower(), form(measures[key]) + ("" if whole is None else f" of {whole}")))
+            chips.append((in_text(title), form(measures[key]) + ("" if whole is None else f" of {whole}")))
     shown |= {
         "url": f"data:audio/ogg;base64,{base64.b64encode(sound).decode()}",
         "picture": draw_conversation(pcm, words),
@@ -101,22 +102,28 @@ def show_reply(reply: SavedReply, room: int) -> tuple[dict, int]:
 
 
 def listen(run: RunRecord) -> dict | None:
-    """One entry for each held-out user: its name, prompt and voice, and its replies, the newest step first."""
-    last = max((reply.step for reply in run.replies), default=0)
-    # What one wants to hear first is embedded first: the newest step, then the base, then the steps between.
-    order = sorted(run.replies, key=lambda r: (r.step != last, r.step != 0, -r.step, r.path.stem))
+    """One entry for each held-out user: its name, prompt and voice, and its replies: that of the best checkpoint, or of
+    the newest step if none is known, then the others from the newest to the base."""
+    steps = {reply.step for reply in run.replies}
+    first = run.best_step if run.best_step in steps else max(steps, default=0)
+    undone = {row["step"] for row in run.rolled_back} - {row["step"] for row in run.held_out}
+    # What one wants to hear first is embedded first: then the base, then the steps between.
+    order = sorted(run.replies, key=lambda r: (r.step != first, r.step != 0, -r.step, r.path.stem))
     shown, room = {}, AUDIO_BUDGET
     for reply in order:
         shown[reply.path], room = show_reply(reply, room)
     conversations = []
     for name in sorted({reply.path.stem for reply in run.replies}):
-        own = sorted((reply for reply in run.replies if reply.path.stem == name), key=lambda r: -r.step)
+        own = [reply for reply in run.replies if reply.path.stem == name]
+        own.sort(key=lambda r: (r.step != first, -r.step))
         about = own[0].about
         source = about.get("of") or name
         conversations.append({
             "source": source,
             "title": source.rsplit("/", 1)[-1],
-            "about": [(key, about[key]) for key in ("prompt", "voice") if about.get(key)],
+            "about": [(key, about[key]) for key in ("prompt", "voice")
+                      if about.get(key) or (key in about and run.dep_q > CODEBOOKS)],
             "replies": [shown[reply.path] for reply in own],
         })  # fmt: skip
-    return {"conversations": conversations} if conversations else None
+    notes = dict.fromkeys(undone, "rolled back") | {0: "base model", run.best_step: "best"}
+    return {"conversations": conversations, "notes": notes} if conversations else None

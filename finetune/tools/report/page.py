@@ -3,8 +3,9 @@
     python -m finetune.tools.report RUN_DIR        # writes RUN_DIR/report.html
 
 The page is a single file, sound included, and fetches nothing. It shows what the folder has: args.yaml,
-metrics.train.jsonl, metrics.eval.jsonl, checkpoints/, and samples/step_000100/NAME.wav (agent left, user right) with
+metrics.*.jsonl, evaluation_*.json, checkpoints/, and samples/step_000100/NAME.wav (agent left, user right) with
 NAME.json: {"text": [[word, start, end], ...], "of": ..., "prompt": ..., "voice": ..., "measures": {...}}, all optional.
+The best checkpoint is marked, and its replies come first.
 """
 
 from pathlib import Path
@@ -14,13 +15,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from finetune.files import replacing
 from finetune.parser import Parser
 from finetune.tools.report import facts, sections
+from finetune.tools.report.comparisons import comparisons
 from finetune.tools.report.listen import listen
 from finetune.tools.report.record import RunRecord
+from finetune.tools.report.replies import replies
 
 # In the order of the page: title, and the function whose result the macro of the same name in sections.html takes.
 SECTIONS = (
-    ("Free-running replies", sections.replies),
+    ("Replies", replies),
     ("Listen", listen),
+    ("Comparisons", comparisons),
     ("Curves", sections.curves),
     ("Codebooks", sections.codebooks),
     ("Evaluations", sections.evaluations),

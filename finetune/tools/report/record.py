@@ -13,10 +13,12 @@ from finetune.cli import UserError
 from finetune.config import flatten, parse_yaml
 from finetune.data.manifest import parse_sources, read_manifest
 from finetune.data.windows import count_windows
+from finetune.guard import Violation, best_checkpoint, find_violations, reference_row
 from finetune.metrics import read_rows
 from finetune.run_dir import list_checkpoints
 from finetune.streams import CODEBOOKS
 
+COMPARISONS = ("conditioning", "forgetting", "comparison")  # what `evaluate` adds to evaluation_STEP.json on request
 MAX_SIDECARS = 1000  # .json files read per manifest, evenly spread over it
 
 
@@ -58,14 +60,23 @@ class RunRecord:
         rows = read_rows(folder / "metrics.train.jsonl")
         self.train = [row for row in rows if "event" not in row]
         self.saves = [row for row in rows if row.get("event") == "saved"]
+        self.rollbacks = [row for row in rows if row.get("event") == "rollback"]
+        self.rolled_back = read_rows(folder / "metrics.rolled_back.jsonl")
         held_out = {row["step"]: row for row in read_rows(folder / "metrics.eval.jsonl")}
-        for path in sorted(folder.glob("evaluation_*.json")):
+        self.comparisons: list[tuple[int, dict]] = []  # step and COMPARISONS, the newest first
+        for path in sorted(folder.glob("evaluation_*.json"), reverse=True):
             evaluation = read_json(path) or {}
-            if "step" in evaluation:
-                held_out[evaluation["step"]] = evaluation  # replaces the run's own row of that step
-            else:
+            if type(evaluation.get("step")) is not int:
                 self.problems.append(f"{path.name} cannot be read")
+                continue
+            step = evaluation["step"]
+            found = {key: evaluation.pop(key) for key in COMPARISONS if isinstance(evaluation.get(key), dict)}
+            self.comparisons += [(step, found)] if found else []
+            if evaluation.keys() - {"step", "base"}:  # held-out measures, newer than those of the run's own row
+                held_out[step] = held_out.get(step, {}) | evaluation
         self.held_out = [held_out[step] for step in sorted(held_out)]
+        self.best = best_checkpoint(folder)
+        self.reference = reference_row(folder)  # what the guard compares replies with
 
         self.states: list[tuple[int, Path, dict]] = []  # step, folder and train_state.json of each checkpoint
         for step, path in list_checkpoints(folder):
@@ -96,6 +107,14 @@ class RunRecord:
         self.train_manifests, self.eval_manifests = (
             read_manifests(self.settings.get(f"data.{key}"), window) for key in ("train_data", "eval_data")
         )
+
+    @property
+    def best_step(self) -> int | None:
+        return None if self.best is None else self.best[0]
+
+    def violations(self, replies: dict) -> list[Violation]:
+        """The measures of `reply_rows` that the guard finds out of bounds."""
+        return find_violations({f"free_{key}": value for key, value in replies.items()}, self.reference or {})
 
     def total(self, rate: str) -> float:
         """Return what a rate (per second, or a share of the time) sums to. `interval_sec` of a row covers all steps
@@ -140,7 +159,7 @@ def read_manifests(value: str | None, window_frames: int) -> list[RunManifest]:
         sidecars = []
         for line in lines[:: -(-len(lines) // MAX_SIDECARS) or 1]:
             own = {key: line.fields[key] for key in PROMPT_FIELDS if key in line.fields}
-            sidecars.append((read_json(sidecar(line.path)) or {}) | own | {"seconds": line.duration})
+            sidecars.append((read_json(line.words_path) or {}) | own | {"seconds": line.duration})
         windows = sum(count_windows(duration, window_frames) for duration in durations)
         out.append(RunManifest(path, weight, durations, windows, sidecars, problems[:1]))
     return out

@@ -33,7 +33,7 @@ document.querySelectorAll(".sample").forEach(sample => {
     head.setAttribute("transform", `translate(${x} 0)`);
     words.forEach(word => word.classList.toggle("now", now >= word.dataset.start && now < word.dataset.end));
     if (!sound.paused) {
-      if (x < pane.scrollLeft || x > pane.scrollLeft + pane.clientWidth - 40) pane.scrollLeft = x - 40;
+      pane.scrollLeft = x - pane.clientWidth / 2;
       requestAnimationFrame(draw);
     }
   };

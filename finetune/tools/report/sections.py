@@ -16,7 +16,6 @@ from finetune.tools.report.charts import (
     format_number,
     format_percent,
     format_scientific,
-    format_seconds,
     make_curve,
 )
 from finetune.tools.report.record import RunRecord, values_of
@@ -33,35 +32,23 @@ LOSS_CHARTS = (
     ("semantic_loss", "Semantic codebooks", "nats / token", format_number),
     ("acoustic_loss", "Acoustic codebooks", "nats / token", format_number),
 )
-MECHANICS_CHARTS = (
+LEARNING_CHARTS = (
     ("lr", "Learning rate", "", format_scientific),
     ("depformer_lr", "Learning rate of the depformer", "", format_scientific),
+    ("heads_lr", "Learning rate of the heads", "", format_scientific),
     ("grad_norm", "Gradient norm", "before clipping", format_number),
+    ("drift", "Drift", "divergence from the base, nats / token", format_number),
+)
+# Metrics of each part of the model: prefix of their keys, title, hint.
+PART_CHARTS = (
+    ("grad_norm_", "Gradient norm", "before clipping"),
+    ("distance_", "Distance from the base", "of the weights, relative"),
+)
+SPEED_CHARTS = (
     ("tokens_per_sec", "Speed", "tokens / s, all ranks", format_count),
     ("data_wait", "Waiting for data", "of the time", format_percent),
     ("peak_memory_gb", "Peak memory", "GB", format_number),
 )
-# Measures of finetune.dialogue; in metrics.eval.jsonl their keys begin with `free_`.
-REPLY_CHARTS = (
-    ("silence", "Silence", "of the time", format_percent),
-    ("words_per_minute", "Words a minute", "of the whole time", format_count),
-    ("repetition", "Repetition", "of the text, by one phrase ↓", format_percent),
-    ("looping", "Replies that loop", "of all replies ↓", format_percent),
-    ("tor_turn", "Turns taken", "take-over rate after the user’s turns ↑", format_percent),
-    ("latency", "Latency", "median, of turns taken ↓", format_seconds),
-    ("tor_pause", "Pauses taken", "take-over rate in the user’s pauses ↓", format_percent),
-    ("overlap", "Overlap", "of the time, both speak", format_percent),
-)
-REPLY_COLUMNS = (
-    *((key, title, form) for key, title, _, form in REPLY_CHARTS),
-    ("words_per_minute_speaking", "Words a minute of speech", format_count),
-    ("backchannels", "Backchannels", format_count),
-    ("backchannels_per_minute", "Backchannels a minute", format_number),
-    ("turns", "Turns", format_count),
-    ("pauses", "Pauses", format_count),
-    ("replies", "Replies", format_count),
-)
-OUT_OF = {"tor_turn": "turns", "tor_pause": "pauses"}  # rates, and what they are rates of
 
 
 def steps_table(
@@ -82,7 +69,7 @@ def steps_table(
 
 def headline(run: RunRecord) -> dict:
     """Title, state, and a few tiles: (title, value, note, whether it is bad)."""
-    about = []
+    about: list[str] = []
     if run.train or run.held_out:
         about.append(f"{'PersonaPlex' if run.dep_q > CODEBOOKS else 'Moshi'}, {run.dep_q} codebooks predicted")
     if run.settings.get("lora.enable"):
@@ -96,6 +83,8 @@ def headline(run: RunRecord) -> dict:
         about.append(f"step {run.step:,}")
     else:
         about.append(f"step {run.step:,} of {wanted:,}" if wanted > run.step else f"{run.step:,} steps, complete")
+    if run.rollbacks:
+        about.append(f"{len(run.rollbacks)} rollback{'s' * (len(run.rollbacks) > 1)}")
     tiles: list[tuple[str, str, str, bool]] = []
     last = (run.held_out or [{}])[-1]
     for key, title, form in (
@@ -107,43 +96,26 @@ def headline(run: RunRecord) -> dict:
         if value is None:
             continue
         note = f"at step {last['step']:,}" if base is None or last is run.base else f"base {form(base)}"
-        if key == "loss":
+        if key == "loss" and run.best is None:
             best = min((row for row in run.held_out if row.get(key) is not None), key=lambda row: row["loss"])
             if best is not last:
                 note += f", best {form(best['loss'])} at step {best['step']:,}"
         tiles.append((title, form(value), note, False))
+    if run.best is not None:
+        tiles.append(("Best checkpoint", f"step {run.best[0]:,}", run.best[2], False))
     rows = run.reply_rows
     if rows:
-        trouble = reply_verdict(rows[-1])
+        violations = run.violations(rows[-1])
+        trouble = reply_verdict(rows[-1]) or " and ".join(map(str, violations)) or None
         silence, pace = rows[-1].get("silence"), rows[-1].get("words_per_minute")
         fine = "neither mute nor looping" + (f"; {pace:.0f} words a minute" if pace is not None else "")
-        value = "–" if silence is None else f"{1 - silence:.0%} speech"
-        tiles.append((f"Replies at step {rows[-1]['step']:,}", value, trouble or fine, trouble is not None))
+        value, note = "–" if silence is None else f"{1 - silence:.0%}", f"step {rows[-1]['step']:,}: {trouble or fine}"
+        tiles.append(("Speech in replies", value, note, trouble is not None))
     seconds = sum(values_of(run.train, "interval_sec"))
     if seconds:
         hours = f"{format_number(run.hours_read())} h of dialogue read"
         tiles.append(("Trained for", format_duration(seconds), hours, False))
     return {"title": run.folder.resolve().name, "about": " · ".join(about), "tiles": tiles}
-
-
-def replies(run: RunRecord) -> dict | None:
-    rows = run.reply_rows
-    if not rows:
-        return None
-    base = rows[0] if rows[0]["step"] == 0 else {}
-    charts = []
-    for key, title, hint, form in REPLY_CHARTS:
-        limits = (0.0, 1.06 * max(values_of(rows, key), default=0.0) or 1.0)
-        charts.append(
-            draw_chart(title, [make_curve("held", rows, key)], run.step, base.get(key), form, hint, limits=limits)
-        )
-    return {
-        "step": rows[-1]["step"],
-        "trouble": reply_verdict(rows[-1]),
-        "count": rows[-1].get("replies"),
-        "charts": list(filter(None, charts)),
-        "table": steps_table(rows, [(key, title.lower(), form) for key, title, form in REPLY_COLUMNS], {}),
-    }
 
 
 def curves(run: RunRecord) -> dict | None:
@@ -152,7 +124,15 @@ def curves(run: RunRecord) -> dict | None:
         draw_chart(title, [train(key), make_curve("held", run.held_out, key)], run.step, run.base.get(key), form, hint)
         for key, title, hint, form in LOSS_CHARTS
     ]
-    more = [draw_chart(title, [train(key)], run.step, None, form, hint) for key, title, hint, form in MECHANICS_CHARTS]
+    keys = sorted({key for row in (*run.train, *run.held_out) for key in row})
+    parts = [
+        (key, f"{title}: {key.removeprefix(prefix)}", hint, format_number)
+        for prefix, title, hint in PART_CHARTS for key in keys if key.startswith(prefix)
+    ]  # fmt: skip
+    more = [
+        draw_chart(title, [train(key), make_curve("held", run.held_out, key)], run.step, None, form, hint)
+        for key, title, hint, form in (*LEARNING_CHARTS, *parts, *SPEED_CHARTS)
+    ]
     return {"charts": list(filter(None, charts)), "more": list(filter(None, more))} if any(charts) else None
 
 
@@ -170,13 +150,12 @@ def codebooks(run: RunRecord) -> dict | None:
                 )
                 for k, (key, pair) in enumerate(zip(keys, pairs))
             ]
-            sides.append((side, list(filter(None, charts))))
+            if any(charts):
+                sides.append((side, list(filter(None, charts))))
     return {"sides": sides} if sides else None
 
 
 def evaluations(run: RunRecord) -> dict | None:
-    if not run.held_out:
-        return None
     columns = [
         ("loss", "loss", format_number), ("text_loss", "text", format_number),
         ("text_perplexity", "perplexity", format_number), ("text_word_loss", "words", format_number),
@@ -191,7 +170,8 @@ def evaluations(run: RunRecord) -> dict | None:
         (f"codebook_{k}_loss", ("a" if k < CODEBOOKS else "u") + str(k % CODEBOOKS), format_number)
         for k in range(run.dep_q)
     ]
-    return {
+    tables = {
         "table": steps_table(run.held_out, columns, best),
         "codebooks": steps_table(run.held_out, per_codebook, {key: min for key, _, _ in per_codebook}),
     }
+    return tables | {"best": run.best_step} if any(tables.values()) else None

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.audio.codes import audio_fingerprint, fingerprint_file, save_codes
+from finetune.audio.codes import audio_fingerprint, save_codes
 from finetune.audio.files import read_audio, to_frames, to_int16, write_wav
 from finetune.config import load_args
 from finetune.data.manifest import Line
 from finetune.model.pretrained import Pretrained
+from finetune.streams import DEP_Q
 from finetune.tools.check_data.corpus import CheckResult, check_run
 from finetune.tools.check_data.findings import FileFacts
 from tests.support import write_config
@@ -46,7 +47,7 @@ class Corpus:
         self.line = self.lines["train"][1]
         self.wav = folder / self.line["path"]
         self.json = self.wav.with_suffix(".json")
-        self.mimi = fingerprint_file(Pretrained(str(world / "model")).mimi_weights())
+        self.mimi = Pretrained(str(world / "model")).mimi_fingerprint(DEP_Q)
 
     def all_lines(self) -> list[dict]:
         return [line for lines in self.lines.values() for line in lines]

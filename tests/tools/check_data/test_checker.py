@@ -121,7 +121,13 @@ CASES = [
     ("voice", lambda c: c.line.update(voice_prompt="nobody.wav"), {}),
     ("voice", lambda c: c.line.update(voice_prompt=7), {}),
     ("own voice", lambda c: c.change(voice_prompt=c.wav.name), {}),
-    ("no segment", lambda c: c.change(voice_prompt="same_speaker"), {"duration_sec": 30}),
+    ("unserved voice", lambda c: (
+        write_pcm(c.wav.with_name("voice.wav"), c.sound()), c.change(voice_prompt="voice.wav")), {}),
+    (
+        "no segment",
+        lambda c: c.change(voice_prompt="same_speaker"),
+        {"duration_sec": 30, "prompt.allow_voiceless": True},
+    ),
     ("line", not_json, {}),
     ("line", lambda c: c.line.update(duration=-1), {}),
     ("codes", lambda c: c.line.update(codes_path="codes/1.pt"), {}),
@@ -159,6 +165,7 @@ def test_each_mistake_is_found_with_its_line_and_a_remedy(corpus, kind, make, se
 
 def test_every_kind_of_mistake_has_a_test():
     elsewhere = {"leak", "mixed", "shared json", "no agent", "codes only", "failed", "epochs", "other language"}
+    elsewhere |= {"no voice"}
     assert {kind for kind, *_ in CASES} | elsewhere == set().union(*KINDS.values())
 
 
@@ -204,7 +211,7 @@ def test_prompts_of_the_settings_are_checked_for_every_file(corpus):
         path = (corpus.folder / line["path"]).with_suffix(".json")
         path.write_text(json.dumps({"alignments": json.loads(path.read_text())["alignments"]}))
     corpus.line["voice_prompt"] = "same_speaker"
-    settings = {"prompt.voice": "cedar", "prompt.text": "You are Ada."}
+    settings = {"prompt.voice": "cedar", "prompt.text": "You are Ada.", "prompt.allow_voiceless": True}
     without_folder = kinds_of(corpus.check(**settings, **{"prompt.voices_dir": None}))
     assert without_folder.count("voice") == 5 and "no text prompt" not in without_folder
     result = corpus.check(**settings)

@@ -13,7 +13,7 @@ from finetune.tools.check_data.command import main
 from finetune.tools.check_data.corpus import check_run
 from finetune.tools.check_data.findings import Problem
 from finetune.tools.check_data.summary import describe_check, draw_check
-from tests.support import script, write_config
+from tests.support import PERSONAPLEX_CODES, script, write_config
 from tests.tools.check_data.conftest import facts_of
 
 
@@ -21,7 +21,7 @@ from tests.tools.check_data.conftest import facts_of
 def config(world, tmp_path_factory):
     # The plan of a GPU is made faster than that of a CPU.
     folder = tmp_path_factory.mktemp("clean")
-    return write_config(folder, world, duration_sec=1, device="auto", **{"prompt.max_sec": 4})
+    return write_config(folder, world, PERSONAPLEX_CODES, duration_sec=1, device="auto", **{"prompt.max_sec": 4})
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,9 @@ def test_a_config_that_cannot_be_used_is_one_sentence(config, arguments, words):
     assert "\n" not in str(raised.value)
 
 
-def test_without_prompts_the_context_limits_nothing(config):
-    assert not check_run(load_args(config, ["duration_sec=300"]), prompts=False, workers=0).problems
+def test_without_prompts_the_context_limits_nothing(config, world):
+    data = [f"data.{split}_data={world}/codes/{split}_precomputed.jsonl" for split in ("train", "eval")]
+    assert not check_run(load_args(config, ["duration_sec=300", *data]), prompts=False, workers=0).problems
 
 
 def test_problems_are_counted_by_level_with_five_examples(clean):

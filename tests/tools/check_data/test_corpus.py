@@ -27,13 +27,14 @@ from finetune.tools.check_data import corpus as corpus_module
 from finetune.tools.check_data.checker import Checker
 from finetune.tools.check_data.corpus import add_up, check_run, planned_memory, read_lines
 from finetune.tools.check_data.summary import describe_check, draw_check
-from tests.support import write_config
+from tests.support import PERSONAPLEX_CODES, write_config
 from tests.tools.check_data.conftest import facts_of, kinds_of, write_pcm
 
 
 @pytest.fixture(scope="module")
 def config(world, tmp_path_factory):
-    return write_config(tmp_path_factory.mktemp("clean"), world, batch_size=4, max_steps=10, num_microbatches=2)
+    settings = {"batch_size": 4, "max_steps": 10, "num_microbatches": 2}
+    return write_config(tmp_path_factory.mktemp("clean"), world, PERSONAPLEX_CODES, **settings)
 
 
 # --- Several files ----------------------------------------------------------------------------------------------------
@@ -228,13 +229,13 @@ def test_an_incomplete_last_batch_counts_and_skipped_windows_do_not(config):
     """Batches of two: [10 + 5, 4 + 5], [skipped, 6 + 1], [7 + 1]; the second manifest comes last."""
     args = load_args(config, ["data.shuffle=false", "batch_size=2"])
     facts = [facts_of(), facts_of("b.wav"), facts_of("c.wav", source=1)]
-    facts[0].windows, facts[0].prompt_frames = [10, 4, 0], [5, 5, 5]
-    facts[1].windows, facts[1].prompt_frames = [6, 7], [1, 1]
-    facts[2].windows, facts[2].prompt_frames = [], []
+    facts[0].windows, facts[0].prompt_frames, facts[0].voiceless = [10, 4, 0], [5, 5, 5], [False, True, False]
+    facts[1].windows, facts[1].prompt_frames, facts[1].voiceless = [6, 7], [1, 1], [False, False]
+    facts[2].windows, facts[2].prompt_frames, facts[2].voiceless = [], [], []
     totals = add_up(facts[:2], 1, None, args)
     assert (totals["windows"], totals["skipped"], totals["epoch"]) == (5, 1, 5)
     assert (totals["dialogue_frames"], totals["prompt_frames"], totals["frames"]) == (27, 12, 39)
-    assert totals["batch_padding"] == pytest.approx(1 - 39 / (15 + 15 + 7 + 8))
+    assert totals["batch_padding"] == pytest.approx(1 - 39 / (15 + 15 + 7 + 8)) and totals["voiceless"] == 0.2
     assert add_up(facts, 2, [0.5, 0.5], args)["epoch"] == 0  # a mixture without windows of one manifest cannot be read
 
 

@@ -9,16 +9,20 @@ import pytest
 import torch
 
 from finetune.audio.codes import save_tensors
+from finetune.cli import UserError
 from finetune.config import load_args
 from finetune.data.interleaver import InterleavedTokenizer, Interleaver, PrecomputedTokenizer
 from finetune.data.prompter import Prompter
+from finetune.data.run_data import RunData
 from finetune.data.windows import open_windows
-from finetune.model.pretrained import Pretrained
+from finetune.distributed import session
+from finetune.model.pretrained import PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.prompts.hybrid import build_prompt
 from finetune.prompts.same_speaker import same_speaker_file
 from finetune.prompts.segment_files import save_same_speaker
 from finetune.prompts.voices import VoiceBook, load_voices
 from finetune.tools.check_data import prompt_checks
+from finetune.tools.check_data.summary import describe_check
 from tests.tools.check_data.conftest import kinds_of
 
 
@@ -36,7 +40,7 @@ def prompts_of_training(corpus, **settings):
     (index,) = windows.indexes
     out = []
     for file, part in map(index.window, range(len(index))):
-        voice, pcm, ids, voiceless = tokenizer.read(index.line(file), part).prompt
+        voice, pcm, ids, voiceless, *_ = tokenizer.read(index.line(file), part).prompt
         voice_frames = 0 if pcm is None else math.ceil(len(pcm) / 1920)
         out.append((build_prompt(voice, ids).frames.shape[1] + voice_frames, voiceless))
     return out
@@ -53,7 +57,7 @@ def test_prompts_are_as_long_as_those_of_training(corpus, voice, codes, max_sec)
         save_same_speaker([(wav, wav.with_suffix(".pt")) for wav in wavs], mimi, corpus.mimi)
     for line in corpus.all_lines():
         line |= {"voice_prompt": voice, "text_prompt": "Hi."}
-    settings = {"duration_sec": 2, "prompt.max_sec": max_sec}
+    settings = {"duration_sec": 2, "prompt.max_sec": max_sec, "prompt.allow_voiceless": True}
     result = corpus.check(**settings)
     prompts = prompts_of_training(corpus, **settings)
     files = [facts for facts in result.facts if not facts.held_out]
@@ -63,7 +67,7 @@ def test_prompts_are_as_long_as_those_of_training(corpus, voice, codes, max_sec)
     missing = iter(missing for _, missing in prompts)
     for facts in files:
         count = sum(next(missing) for _ in facts.windows)
-        found = [problem.detail for problem in facts.problems if problem.kind == "no segment"]
+        found = [each.detail for each in result.problems if (each.kind, each.place) == ("no segment", facts.place)]
         assert len(found) == (count > 0) and all(f" {count} of its " in detail for detail in found)
     assert any(missing for _, missing in prompts) == (voice == "same_speaker")
 
@@ -75,13 +79,41 @@ def test_stored_segments_are_checked_as_in_training(corpus):
         line["voice_prompt"] = "same_speaker"
         path = same_speaker_file(corpus.folder / line["codes_path"])
         save_tensors(path, {"mimi": corpus.mimi, "speakers": ["SPEAKER_MAIN"], "stretches": [segment]})
-    found = corpus.check(duration_sec=1.6).problems  # the segment is the first window
+    settings = {"duration_sec": 1.6, "prompt.allow_voiceless": True}
+    found = corpus.check(**settings).problems  # the segment is the first window
     assert [problem.kind for problem in found] == ["no segment"] * len(corpus.lines["train"])
     assert all(" 1 of its " in problem.detail for problem in found)
     assert kinds_of(corpus.check(**{"data.speakers": ["AGENT"]})).count("voice") == 4
     path.unlink()
     (problem,) = [problem for problem in corpus.check().problems if problem.kind == "voice"]
     assert path.name in problem.detail and "precompute_codes.py" in problem.detail
+
+
+def test_windows_without_a_voice_are_the_error_that_training_gives(corpus):
+    """Windows are as long as the files: a voice is in another call of the same speaker, in the window, or nowhere."""
+    for line in corpus.lines["train"]:
+        line["voice_prompt"] = "same_speaker"
+    none = corpus.check(duration_sec=30)
+    (problem,) = [problem for problem in none.problems if problem.kind == "no voice"]
+    assert "4 of 4 windows" in problem.detail and problem.place == str(corpus.folder / "train.jsonl") and none.failed
+    assert none.train["voiceless"] == 1 and "100.0%" in describe_check(none) and kinds_of(none).count("no segment") == 4
+    args = load_args(corpus.config(duration_sec=30, do_eval=False))
+    checkpoint = Pretrained(str(corpus.world / "model"))
+    with pytest.raises(UserError) as error, session("cpu") as world:
+        RunData(args, True, checkpoint, lm_kwargs(checkpoint, PERSONAPLEX), None, world)
+    assert str(error.value) == f"data.train_data: {problem.detail}"
+
+    for line, name in zip(corpus.lines["train"], "aabb"):
+        line["speaker"] = name
+    lent = corpus.check(duration_sec=30)
+    assert "no segment" not in kinds_of(lent) and not lent.failed and lent.train["voiceless"] == 0
+    assert lent.train["prompt_frames"] > none.train["prompt_frames"] + 4 * 12
+    corpus.line["speaker"] = "c"
+    assert corpus.check(duration_sec=30, **{"prompt.allow_voiceless": True}).train["voiceless"] == 0.5
+    for line in corpus.lines["train"]:
+        del line["speaker"]
+    within = corpus.check(duration_sec=30, **{"prompt.reserve_sec": 5})
+    assert within.train["voiceless"] == 0 and within.train["dialogue_frames"] < none.train["dialogue_frames"] - 4 * 12
 
 
 def test_a_voice_is_loaded_once_and_an_archive_that_fails_is_asked_once(corpus, monkeypatch):

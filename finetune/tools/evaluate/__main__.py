@@ -1,0 +1,4 @@
+from finetune.cli import run
+from finetune.tools.evaluate.command import main
+
+run(main)
