@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lang", help="language code such as en; default: detected in each file")
     parser.add_argument("--whisper-model", default="medium", help="name (downloaded once) or path of a .pt")
     parser.add_argument("--aligner", default=DEFAULT_ALIGNER, metavar="NAME", help=f"{' or '.join(ALIGNERS)}, or "
-                        "module:function for another one (see finetune/audio/aligners.py)")  # fmt: skip
+                        "module:function for another one: see python -m pydoc finetune.audio.aligners")  # fmt: skip
     parser.add_argument("--channel", choices=CHANNELS, default="0", help="the agent's, whose words are written (for "
                         "training it is 0); both: also the user's words, as SPEAKER_USER")  # fmt: skip
     parser.add_argument("--personaplex", action="store_true", help="also write the prompts to the .json")

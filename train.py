@@ -35,16 +35,23 @@ def train(config: str, *overrides: str) -> int:
     python train.py config.yaml
     torchrun --nproc-per-node 8 train.py config.yaml optim.lr=2e-6 run_dir=runs/lower_rate
 
+    A config needs at least data, a folder, and what is trained:
+
+        data: {train_data: data/train.jsonl, eval_data: data/eval.jsonl}
+        run_dir: runs/first
+        lora: {enable: true}
+
     Reads the manifests data.train_data and data.eval_data, and a model from the hub or a folder (moshi_paths).
     Writes checkpoints, metrics and samples to run_dir. The same command continues a run that was stopped.
 
     Exit codes:
       0   the run is complete, or Ctrl-C stopped it after a step
       2   settings, data or model cannot be used; the last line says why
+      3   the guard has ended it: guard.action is stop, or there were too many rollbacks
       75  a signal (SLURM's, say) stopped it after a saved step: run the same command again
 
     Args:
-        config: YAML file of settings, such as example/moshi_7B.yaml. README.md lists all settings.
+        config: YAML file of settings. All settings are listed below.
         overrides: Settings that replace those of the file, as key.subkey=value.
     """
     return launch(MOSHI, config, overrides)
@@ -107,7 +114,8 @@ def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
             load_checkpoint(path, lm, optimizer, progress.step)
             logger.info("continuing from %s", path)
             warn_of_changes(state, args, data, world)
-            progress.schedule = continue_schedule(progress, args)
+            if progress.step < args.max_steps:
+                progress.schedule = continue_schedule(progress, args)
 
         # 5. Decide what each checkpoint offers for inference: adapters, or complete (merged) weights.
         scaling = args.lora.scaling if args.lora.enable and args.save_adapters else None

@@ -29,7 +29,8 @@ from finetune.audio.codec import encode_audio
 from finetune.audio.codes import fingerprint_mimi
 from finetune.cli import run
 from finetune.generate import Sampling, decode_codes, generate
-from finetune.model.stored import load_merged, open_stored
+from finetune.model.inference import load_merged
+from finetune.model.stored import open_stored
 from finetune.parser import Parser
 from finetune.prompts.hybrid import build_prompt
 from finetune.prompts.voices import load_voices

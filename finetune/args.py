@@ -116,8 +116,11 @@ class PromptArgs(Settings):
     )
 
 
+_NO_IS_OFF = BeforeValidator(lambda value: "off" if value is False else value)  # `off` is a boolean in YAML
+
+
 class GuardArgs(Settings):
-    action: Literal["off", "warn", "stop", "rollback"] = Field(
+    action: Annotated[Literal["off", "warn", "stop", "rollback"], _NO_IS_OFF] = Field(
         "warn",
         description="What to do when free-running replies leave the bounds around base and data: nothing, warn, end "
         "the run, or go back to the last good checkpoint and on at half the rate.",

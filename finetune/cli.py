@@ -1,6 +1,7 @@
 """How an error ends a command, and the command line of the training scripts."""
 
 import errno
+import json
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import fire
 
-from finetune.args import closest_setting
+from finetune.args import SETTINGS, closest_setting
 
 _ROOT = Path(__file__).parents[1]
 
@@ -51,6 +52,7 @@ def run_fire(command: Callable[..., int]) -> None:
 
     def main() -> int:
         if "-h" in words or "--help" in words:
+            fire.core.Display = lambda lines, out: print(*lines, "", *_list_settings(), sep="\n")
             return fire.Fire(command, ["--", "--help"])
         for word, next_word in zip(words, [*words[1:], "..."]):
             if word.startswith("-") and word.partition("=")[0] != "--config":
@@ -58,6 +60,15 @@ def run_fire(command: Callable[..., int]) -> None:
         return fire.Fire(command, words, serialize=lambda code: None)
 
     run(main)
+
+
+def _list_settings() -> Iterator[str]:
+    """Yield a line for each setting: its default and what it is."""
+    yield "SETTINGS [default]"
+    for key, field in SETTINGS.items():
+        if not hasattr(field.annotation, "model_fields"):  # of a section, its settings are listed
+            default = "required" if field.is_required() else json.dumps(field.default)
+            yield f"    {key} [{default}]: {field.description}"
 
 
 def run(main: Callable[[], int | None]) -> None:

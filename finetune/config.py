@@ -166,10 +166,11 @@ def _sentence(key: str, fault: dict) -> str:
     if fault["type"] == "extra_forbidden":
         section, meant = key.rpartition(".")[0], closest_setting(key)
         names = [name.rpartition(".")[2] for name in SETTINGS if name.rpartition(".")[0] == section]
-        hint = f"{section} has {', '.join(names)}" if section else "README.md lists all settings"
+        hint = f"{section} has {', '.join(names)}" if section else "--help lists all settings"
         shown = key.split()[0] if key.startswith("wandb") else key  # `wandb: {key SECRET}`
         return f"{shown} is not a setting; {f'did you mean {meant}?' if meant else hint}"
-    found = "of the wrong type" if key.startswith("wandb") else repr(fault["input"])  # never show wandb.key
+    found = "empty" if fault["input"] in (None, "") else repr(fault["input"])
+    found = "of the wrong type" if key.startswith("wandb") else found  # never show wandb.key
     expected = _EXPECTED.get(fault["type"], fault["msg"]).format(**fault.get("ctx", {}))
     return f"{key} is {found}; it must be {expected}"
 
@@ -215,7 +216,7 @@ def _contradictions(args: TrainArgs) -> list[str]:
         problems.append("nothing is learnt: text_loss_weight and audio_loss_weight are both 0")
     parts = [f"{whole}.x" for whole in ("temporal", "depformer", "heads")] + lora.targets
     if lora.enable and not any(map(lora.rank_of, parts)) and not lora.ft_embed:
-        problems.append("no part has adapters: lora.targets and the ranks leave none; see README.md")
+        problems.append("no part has adapters: lora.targets and the ranks leave none")
     if args.base_dtype != "bf16":
         problems += _of_quantised(args)
     if lora.drift_weight and not lora.enable:

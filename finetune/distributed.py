@@ -170,6 +170,8 @@ def session(device: str = "auto") -> Iterator[World]:
     rank, size, local_rank, local_size = _environment()
     own_device = pick_device(device, local_rank)
     if own_device.type == "cuda":
+        # Windows differ in length, and without this torch keeps a block for each length (read at the first allocation).
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(own_device)
     backend = "cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo"
     alone = size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ

@@ -20,7 +20,7 @@ from finetune.distributed import World, reshard
 from finetune.evaluate import evaluate, free_run, judge_replies, refuse_unreadable
 from finetune.files import replacing
 from finetune.guard import Decision, best_checkpoint, decide, find_violations, reference_row
-from finetune.loss import depformer_steps, group_weights, loss_report, loss_scales
+from finetune.loss import depformer_steps, group_weights, loss_report, loss_scales, with_objective
 from finetune.metrics import Metrics, console_line, format_losses, peak_memory_gb, read_rows
 from finetune.model.build import StoredWeights
 from finetune.model.consolidated import Artefact
@@ -124,7 +124,7 @@ def train(run: TrainingRun) -> int:
     Raises UserError if a loss or gradient is not finite, if too many windows cannot be read, or if the last checkpoint
     cannot be written.
     """
-    args, world, progress = run.args, run.world, run.progress
+    args, world, progress, began_at = run.args, run.world, run.progress, run.progress.step
     # Missing before the first step, and if the run was stopped between a checkpoint and its evaluation.
     missing = evaluation_due(args, progress.step) and not run.metrics.evaluated(progress.step, world)
     if missing and not hold_out(run, first=True):
@@ -177,6 +177,9 @@ def train(run: TrainingRun) -> int:
     run.metrics.draw()
     if world.is_main:
         logger.info("done: %d steps, %s", progress.step, run.folder)
+        if began_at == progress.step and args.max_steps:
+            logger.warning("nothing was trained: the run has %d steps already, and max_steps is %d; set a higher one "
+                           "to continue it", began_at, args.max_steps)  # fmt: skip
     if args.do_ckpt and args.max_steps and run.saved_step != progress.step:
         hint = "free some space and run the same command"
         raise UserError(f"{run.folder}: the last checkpoint could not be written; {hint}")
@@ -188,7 +191,7 @@ def log_step(run: TrainingRun, sums: Tensor, counts: Tensor, norms: dict[str, fl
     args, step, optim = run.args, run.progress.step, run.args.optim
     computed = counts.clone()
     computed[2 + run.depformer_steps :] = 0
-    row = loss_report(sums[0], sums[1], computed, run.weights, args.text_loss_weight, args.audio_loss_weight)
+    row = with_objective(loss_report(sums[0], sums[1], computed, run.weights), args)
     if args.lora.drift_weight:
         scale = loss_scales(counts, run.weights).to(sums.device)
         row["drift"] = float((sums[2] * scale).sum())
@@ -246,6 +249,7 @@ def hold_out(run: TrainingRun, first: bool = False) -> bool:
 
     try:
         row, unread = evaluate(run.model, run.data.eval_batches(), run.weights, world, check_stop)
+        row = with_objective(row, args)
         reshard(run.model)
         if first:
             refuse_unreadable(row, unread)
@@ -287,12 +291,16 @@ def hold_out(run: TrainingRun, first: bool = False) -> bool:
 
 def mark_best(run: TrainingRun) -> None:
     """Write to best.json which checkpoint has the best evaluation so far. The metrics decide it; the file tells it."""
-    if best := best_checkpoint(run.folder):
-        step, path, reason = best
-        found = {"step": step, "checkpoint": str(path.relative_to(run.folder)), "reason": reason}
-        with replacing(run.folder / "best.json") as temporary:
-            temporary.write_text(json.dumps(found, indent=1))
-        logger.info("best checkpoint so far: step %d (%s)", step, reason)
+    best = best_checkpoint(run.folder)
+    if best is None:
+        (run.folder / "best.json").unlink(missing_ok=True)
+        return
+    step, path, reason = best
+    found = {"step": step, "checkpoint": str(path.relative_to(run.folder)), "reason": reason}
+    with replacing(run.folder / "best.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=1))
+    if step == run.progress.step:
+        logger.info("the best checkpoint so far: %s", reason)
 
 
 def decide_together(run: TrainingRun) -> Decision:
@@ -325,6 +333,7 @@ def go_back(run: TrainingRun, decision: Decision) -> None:
     vars(run.progress).update(vars(Progress.of(state)))
     run.saved_step = run.clock.step = run.progress.step
     if run.world.is_main:
+        mark_best(run)
         logger.warning("going back from step %d to %d, and on at %g of the learning rate: %s", since,
                        run.progress.step, SLOWER**run.rollbacks, decision.reason)  # fmt: skip
 

@@ -10,15 +10,17 @@ from moshi.modules.lora import LoRALinear
 from torch import Tensor, nn
 
 
-def add_adapters(lm: nn.Module, rank: int | Callable[[str], int], scaling: float) -> None:
-    """Replace linear layers of a meta-device model by `LoRALinear`s with float32 adapters.
+def add_adapters(
+    lm: nn.Module, rank: int | Callable[[str], int], scaling: float, dtype: torch.dtype = torch.float32
+) -> None:
+    """Replace linear layers of a meta-device model by `LoRALinear`s with adapters of `dtype`.
 
     rank: of all layers, or a function of a layer's name; layers of rank 0 stay as they are."""
     for name, layer in list(lm.named_modules()):
         own = rank if isinstance(rank, int) else rank(name)
         if isinstance(layer, nn.Linear) and own:
             adapted = LoRALinear(
-                layer.in_features, layer.out_features, own, scaling, device=torch.device("meta"), dtype=torch.float32
+                layer.in_features, layer.out_features, own, scaling, device=torch.device("meta"), dtype=dtype
             )
             adapted.frozen_W = layer
             parent, _, child = name.rpartition(".")

@@ -47,9 +47,13 @@ def loss_scales(counts: Tensor, weights: Tensor, text: float = 1.0, audio: float
     return out.float()
 
 
-def loss_report(
-    ce: Tensor, correct: Tensor, counts: Tensor, weights: Tensor, text: float = 1.0, audio: float = 1.0
-) -> dict[str, float]:
+def with_objective(row: dict, args: TrainArgs) -> dict:
+    """Return a row of losses with `loss` as the settings weigh text and audio."""
+    parts = [(args.text_loss_weight, "text_loss"), (args.audio_loss_weight, "audio_loss")]
+    return row | ({"loss": sum(weight * row.get(key, 0.0) for weight, key in parts)} if "loss" in row else {})
+
+
+def loss_report(ce: Tensor, correct: Tensor, counts: Tensor, weights: Tensor) -> dict[str, float]:
     """Losses (nats per token) and accuracies of a step or an evaluation, given sums over all ranks, [2 + dep_q] each.
     Those without tokens are left out."""
     ce, correct, counts, weights = (t.double().cpu() for t in (ce, correct, counts, weights))
@@ -68,7 +72,7 @@ def loss_report(
     mean("text_loss", TEXT_GROUPS, weighted=True)
     mean("audio_loss", AUDIO_GROUPS, weighted=True)
     if out:
-        out["loss"] = text * out.get("text_loss", 0.0) + audio * out.get("audio_loss", 0.0)
+        out["loss"] = out.get("text_loss", 0.0) + out.get("audio_loss", 0.0)
     mean("agent_loss", agent, weighted=True)
     mean("user_loss", user, weighted=True)
     mean("semantic_loss", semantic)

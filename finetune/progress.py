@@ -42,7 +42,7 @@ class ProgressLines:
         pass
 
 
-show: Callable[[str, float], ProgressLines] = ProgressLines  # commands with a terminal set a bar: see finetune.jobs.bars
+show: Callable[[str, float], ProgressLines] = ProgressLines  # the tools set a bar: see finetune.jobs.bars
 
 
 @contextmanager
@@ -60,9 +60,7 @@ def track(what: str, total: float) -> Iterator[Callable[[float], None]]:
         shown.close()
 
 
-def tracked(
-    items: Iterable[T], what: str, total: float, size: Callable[[T], float] = lambda item: 1
-) -> Iterator[T]:
+def tracked(items: Iterable[T], what: str, total: float, size: Callable[[T], float] = lambda item: 1) -> Iterator[T]:
     """Yield the items, and show how far they have come; `total` is the sum of their sizes."""
     with track(what, total) as advance:
         for item in items:

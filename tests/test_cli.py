@@ -278,7 +278,7 @@ def test_help_of_training(command, usage, monkeypatch, capsys):
         cli.run_fire(command)
     shown = capsys.readouterr().out
     assert ended.value.code == 0 and usage in shown and f"{command.__name__}.py CONFIG [OVERRIDES]..." in shown
-    for said in ("data.train_data", "run_dir", "README.md", "key.subkey=value", "  75  "):
+    for said in ("data.train_data", "run_dir", "text_padding_weight [0.5]", "key.subkey=value", "  75  "):
         assert said in shown
 
 

@@ -65,7 +65,7 @@ DEFAULTS = {
     "lora.heads_rank": None, "lora.targets": ["temporal", "depformer", "heads"], "lora.drift_weight": 0.0,
     "optim.heads_lr": None, "optim.schedule": "cosine", "text_loss_weight": 1.0, "audio_loss_weight": 1.0,
     "max_bad_steps": 0, "early_stop": None, "guard.action": "warn", "guard.max_rollbacks": 2,
-    "prompt.reserve_sec": 0.0, "prompt.allow_voiceless": False,
+    "prompt.reserve_sec": 0.0, "prompt.allow_voiceless": False, "base_dtype": "bf16",
 }  # fmt: skip
 
 
@@ -121,12 +121,12 @@ def test_each_setting_arrives_from_the_file_and_from_the_command_line(config, tm
         "lora.depformer_rank": 0, "lora.heads_rank": 3, "lora.targets": ["heads.text"], "lora.drift_weight": 0.0,
         "optim.heads_lr": 1e-6, "optim.schedule": "wsd", "text_loss_weight": 0.5, "audio_loss_weight": 0.0,
         "max_bad_steps": 2, "early_stop": 3, "guard.action": "off", "guard.max_rollbacks": 1,
-        "prompt.reserve_sec": 1.0, "prompt.allow_voiceless": True,
+        "prompt.reserve_sec": 1.0, "prompt.allow_voiceless": True, "base_dtype": "bf16",
     }  # fmt: skip
     expected = values | {"optim.betas": (0.0, 0.99)}
     assert values.keys() == DEFAULTS.keys()
-    # The first excludes full_finetuning, the second needs wandb, and the last needs adapters.
-    unchanged = ["lora.enable", "wandb.project", "lora.drift_weight"]
+    # The first excludes full_finetuning, the second needs wandb, and the last two need adapters.
+    unchanged = ["lora.enable", "wandb.project", "lora.drift_weight", "base_dtype"]
     assert [key for key in values if expected[key] == DEFAULTS[key]] == unchanged
     from_overrides = load_args(config, [f"{key}={json.dumps(value)}" for key, value in values.items()])
     assert flatten(from_overrides.model_dump()) == expected
@@ -162,8 +162,10 @@ VALUES = [
     ("data.num_workers", "-1", "-1 0"), ("data.max_bad_samples", "-1", "-1 0"), ("seed", "-1", "-1 0"),
     ("seed", str(2**63), f"{2**63} below"), ("optim.lr", "1"), ("optim.lr", "0", "0 greater"),
     ("optim.lr", ".nan", "nan finite"), ("optim.lr", ".inf", "inf finite"), ("optim.lr", "'1'", "'1' number"),
-    ("optim.lr", "true", "True number"), ("optim.lr", "null", "None number"), ("optim.eps", "0", "0 greater"),
-    ("optim.depformer_lr", "0"), ("optim.depformer_lr", "-1", "-1 0"), ("lora.scaling", "0", "0 greater"), ("max_norm", "0", "0 greater"),
+    ("optim.lr", "true", "True number"), ("optim.lr", "null", "empty number"), ("optim.eps", "0", "0 greater"),
+    ("optim.depformer_lr", "0"), ("optim.depformer_lr", "-1", "-1 0"),
+    ("guard.action", "off"), ("guard.action", "on", "True warn"),
+    ("lora.scaling", "0", "0 greater"), ("max_norm", "0", "0 greater"),
     ("max_norm", ".inf", "inf finite"), ("first_codebook_weight_multiplier", "0", "0 greater"),
     ("eval_free_sec", "0", "0 greater"), ("prompt.max_sec", "0", "0 greater"),
     ("ckpt_every_minutes", "0", "0 greater"), ("duration_sec", "0", "0 greater"), ("duration_sec", "0.15", "0.15 2"),
@@ -175,8 +177,8 @@ VALUES = [
     ("optim.betas", "[0.9]", "list two"), ("optim.betas", "[0.9, 0.9, 0.9]", "list two"),
     ("optim.betas", "0.9", "0.9 list two"), ("optim.betas", "[0.9, '0.9']", "'0.9' number"),
     ("lora.enable", "1", "1 true false"), ("lora.enable", "'yes'", "'yes' true false"), ("tensorboard", "on"),
-    ("do_eval", "null", "None true false"), ("data.train_data", "", "None text"), ("run_dir", "", "None text"),
-    ("run_dir", "''", "'' folder"), ("run_dir", "5", "5 text"), ("data.speakers", "A", "'A' list"),
+    ("do_eval", "null", "empty true false"), ("data.train_data", "", "empty text"), ("run_dir", "", "empty text"),
+    ("run_dir", "''", "empty folder"), ("run_dir", "5", "5 text"), ("data.speakers", "A", "'A' list"),
     ("data.speakers", "[A, 1]", "1 text"), ("param_dtype", "fp8", "'fp8' 'bfloat16' 'float32'"),
     ("device", "tpu", "'tpu' 'auto' 'cpu' 'cuda'"), ("sharding", "half", "'half' 'full' 'hybrid' 'none'"),
     ("optim", "3", "3 section"), ("optim", "[1]", "[1] section"), ("data", "x", "'x' section"),
@@ -247,6 +249,9 @@ def test_all_problems_are_reported_at_once(config):
     (["lora.targets=[depformer]", "lora.depformer_rank=0"], "no part has adapters"),
     (["lora.drift_weight=1", "lora.enable=false", "full_finetuning=true"], "lora.drift_weight"),
     (["lora.drift_weight=1", "lora.ft_embed=true"], "lora.ft_embed"),
+    (["base_dtype=nf4", "lora.enable=false", "full_finetuning=true"], "lora.enable"),
+    (["base_dtype=nf4", "gradient_checkpointing=false"], "gradient_checkpointing"),
+    (["base_dtype=int8", "save_adapters=false"], "save_adapters"),
     (["guard.action=stop"], "guard.action is stop"), (["early_stop=3"], "early_stop"),
     (["guard.action=stop", "data.eval_data={data}", "do_eval=true", "eval_free_samples=0"], "eval_free_samples"),
     (["guard.action=rollback", "data.eval_data={data}", "do_eval=true", "ckpt_freq=0"], "ckpt_freq"),
@@ -295,7 +300,7 @@ def test_each_name_occurs_in_one_section_only():
 def test_an_unknown_setting_is_named_with_the_one_that_is_meant(config):
     assert "optim.lrr" in (said := refusal(config, "optim.lrr=1")) and "did you mean optim.lr?" in said
     assert "optim has lr, depformer_lr" in refusal(config, "optim.zzz=1")
-    assert "README.md" in refusal(config, "zzz=1")
+    assert "--help" in refusal(config, "zzz=1")
     config.write_text(config.read_text() + "5: 6\n")
     assert ": 5 is not a setting" in refusal(config)
 

@@ -238,12 +238,26 @@ def test_a_summary_is_what_one_long_conversation_would_measure(tokenizer):
         shift += seconds
     summary = summarise_replies([scene(*part, tokenizer) for part in parts])
     whole = scene(shift, *joined, tokenizer)
-    same = set(summary) & set(whole) - {"repetition"}
+    same = set(summary) & set(whole) - {"repetition", "treble", "flatness"}  # means over replies
     assert same >= {"seconds", "silence", "overlap", "words_per_minute", "turns", "tor_turn", "latency", "tor_pause"}
     for key in same:
         assert summary[key] == pytest.approx(whole[key]), key
     assert summary["backchannels_per_minute"] == pytest.approx(60 * whole["backchannels"] / shift)
     json.dumps(summary, allow_nan=False)
+
+
+def test_the_spectrum_tells_a_voice_from_noise(tokenizer):
+    """A tone of 200 Hz has no treble; white noise has half of its energy above 6 kHz, and a flat spectrum."""
+    seconds = np.arange(3 * 24000) / 24000
+    noise = np.random.default_rng(0).normal(0, 0.1, len(seconds)).astype(np.float32)
+    voiced = (seconds > 1) & (seconds < 2)  # the rest is silent, and not measured
+    tone = (0.3 * np.sin(2 * np.pi * 200 * seconds) * voiced).astype(np.float32)
+    silent = np.zeros_like(tone)
+    low, flat = (measure_reply(pcm, silent, [3] * 37, tokenizer) for pcm in (tone, (noise * voiced).astype(np.float32)))
+    assert low["treble"] < 1e-3 and low["flatness"] < 1e-3
+    assert flat["treble"] == pytest.approx(0.5, abs=0.02) and 0.5 < flat["flatness"] < 0.65  # exp(-0.577) = 0.56
+    nothing = measure_reply(silent, silent, [3, 0, 7, 3], tokenizer)
+    assert nothing["treble"] is nothing["flatness"] is None and nothing["padding"] == 0.75
 
 
 def test_no_replies_make_an_empty_summary():
@@ -255,14 +269,17 @@ def test_no_replies_make_an_empty_summary():
 def test_rates_are_weighted_by_counts_and_times():
     reply = measure_reply(np.zeros(0, np.float32), np.zeros(0, np.float32), [])
     first = reply | {"seconds": 10.0, "silence": 0.5, "overlap": 0.1, "words": 4, "turns": 1, "tor_turn": 1.0,
-                     "latencies": [0.4], "pauses": 0, "repetition": 0.5, "backchannels": 1}  # fmt: skip
+                     "latencies": [0.4], "pauses": 0, "repetition": 0.5, "backchannels": 1, "padding": 0.9,
+                     "treble": 0.1, "flatness": 0.2}  # fmt: skip
     second = reply | {"seconds": 30.0, "silence": 0.9, "overlap": 0.0, "words": 10, "turns": 3, "tor_turn": 1 / 3,
-                      "latencies": [0.8], "pauses": 2, "tor_pause": 0.5, "repetition": 0.1}  # fmt: skip
+                      "latencies": [0.8], "pauses": 2, "tor_pause": 0.5, "repetition": 0.1, "padding": 0.7,
+                      "treble": 0.5, "flatness": 0.4}  # fmt: skip
     summary = summarise_replies([first, second])
     expected = {
         "replies": 2, "seconds": 40.0, "silence": 0.8, "overlap": 0.025, "words_per_minute": 21.0,
         "words_per_minute_speaking": 105.0, "repetition": 0.3, "looping": 0.5, "turns": 4, "tor_turn": 0.5,
-        "latency": 0.6, "pauses": 2, "tor_pause": 0.5, "backchannels_per_minute": 1.5,
+        "latency": 0.6, "pauses": 2, "tor_pause": 0.5, "backchannels_per_minute": 1.5, "padding": 0.75,
+        "treble": (0.1 * 5 + 0.5 * 3) / 8, "flatness": (0.2 * 5 + 0.4 * 3) / 8,
     }  # fmt: skip
     assert summary == {key: pytest.approx(value) for key, value in expected.items()}
     assert summarise_replies([first, second | {"words": None}])["words_per_minute"] is None

@@ -372,6 +372,25 @@ def test_a_run_without_steps_saves_nothing(begin, saved, caplog):
     assert saved.steps == [] and records(caplog)[-1].startswith("done: 0 steps")
 
 
+@pytest.mark.parametrize("max_steps", [3, 5])
+def test_a_run_that_is_complete_says_that_nothing_was_trained(begin, saved, caplog, max_steps):
+    assert loop.train(begin(step=5, max_steps=max_steps)) == 0
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "5 steps" in warning and f"max_steps is {max_steps}" in warning
+    caplog.clear()
+    assert loop.train(begin(step=5, max_steps=6)) == 0
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_each_line_of_the_log_says_how_much_time_is_left(begin, saved, caplog):
+    run = begin(max_steps=4, do_eval=True, eval_freq=2, eval_free_samples=0, do_ckpt=True, ckpt_freq=2)
+    with caplog.at_level(logging.INFO):
+        loop.train(run)
+    lines = [line for line in records(caplog) if line.startswith("step ")]
+    assert len(lines) == 4 and all(re.search(r"\d elapsed \| \d.* left, until \d\d:\d\d$", line) for line in lines)
+    assert run.clock.evaluation_sec > 0 and run.clock.save_sec > 0 and run.clock.step == 4
+
+
 # --- evaluation ----------------------------------------------------------------------------------------------------
 
 

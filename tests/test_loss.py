@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetune.args import DataArgs, TrainArgs
-from finetune.loss import group_weights, loss_report, loss_scales
+from finetune.loss import depformer_steps, group_weights, loss_report, loss_scales, with_objective
 
 
 def settings(**values) -> TrainArgs:
@@ -93,3 +93,24 @@ def test_scaled_sums_of_microbatches_add_up_to_the_reported_loss():
     scales = loss_scales(counts.sum(0), weights)
     total = sum(float((row * scales).sum()) for row in ce)
     assert total == pytest.approx(loss_report(ce.sum(0), ce.sum(0), counts.sum(0), weights)["loss"], rel=1e-6)
+
+
+def test_text_and_audio_have_weights_of_their_own():
+    """In the gradient as in the reported loss; the parts are reported unweighted."""
+    args = TrainArgs(data={}, run_dir="r", text_loss_weight=0.5, audio_loss_weight=3.0)
+    counts, ce = torch.tensor([4, 6, *[10] * 8]), torch.arange(1.0, 11.0)
+    weights = group_weights(args, 8)
+    plain, scaled = loss_scales(counts, weights), loss_scales(counts, weights, 0.5, 3.0)
+    torch.testing.assert_close(scaled, torch.cat([0.5 * plain[:2], 3.0 * plain[2:]]))
+    row = loss_report(ce, ce, counts, weights)
+    found = with_objective(row, args)
+    assert found["loss"] == pytest.approx(float((ce * scaled).sum()), rel=1e-6)
+    assert found["text_loss"] == row["text_loss"] and found["audio_loss"] == row["audio_loss"]
+    assert with_objective({}, args) == {}
+
+
+@pytest.mark.parametrize(("audio", "user", "steps"), [(1, 1, 16), (1, 0, 8), (0, 1, 0), (0, 0, 0)])
+def test_depformer_steps_without_loss_do_not_run(audio, user, steps):
+    args = TrainArgs(data={}, run_dir="r", audio_loss_weight=float(audio), user_audio_loss_weight=float(user))
+    assert depformer_steps(args, 16) == steps
+    assert depformer_steps(args, 8) == min(steps, 8)

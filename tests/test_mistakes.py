@@ -213,6 +213,7 @@ export = partial(Mistake, "export")
 make_voice = partial(Mistake, "make_voice")
 report = partial(Mistake, "report")
 judge = partial(Mistake, "judge")
+make_replay = partial(Mistake, "make_replay")
 # Commands that treat each file by itself and report at the end what failed.
 found_by_check = partial(Mistake, "check_data", code=1)
 not_encoded = partial(Mistake, "precompute_codes", code=1)
@@ -250,7 +251,7 @@ SETTINGS = [
     setting("duration duration_sec", command="check_data", duration=5),
     setting("loraa lora", loraa__enable=True, lora={}),
     setting("optim.zzz lr depformer_lr betas", optim__zzz=1),
-    setting("zzz README.md", zzz__a=1),
+    setting("zzz --help", zzz__a=1),
     setting("max_steps 'many'", max_steps="many"),
     setting("batch_size '1'", batch_size="1"),
     setting("batch_size 1.5", batch_size=1.5),
@@ -263,12 +264,16 @@ SETTINGS = [
     setting("optim.lr nan", optim__lr=float("nan")),
     setting("prompt.drop_text 1.5 1", command="train_personaplex", prompt__drop_text=1.5),
     setting("param_dtype 'fp8' 'bfloat16' 'float32'", param_dtype="fp8"),
+    setting("base_dtype 'fp4' 'bf16' 'int8' 'nf4'", base_dtype="fp4"),
+    setting("base_dtype nf4 gradient_checkpointing save_adapters", 2, base_dtype="nf4", gradient_checkpointing=False,
+            save_adapters=False),
+    setting("base_dtype int8 lora.enable", base_dtype="int8", lora__enable=False, full_finetuning=True),
     setting(f"seed {10**30} {2**63}", seed=10**30),
     setting("duration_sec 0.1 2", duration_sec=0.1),
     setting("duration_sec 300 prompt.max_sec 30 240", command="train_personaplex", duration_sec=300),
     setting("full_finetuning lora.enable", full_finetuning=True),
     setting("full_finetuning lora.enable", lora__enable=False),
-    setting("run_dir ''", run_dir=""),
+    setting("run_dir empty", run_dir=""),
     setting(("data.train_data", "['a.jsonl']"), data__train_data=["a.jsonl"]),
     setting("data.train_data .jsonl", data__train_data=""),
     setting("data.eval_data do_eval", do_eval=True, data__eval_data=""),
@@ -286,7 +291,7 @@ SETTINGS = [
     train("/folder YAML", lambda w: [w.file("folder/a").parent]),
     train("model.safetensors", lambda w: [w.world / "model/model.safetensors"]),
     train("config.yaml:22 max_steps", lambda w: [w.more("max_steps: 9\n")]),
-    train("1 README.md", lambda w: [w.more("1: 2\n")]),
+    train("1 --help", lambda w: [w.more("1: 2\n")]),
 ]
 
 COMMANDS = [
@@ -541,6 +546,20 @@ MODELS = [
     generate("/gone", lambda w: w.reply(checkpoint=w / "gone")),
     generate("lora.safetensors", lambda w: w.reply(checkpoint=w.adapters(halved))),
     evaluate("/folder args.yaml", lambda w: [w.file("folder/a").parent]),
+    evaluate("two --conditioning", lambda w: [w.run, w.run, "--conditioning"]),
+    evaluate("two --forgetting", lambda w: [w.run, w.run, w.run]),
+    evaluate("/gone", lambda w: [w.run, w / "gone"]),
+    make_replay("/out", lambda w: [w.config(), w.file("out/a").parent]),
+    make_replay("--count 0", lambda w: [w.config(), w / "out", "--count", 0]),
+    make_replay("/gone.jsonl", lambda w: [w.config(), w / "out", "--users", w / "gone.jsonl"]),
+    make_replay("lora.rankk lora.rank", lambda w: [w.config(), w / "out", "lora.rankk=1"]),
+    make_replay(NOWHERE, lambda w: [write_config(w.folder, w.world, PERSONAPLEX_CODES), NOWHERE]),
+    setting("lora.targets", lora__targets=["temporal", "nothing"]),
+    setting("optim.schedule", optim__schedule="linear"),
+    setting("guard.action", guard__action="panic"),
+    setting("guard.action eval_free_samples", guard__action="stop", eval_free_samples=0),
+    setting("text_loss_weight audio_loss_weight", text_loss_weight=0, audio_loss_weight=0),
+    setting("lora.targets", lora__targets=[]),
     evaluate("/trained", lambda w: [w.copy_of_run(lambda run: shutil.rmtree(run / "checkpoints"))]),
     evaluate("/run data.eval_data", lambda w: [w.run, "data.eval_data=''"]),
     evaluate("data.eval_data /gone.jsonl", lambda w: [w.run, "data.eval_data=/gone.jsonl"]),

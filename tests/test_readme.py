@@ -4,6 +4,7 @@ The hub's repositories are in a local cache and hold tiny models; training gets 
 is as it stands there.
 """
 
+import fnmatch
 import re
 import runpy
 import shlex
@@ -21,7 +22,7 @@ from tests.support import ROOT, hub_cache
 
 SMALL = [
     "max_steps=2", "batch_size=1", "num_microbatches=1", "duration_sec=3", "lora.rank=2", "eval_max_samples=1",
-    "eval_free_samples=1", "eval_free_sec=0.5", "param_dtype=float32", "device=cpu", "data.num_workers=0",
+    "eval_free_samples=1", "eval_free_sec=1.5", "param_dtype=float32", "device=cpu", "data.num_workers=0",
     "prompt.allow_voiceless=true",
 ]  # fmt: skip
 README = (ROOT / "README.md").read_text()
@@ -74,7 +75,9 @@ def evening(world, tmp_path, monkeypatch):
 def test_from_recordings_to_a_reply(evening, monkeypatch, capsys):
     for words in COMMANDS:
         more = SMALL if any(w in ("train.py", "train_personaplex.py") for w in words) else []
-        if "finetune.tools.check_data" in words:
+        if "finetune.tools.make_replay" in words:
+            more = SMALL
+        if {"finetune.tools.check_data", "finetune.tools.make_replay"} & set(words):
             more = SMALL[-1:]  # the calls of the tiny world are shorter than a window, and nobody says who speaks
         code = run(monkeypatch, words, *more)
         shown = capsys.readouterr()
@@ -86,3 +89,7 @@ def test_from_recordings_to_a_reply(evening, monkeypatch, capsys):
     ):  # fmt: skip
         assert (evening / product).stat().st_size > 0, product
     assert len(read_rows(evening / "runs/personaplex/metrics.eval.jsonl")) == 2
+    brought = {"recordings", "example", "question.wav", "me.wav"}
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    made = [path.name for path in evening.iterdir() if path.name not in brought]
+    assert [name for name in made if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)] == []

@@ -112,10 +112,10 @@ def test_some_settings_may_change_during_a_run(run, caplog):
 def test_other_settings_must_not_and_are_listed(run, check):
     before = contents(run)
     with pytest.raises(UserError) as error:
-        check(settings(run, optim__lr=5e-4, lora__rank=8, max_steps=9, data__shuffle=True, seed=1))
+        check(settings(run, max_norm=5e-4, lora__rank=8, max_steps=9, data__shuffle=True, seed=1))
     head, *lines = str(error.value).splitlines()
     assert str(run) in head and "another run_dir" in head and "overwrite_run_dir" in head
-    assert [line.split(":")[0] for line in lines] == ["  - data.shuffle", "  - lora.rank", "  - optim.lr", "  - seed"]
+    assert [line.split(":")[0] for line in lines] == ["  - data.shuffle", "  - lora.rank", "  - max_norm", "  - seed"]
     assert lines[1].split(": ")[1] == "was 4, now 8"
     assert contents(run) == before
 

@@ -205,6 +205,38 @@ def test_one_batch_of_four_is_four_of_one_and_two_ranks_of_two(world, tmp_path):
     assert frames["1x4"] == pytest.approx(frames["4x1"]) and frames["2 ranks"] == pytest.approx(frames["4x1"], rel=0.4)
 
 
+@pytest.mark.parametrize("sharding", ["full", "none"])
+def test_parts_that_do_not_learn_are_the_same_in_any_division(world, tmp_path, sharding):
+    """Frozen layers, steps that do not run, and the drift, which is measured on other frames in each step. Resumed on
+    two ranks after one step; adapters grow until they drift."""
+    found = {}
+    for name, batch, micro, processes in (("4x1", 4, 1, 1), ("1x2 on 2 ranks", 1, 2, 2)):
+        folder = tmp_path / name.replace(" ", "_")
+        folder.mkdir()
+        settings = {
+            "batch_size": batch, "num_microbatches": micro, "do_eval": False, "duration_sec": 4.3, "sharding": sharding,
+            "lora.depformer_rank": 0, "lora.heads_rank": 2, "user_audio_loss_weight": 0.0, "lora.drift_weight": 0.5,
+            "optim.heads_lr": 1e-2, "optim.pct_start": 0.0, "optim.schedule": "constant", "ckpt_freq": 1,
+        }  # fmt: skip
+        config = write_config(folder, world, PERSONAPLEX_CODES, **settings | {"max_steps": 4})
+        if processes == 1:
+            assert train_here(config, PERSONAPLEX) == 0
+        else:
+            assert train_here(config, PERSONAPLEX, ("max_steps=1", "batch_size=4", "num_microbatches=1")) == 0
+            run_ranks("train_personaplex.py", config)
+        found[name] = rows(folder / "run")
+        state = load_file(folder / "run/checkpoints/checkpoint_000004/consolidated/lora.safetensors")
+        depformer = [values for name, values in state.items() if name.startswith("depformer") and ".lora_" in name]
+        assert depformer and not any(values.any() for values in depformer), "written for moshi, as zeros"
+    one, two = found.values()
+    assert [row["step"] for row in two] == [1, 2, 3, 4]
+    assert abs(one[0]["drift"]) < 1e-4 < one[3]["drift"]
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "text_loss", "agent_loss", "drift", "grad_norm", "grad_norm_temporal", "grad_norm_heads"):
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), (a["step"], key)
+        assert not any(key in row for row in (a, b) for key in ("user_loss", "codebook_8_loss", "grad_norm_depformer"))
+
+
 def test_the_same_command_after_the_end_does_nothing_and_other_settings_are_refused(world, moshi_run):
     config = moshi_run.parent / "config.yaml"
     contents = lambda: {

@@ -65,7 +65,8 @@ def test_what_else_is_described(assembled, world, monkeypatch):
 
 def test_what_checkpoints_offer(assembled):
     run, _ = assembled()
-    assert run.artefact.adapters_only and run.artefact.config["lora_scaling"] == 2.0 and run.artefact.dtype is torch.float32
+    assert run.artefact.adapters_only and run.artefact.config["lora_scaling"] == 2.0
+    assert run.artefact.dtype is torch.float32
     assert assembled(overrides=("save_adapters=false",))[0].artefact.adapters_only is False
     full = {"lora.enable": False, "full_finetuning": True}
     assert assembled(**full, overrides=("overwrite_run_dir=true",))[0].artefact.adapters_only is False

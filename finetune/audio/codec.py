@@ -59,7 +59,8 @@ def encode_audio(
     slots = _TRAINING_SLOTS if on_cuda and not exact else min(len(wavs), SLOTS["cpu"])
     codes = {}
     # To record a CUDA graph, which each call would do twice, torch first gives back all memory that it keeps.
-    with no_cuda_graph(), closing(encode_streams(mimi, (_pieces(wavs[i], advance) for i in order), slots, exact)) as results:
+    sources = (_pieces(wavs[i], advance) for i in order)
+    with no_cuda_graph(), closing(encode_streams(mimi, sources, slots, exact)) as results:
         for index, result in results:
             if isinstance(result, UserError):
                 raise result

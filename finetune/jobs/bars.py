@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections.abc import Iterable
 
 from tqdm import tqdm
@@ -19,10 +20,8 @@ class Bar(tqdm):
         middle: what to show between the bar and the time left, in tqdm's format.
     """
 
-    def __init__(
-        self, what: str, total: float | None, middle: str = "{percentage:.0f}%, {elapsed} elapsed", **kwargs
-    ):
-        self.in_terminal = sys.stderr.isatty()
+    def __init__(self, what: str, total: float | None, middle: str = "{percentage:.0f}%, {elapsed} elapsed", **kwargs):
+        self.in_terminal, self._told = sys.stderr.isatty(), time.monotonic()
         super().__init__(
             total=total,
             desc=what,
@@ -37,14 +36,24 @@ class Bar(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if self.in_terminal:
             return super().display(msg, pos)
-        self.fp.write(f"{self if msg is None else msg}\n")
-        self.fp.flush()
+        if time.monotonic() - self._told < progress.LINE_SEC:
+            return False
+        self._tell()
         return True
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+
+    def clear(self, *args, **kwargs) -> None:
+        if self.in_terminal:
+            super().clear(*args, **kwargs)
 
     def close(self) -> None:
         if not self.in_terminal and not self.disable:
-            if self.last_print_n < self.n and self._time() >= self.start_t + self.delay:
-                self.display()
+            if self._time() >= self.start_t + self.delay:
+                self._tell()
             self.delay = float("inf")  # for tqdm, nothing has been displayed that must be cleared
         super().close()
 

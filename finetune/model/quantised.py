@@ -20,7 +20,7 @@ NF4_LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 INT8_STEPS = 127  # on either side of zero
-QUANTISED_PER_CHUNK = 2**22  # elements that are read and quantised at a time
+QUANTISED_PER_CHUNK = 2**20  # elements that are read and quantised at a time
 # Elements that are dequantised at a time: on a CPU, few enough for its caches; elsewhere, enough to hide the launches.
 DEQUANTISED_PER_CHUNK = {"cpu": 2**17, "cuda": 2**24}
 
@@ -41,6 +41,10 @@ class QuantisedLinear(nn.Linear):
         self.register_buffer("scales", torch.empty(blocks, 1, dtype=dtype, device=device))
         if packed:
             self.register_buffer("levels", torch.empty(256, 2, device=device))
+
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.in_features * self.out_features
 
     @property
     def weight(self) -> Tensor:
@@ -105,12 +109,17 @@ def quantise_layers(lm: nn.Module, kind: str) -> None:
     """
     for name, linear in list(lm.named_modules()):
         *path, child = name.split(".")
-        frozen = isinstance(linear, nn.Linear) and ".layers." in name and child not in ("lora_A", "lora_B")
+        frozen = isinstance(linear, nn.Linear) and is_in_layer(name) and child not in ("lora_A", "lora_B")
         if frozen and linear.weight.numel() % BLOCK == 0:
             made = QuantisedLinear(
                 linear.in_features, linear.out_features, kind, linear.weight.dtype, torch.device("meta")
             )
             setattr(lm.get_submodule(".".join(path)), child, made)
+
+
+def is_in_layer(name: str) -> bool:
+    """Whether a linear belongs to a layer of the temporal transformer or the depformer."""
+    return ".layers." in name
 
 
 def quantised_linears(lm: nn.Module) -> Iterator[tuple[str, QuantisedLinear]]:

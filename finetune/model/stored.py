@@ -1,5 +1,6 @@
 """A trained or published model on disk: its weights, with adapters merged as they are read, and where it came from."""
 
+import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -7,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from moshi.models import LMModel, loaders
-from moshi.modules.transformer import set_attention_context
+from moshi.models import loaders
 from torch import Tensor
 
 from finetune.cli import UserError
@@ -20,7 +20,6 @@ from finetune.metrics import read_rows
 from finetune.model.build import StoredWeights, build_lm
 from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.model.weights import WeightFile, attention_steps, split_names
-from finetune.progress import tracked
 from finetune.run_dir import list_checkpoints
 from finetune.streams import CODEBOOKS, DEP_Q
 
@@ -185,6 +184,7 @@ def _inference_folder(name: str) -> tuple[str, str]:
     none was evaluated; other names unchanged."""
     folder = expand(name)
     if not folder.is_dir():
+        _check_repository(name, folder)
         return name, ""
     if (folder / "config.json").is_file():
         return str(folder), ""
@@ -199,6 +199,22 @@ def _inference_folder(name: str) -> tuple[str, str]:
     if (folder / "args.yaml").is_file():
         raise UserError(f"{folder}: a run that has no checkpoint yet")
     return str(folder), ""
+
+
+def _check_repository(name: str, folder: Path) -> None:
+    """Raise UserError if a name that is no folder is none of a hub repository either: it has not the form owner/name,
+    or names something in a folder that is here and holds no models (`huggingface-cli download owner/name --local-dir
+    owner/name` makes one that does)."""
+    here = folder.parent
+    if folder.exists():
+        raise UserError(f"{name}: is a file; name a run folder, a checkpoint, or the folder of a model")
+    may_be_one = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if may_be_one and (not here.is_dir() or any(here.glob("*/config.json"))):
+        return
+    there = sorted(path.name for path in here.iterdir() if path.is_dir()) if here.is_dir() else []
+    meant = difflib.get_close_matches(folder.name, there, 1)
+    hint = f"{here.resolve()} holds {', '.join(there[:8])}" if there else "check its path"
+    raise UserError(f"{name}: no such folder; {f'did you mean {here / meant[0]}?' if meant else hint}")
 
 
 def base_of(model: StoredModel) -> StoredModel | None:
@@ -268,15 +284,3 @@ def _find_base(name: str, checkpoint: Pretrained, run_paths: dict | None, given:
     except UserError as error:
         raise UserError(f"the base of {name} is missing ({error}); give it as --base") from None
     return base.hub_address("moshi_name", path) or f"file://{path.absolute()}", path, lineage
-
-
-def load_merged(source: StoredModel, device: torch.device, dtype: torch.dtype, dep_q: int = CODEBOOKS) -> LMModel:
-    """Load a model for inference with `dep_q` depformer steps, with adapters merged, one tensor at a time."""
-    lm = build_lm(source.kwargs | {"dep_q": dep_q}, dtype).to_empty(device=device)
-    every, size = list(lm.named_parameters()), lambda named: named[1].numel()
-    with torch.no_grad():
-        for name, parameter in tracked(every, "loading weights", sum(map(size, every)), size):
-            parameter.copy_(source.read(name))
-    if source.kwargs["dep_q"] == DEP_Q and lm.context is not None:
-        set_attention_context(lm.transformer, lm.context - 1)  # as in NVIDIA's runtime: see Pretrained.mimi_context
-    return lm.eval()

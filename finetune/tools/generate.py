@@ -1,15 +1,18 @@
-"""Generates free-running replies: the model listens to a user and speaks, as it does in a server.
+"""Generate free-running replies: the model listens to a user and speaks, as it does in a server.
 
-    python -m finetune.tools.generate CHECKPOINT --user-wav in.wav --voice NATF2.pt \
-        --text-prompt "You are ..." --out out.wav
+    python -m finetune.tools.generate runs/personaplex --user-wav in.wav --voice NATF2 \
+        --text-prompt "You enjoy having a good conversation." --out out.wav
+    python -m finetune.tools.generate runs/personaplex --user-wav users/*.wav --out replies --text replies
 
-CHECKPOINT is a run folder, one of its checkpoints, or full weights (a hub repository or a folder). In the output, the
-agent is the left channel and the user the right one.
+Reads the users, and a model: a run folder (its best checkpoint), one of its checkpoints, or full weights (a hub
+repository or a folder). Writes a wav for each user, the agent on the left and the user on the right, and with --text a
+JSON with the agent's words and their times.
 """
 
 import argparse
 import functools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +28,11 @@ from finetune.dialogue import spoken_words
 from finetune.distributed import multiplies_bfloat16, pick_device
 from finetune.files import replacing
 from finetune.generate import Sampling, decode_codes, generate
-from finetune.model.stored import INFERENCE_DTYPES, StoredModel, load_merged, open_stored
+from finetune.jobs.bars import Bar, show_bars
+from finetune.model.inference import load_merged
+from finetune.model.stored import INFERENCE_DTYPES, StoredModel, open_stored
 from finetune.parser import Parser
+from finetune.progress import track, tracked
 from finetune.prompts.embedded import embed_column
 from finetune.prompts.hybrid import SystemPrompt, build_prompt
 from finetune.prompts.recordings import warn_of_unserved
@@ -51,6 +57,7 @@ def main() -> None:
         if probe_audio(path).duration_sec == 0:
             raise UserError(f"--user-wav {path}: holds no sound; record it again")
         wav.parent.mkdir(parents=True, exist_ok=True)
+    show_bars()
     device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # moshi captures CUDA graphs on the current device, wherever its tensors are
@@ -58,17 +65,21 @@ def main() -> None:
     tokenizer = source.checkpoint.tokenizer()
     prompt = _build_prompt(args, source, mimi, tokenizer)
     dtype = INFERENCE_DTYPES[args.dtype or ("bf16" if multiplies_bfloat16(device) else "fp32")]
-    lm = load_merged(source, device, dtype)
+    lm = load_merged(source, device, dtype, base_dtype=args.base_dtype)
     sampling = Sampling(args.greedy, args.temp, args.temp_text, args.top_k, args.top_k_text)
-    for start in range(0, len(wavs), args.batch_size):
+    starts = range(0, len(wavs), args.batch_size)
+    for start in tracked(starts, "groups of users", len(starts)):
         paths = args.user_wav[start : start + args.batch_size]
         users = [np.pad(read_audio(path)[-1], (0, int(args.tail_sec * SAMPLE_RATE))) for path in paths]
-        replies = generate(lm, [prompt] * len(users), encode_audio(mimi, users), sampling, args.seed + start)
+        with track("encoding users", sum(map(len, users))) as advance:
+            heard = encode_audio(mimi, users, advance=advance)
+        replies = generate(lm, [prompt] * len(users), heard, sampling, args.seed + start)
         agents = decode_codes(mimi, [reply.codes for reply in replies])
         for path, wav, user, agent, reply in zip(paths, wavs[start:], users, agents, replies):
             write_conversation(wav, agent, user)
             words = spoken_words(reply.text, tokenizer)
-            print(f"{wav}: {' '.join(word for word, _, _ in words) or '(no words)'}", flush=True)
+            Bar.write(f"{wav}: {' '.join(word for word, _, _ in words) or '(no words)'}")
+            sys.stdout.flush()
             if args.text:
                 target = _output_path(args.text, path, args, ".json")
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +106,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--top-k-text", type=int, default=Sampling.top_k_text, help="the same for text")
     parser.add_argument("--batch-size", type=int, default=8, help="users at once; at 7B each takes 0.5 MB a frame")
     parser.add_argument("--dtype", choices=INFERENCE_DTYPES, help="default: bf16; fp32 on a CPU without bf16 products")
+    parser.add_argument(
+        "--base-dtype", choices=("bf16", "int8", "nf4"), default="bf16",
+        help="int8 or nf4: quantise the weights as training with this base_dtype does; servers do not",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = parser.parse_args()
     if args.batch_size < 1:

@@ -1,9 +1,10 @@
-"""Lets the base model converse with the users of held-out recordings, and writes the conversations as training data.
+"""Let the base model converse with the users of held-out recordings, and write the conversations as training data.
 
     python -m finetune.tools.make_replay config.yaml replay --count 200
+    python -m finetune.tools.make_replay config.yaml replay --users data_encoded/others_precomputed.jsonl
     torchrun train_personaplex.py config.yaml data.train_data=mine.jsonl:0.8,replay/replay.jsonl:0.2
 
-Mixed into the training data, they keep what the base can do where one's own data do not show it (NOTES.md).
+Mixed into the training data, they keep what the base can do where one's own data do not show it.
 
 Reads the config of the run to come: its base (moshi_paths), its prompts, and the users of its held-out data (--users:
 of other pre-computed data). Writes OUT/replay.jsonl; and for each conversation a wav to listen to (agent left, user
@@ -15,7 +16,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from finetune.args import TrainArgs
 from finetune.audio.codes import audio_fingerprint, save_codes
@@ -30,10 +30,12 @@ from finetune.distributed import session
 from finetune.evaluate import free_run
 from finetune.files import expand, replacing
 from finetune.generate import Reply, decode_codes
+from finetune.jobs.bars import show_bars
 from finetune.model.build import StoredWeights, build_lm
 from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.model.training_lm import TrainingLM
 from finetune.parser import Parser
+from finetune.progress import tracked
 from finetune.prompts.same_speaker import SAME_SPEAKER
 from finetune.streams import CODEBOOKS, SILENCE_FRAMES
 
@@ -60,13 +62,15 @@ def main() -> None:
     checkpoint = Pretrained(**vars(args.moshi_paths) | {"hf_repo_id": args.moshi_paths.hf_repo_id or spec.default_repo})
     kwargs = lm_kwargs(checkpoint, spec)
     weights = StoredWeights(checkpoint.moshi_weights(), kwargs["dep_q"])
+    show_bars()
     with session(args.device) as world:
         if world.size > 1:
             raise UserError("make_replay runs in one process; start it without torchrun")
         data = RunData(args, spec.prompts, checkpoint, kwargs, weights.file.read, world)
         lm = build_lm(kwargs, getattr(torch, args.param_dtype)).to_empty(device=world.device)
+        every, size = list(lm.named_parameters()), lambda named: named[1].numel()
         with torch.no_grad():
-            for name, parameter in lm.named_parameters():
+            for name, parameter in tracked(every, "loading weights", sum(map(size, every)), size):
                 weights.read_into(name, 0, parameter.data)
         samples = data.eval_samples(given.count)
         if len(samples) < given.count:
@@ -77,7 +81,8 @@ def main() -> None:
         _write(given.out / "replay.json", json.dumps(about, indent=1))
         writer = _Writer(given.out, data, fingerprint)
         training_lm = TrainingLM(lm, gradient_checkpointing=False)
-        for start in tqdm(range(0, len(samples), BATCH), desc="conversations", unit="batch", disable=None):
+        batches = range(0, len(samples), BATCH)
+        for start in tracked(batches, "conversations", len(batches)):
             numbers = range(start, min(start + BATCH, len(samples)))
             if not all(map(writer.is_written, numbers)):
                 # A batch is drawn as a whole, with a seed of its own: one that was stopped says the same when repeated.

@@ -1,10 +1,12 @@
-"""Makes a voice prompt file from a recording, in the format in which NVIDIA ships voices.
+"""Make a voice prompt file from a recording, in the format in which NVIDIA ships voices.
 
-    python -m finetune.tools.make_voice me.wav me.pt --weights W
+    python -m finetune.tools.make_voice me.wav me.pt --weights nvidia/personaplex-7b-v1
+    python -m finetune.tools.make_voice me.wav me.pt --weights exported
 
-W is the model that will use it: a run folder, a checkpoint, an exported or published folder, or a repository on the
-hub. A .pt holds the output of W's embedding tables for the recording, so it fits only models with the same tables, and
-becomes stale when they are trained (full fine-tuning, lora.ft_embed). LoRA without ft_embed does not change the tables.
+Reads the recording, and the embedding tables of the model that will use it: a run folder, a checkpoint, an exported or
+published folder, or a repository on the hub. Writes the .pt: the output of these tables for all of the recording,
+silences included. It fits only models with the same tables, and becomes stale when they are trained (full fine-tuning,
+lora.ft_embed). LoRA without ft_embed does not change the tables.
 """
 
 from pathlib import Path
@@ -14,12 +16,14 @@ from torch import Tensor
 
 from finetune.audio.codes import fingerprint_mimi, save_tensors
 from finetune.audio.files import FRAME_RATE
+from finetune.audio.speech import find_spans, voice_activity
 from finetune.cli import UserError, run
 from finetune.distributed import pick_device
+from finetune.jobs.bars import show_bars
 from finetune.model.stored import INFERENCE_DTYPES, open_stored
 from finetune.parser import Parser
 from finetune.prompts.embedded import RING, ReadRows, embedding_table
-from finetune.prompts.recordings import encode_recordings, warn_of_unserved
+from finetune.prompts.recordings import encode_recordings, load_recording, warn_of_unserved
 from finetune.streams import DEP_Q, N_STREAMS, SINE_TOKENS, TEXT_PAD, stack_streams
 
 
@@ -36,6 +40,7 @@ def main() -> None:
         raise UserError(f"{args.out}: a voice file ends in .pt")
     if not args.out.absolute().parent.is_dir():
         raise UserError(f"{args.out.absolute().parent}: no such folder; create it, or name a file elsewhere")
+    show_bars()
     source = open_stored(args.weights, args.base)
     mimi = source.checkpoint.mimi(pick_device(args.device), DEP_Q)  # only NVIDIA's runtime reads a .pt
     encoded, problems = encode_recordings([args.recording], lambda: mimi, fingerprint_mimi(mimi))
@@ -44,8 +49,23 @@ def main() -> None:
     warn_of_unserved([args.recording])
     codes = encoded[args.recording]
     save_tensors(args.out, make_embedded(source.read, source.kwargs, codes, INFERENCE_DTYPES[args.dtype]))
+    print(describe_recording(args.recording))
     seconds = codes.shape[1] / FRAME_RATE
     print(f"wrote {args.out}: {seconds:.1f} s, for models with the embedding tables of {args.weights}")
+
+
+def describe_recording(path: Path) -> str:
+    """Return how long a voice recording is, how much of it is speech and where it is silent: all becomes the prompt."""
+    speech = voice_activity(load_recording(path))
+    said = [find_spans(speech)[0].first, len(speech) - find_spans(speech)[-1].last]
+    pauses = [gap.frames for gap in find_spans(~speech[said[0] : len(speech) - said[1]]) if gap.frames > FRAME_RATE]
+    before, after = (f"{frames / FRAME_RATE:.1f} s" for frames in said)
+    found = f"{before} of silence at its start and {after} at its end"
+    if pauses:
+        found += f", and {len(pauses)} pauses of more than a second ({sum(pauses) / FRAME_RATE:.1f} s)"
+    advice = "; silence teaches nothing about a voice: cut it" if sum(said + pauses) > 2 * FRAME_RATE else ""
+    length, spoken = len(speech) / FRAME_RATE, speech.sum() / FRAME_RATE
+    return f"{path}: {length:.1f} s, {spoken:.1f} s of it speech; all of it becomes the prompt, with {found}{advice}"
 
 
 def make_embedded(read: ReadRows, lm_kwargs: dict, codes: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

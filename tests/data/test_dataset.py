@@ -58,6 +58,18 @@ def test_batches_hold_the_windows_of_their_positions(parts, encoded):
         assert not batch.problems and batch.counts.shape == (10,)
 
 
+def test_windows_that_are_left_out_leave_the_others_where_they_are(parts, encoded):
+    _, stored = tokenizers(parts)
+    windows, share = open_windows(str(encoded), 40), RankShare(3)
+    whole = batches_of(windows, stored, share, 4, seed=5, shuffle=True)
+    unwanted = {whole[0].names[1], *whole[2].names}
+    rest = batches_of(windows, stored, share, 4, seed=5, shuffle=True, skip=sorted(unwanted))
+    assert [batch.names for batch in rest] == [[n for n in batch.names if n not in unwanted] for batch in whole]
+    assert not any(batch.problems for batch in rest) and not rest[2].counts.any()
+    held_out = batches_of(windows, stored, RankShare(len(windows)), evaluation=True)
+    assert unwanted <= set(held_out[0].names), "an evaluation leaves nothing out"
+
+
 def prompt_frames(batches):
     return [n for batch in batches for n in (~batch.loss_mask & (batch.codes != -1).any(1)).sum(1).tolist()]
 

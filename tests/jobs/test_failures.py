@@ -7,7 +7,8 @@ import time
 import pytest
 
 from finetune.cli import UserError
-from finetune.jobs.failures import Failures, HoursBar, error_file, forget_error, show_list
+from finetune.jobs.bars import HoursBar
+from finetune.jobs.failures import Failures, error_file, forget_error, show_list
 
 
 def test_a_failure_is_one_sentence_on_disk_until_it_is_forgotten(tmp_path):

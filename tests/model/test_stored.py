@@ -13,8 +13,9 @@ from finetune.cli import UserError
 from finetune.config import dump_args
 from finetune.model.build import StoredWeights
 from finetune.model.expansion import expand_moshiko_to_personaplex
+from finetune.model.inference import load_merged
 from finetune.model.layout import fuse
-from finetune.model.stored import load_merged, open_stored
+from finetune.model.stored import open_stored
 from tests.engine import TINY, tiny_lm
 from tests.tools.stored import RANK, SCALING, adapted, save_checkpoint, save_run, write_base
 
@@ -47,6 +48,34 @@ def run(base, trained, tmp_path_factory) -> Path:
     with (folder / "metrics.eval.jsonl").open("a") as rows:
         rows.write('{"step": 7, "samples": 0}\n')  # an evaluation without data has no loss
     return folder
+
+
+@pytest.mark.parametrize("name, said", [
+    ("runs/persnaplex", "runs/personaplex"), ("runs/x", "personaplex"), ("./runs/x", "personaplex"),
+    ("runs/personaplex/checkpoints/checkpoint_000003", "000010"),
+    ("persnaplex", "runs"), ("gone/for/good", "path"), ("runs/note.txt", "file"),
+])  # fmt: skip
+def test_a_mistyped_folder_is_not_asked_of_the_hub(run, tmp_path, monkeypatch, name, said):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/personaplex").symlink_to(run)
+    (tmp_path / "runs/note.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("finetune.model.pretrained.hf_hub_download", None)
+    with pytest.raises(UserError, match=rf"^{name}: .*{said}"):
+        open_stored(name)
+
+
+@pytest.mark.parametrize("name", ["kyutai/moshika", "nobody/nothing"])
+def test_what_may_be_a_repository_is_asked_of_the_hub(base, tmp_path, monkeypatch, name):
+    """Also where other models of the same owner are in a local folder of its name."""
+    (tmp_path / "kyutai").mkdir()
+    (tmp_path / "kyutai/moshiko").symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("finetune.model.pretrained.hf_hub_download", lambda repo, file: asked.append(repo) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_stored(name)
+    assert asked == [name]
 
 
 def expected(lm) -> dict[str, torch.Tensor]:

@@ -83,7 +83,7 @@ def codec(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     batches = []
 
-    def encode(mimi, wavs):
+    def encode(mimi, wavs, advance):
         assert mimi == "mimi"
         batches.append(wavs)
         return [torch.full((8, math.ceil(len(pcm) / 1920)), int(abs(pcm[:9]).sum() * 1e4) % 2048) for pcm in wavs]

@@ -20,8 +20,9 @@ from finetune.audio.codes import load_codes
 from finetune.config import load_args
 from finetune.data.run_data import RunData
 from finetune.distributed import session
+from finetune.model.inference import load_merged
 from finetune.model.pretrained import Pretrained
-from finetune.model.stored import load_merged, open_stored
+from finetune.model.stored import open_stored
 from finetune.model.training_lm import TrainingLM
 from finetune.prompts.recordings import encode_recordings, load_recording
 from finetune.tools import generate, make_voice

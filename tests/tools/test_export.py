@@ -19,8 +19,9 @@ from finetune.guard import best_checkpoint
 from finetune.lora import add_adapters, is_adapter
 from finetune.model.build import build_lm
 from finetune.model.expansion import expand_moshiko_to_personaplex
+from finetune.model.inference import load_merged
 from finetune.model.layout import fuse
-from finetune.model.stored import load_merged, open_stored
+from finetune.model.stored import open_stored
 from finetune.model.weights import write_safetensors
 from finetune.tools.export.command import main
 from tests.engine import TINY, tiny_lm

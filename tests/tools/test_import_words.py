@@ -49,7 +49,7 @@ def write(folder: Path, **files: str | bytes) -> None:
 
 
 def run(folder: Path, *flags: str) -> int:
-    return command.main([str(folder / "train.jsonl"), *map(str, flags)])
+    return command.main([str(folder / "train.jsonl"), "--strict", *map(str, flags)])
 
 
 def rows(path: Path) -> list[list]:

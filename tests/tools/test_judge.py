@@ -320,7 +320,8 @@ def test_one_bad_reply_costs_no_other(judge, tmp_path, capsys):
         write_reply(tmp_path, name, [(0.96, 5.2)], [])
     (tmp_path / "b.json").write_text('{"words": [["a", 1.0, "x"]]}')
     code, found = judge(tmp_path)
-    assert code == 1 and len(found["replies"]) == 1
+    assert code == 0 and len(found["replies"]) == 1
+    assert judge(tmp_path, "--strict")[0] == 1
     assert len(found["problems"]) == 1 and "b.json" in found["problems"][0] and "b.json" in capsys.readouterr().out
 
 

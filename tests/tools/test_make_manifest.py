@@ -41,7 +41,7 @@ def write_pair(calls: Path, agent: str = "x_agent", user: str = "x_user") -> Non
 
 
 def main(*arguments: object) -> int:
-    return command.main([*map(str, arguments), "--workers", "0"])
+    return command.main([*map(str, arguments), "--workers", "0", "--strict"])
 
 
 def rows(path: Path) -> list[dict]:
@@ -194,6 +194,16 @@ def test_what_training_cannot_use_is_refused_with_the_reason(calls, tmp_path, ca
     shown = capsys.readouterr().out
     assert reason in shown and "bad" in shown
     assert [row["path"] for row in rows(tmp_path / "out.jsonl")] == ["calls/good.wav"]
+
+
+def test_one_file_among_many_is_an_error_only_if_asked(calls, tmp_path, capsys):
+    stereo(calls / "good.wav")
+    write_wav(calls / "bad.wav", voice(2, 7))
+    arguments = [str(calls), str(tmp_path / "out.jsonl"), "--workers", "0"]
+    assert command.main(arguments) == 0 and "bad.wav" in capsys.readouterr().out
+    assert command.main([*arguments, "--strict"]) == 1
+    (calls / "good.wav").unlink()
+    assert command.main([str(calls), str(tmp_path / "none.jsonl"), "--workers", "0"]) == 1, "nothing is left"
 
 
 def test_nothing_usable_leaves_no_manifest(calls, tmp_path, capsys):
@@ -457,7 +467,7 @@ def test_worker_processes_do_the_same(calls, tmp_path):
     write_wav(calls / "mixed.wav", voice(1, 51))
     for name, workers in (("here", 0), ("there", 1)):
         arguments = [str(calls), str(tmp_path / name / "out.jsonl"), "--workers", str(workers)]
-        assert command.main(arguments) == 1
+        assert command.main(arguments) == 0
     here, there = ([row | {"path": row["path"].replace(name, "")} for row in rows(tmp_path / name / "out.jsonl")]
                    for name in ("here", "there"))  # fmt: skip
     assert here == there and len(here) == 2

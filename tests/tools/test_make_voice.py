@@ -1,5 +1,7 @@
 """The command that makes a voice file: it writes what the runtime saves after it has stepped through the recording."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,19 @@ def test_the_file_equals_what_the_runtime_saves(dtype, base, recording, codes, c
     assert equal(
         tmp_path / "me.pt", step_voice(tiny_lm(16).to(torch.float32 if dtype == "fp32" else torch.bfloat16), codes)
     )
+
+
+def test_the_recording_is_described(base, call, tmp_path, capsys):
+    """1.2 s of silence, 2 s of sound, 2 s of silence, 1 s of sound, 0.4 s of silence."""
+    loud = np.random.default_rng(0).normal(0, 0.06, 24_000 * 7).astype(np.float32)
+    for start, end in ((0, 1.2), (3.2, 5.2), (6.2, 6.6)):
+        loud[int(24_000 * start) : int(24_000 * end)] *= 1e-4
+    write_wav(tmp_path / "long.wav", loud[None, : int(24_000 * 6.6)], 24_000)
+    call(main, tmp_path / "long.wav", tmp_path / "long.pt", "--weights", base)
+    shown = capsys.readouterr().out
+    numbers = [float(number) for number in re.findall(r"(\d+\.\d) s\b", shown.splitlines()[0])]
+    expected = [6.6, 3.0, 1.2, 0.4, 2.0]  # its length, speech, silence at the start and the end, pauses
+    assert numbers == pytest.approx(expected, abs=0.17) and "cut" in shown
 
 
 @pytest.mark.parametrize("tables", [False, True])

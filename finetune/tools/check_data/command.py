@@ -9,6 +9,8 @@ hours is decoded whole; of a larger one at least 30 seconds per file, from start
 
 Exit code 0: training would use everything (there may be warnings). 1: it would fail, silently lose data, or learn one
 speaker's words on the other's voice. 2: the config cannot be used.
+
+Prints its findings, and writes nothing but the picture of --report.
 """
 
 import argparse
@@ -32,11 +34,11 @@ def main(argv: list[str] | None = None) -> int:
         help="check prompts, as train_personaplex.py needs them; if absent: if the settings or the data have any",
     )  # fmt: skip
     parser.add_argument("--workers", type=int, help="processes (one per core if absent); 0: only this one")
-    parser.add_argument("--report", type=Path, default=Path("data_report.png"), help="picture to write")
+    parser.add_argument("--report", type=Path, metavar="PNG", help="picture to write")
     given = parser.parse_args(argv)
     if given.workers is not None and given.workers < 0:
         raise UserError(f"--workers {given.workers}: cannot be negative")
-    if given.report.suffix != ".png" or not given.report.parent.is_dir():
+    if given.report is not None and (given.report.suffix != ".png" or not given.report.parent.is_dir()):
         raise UserError(f"--report {given.report}: must be a .png in a folder that exists")
     args = load_args(given.config, given.overrides)
     result, memory = check_run(args, given.personaplex, given.workers), None
@@ -44,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         memory = planned_memory(result)
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may be unable to show the names of files
     print(describe_check(result, memory))
-    draw_check(result, given.report)
-    print(f"picture: {given.report}", file=sys.stderr)
+    if given.report is not None:
+        draw_check(result, given.report)
+        print(f"picture: {given.report}", file=sys.stderr)
     return int(result.failed)

@@ -117,7 +117,7 @@ def draw_check(result: CheckResult, path: Path) -> None:
     facts = result.facts
     figure = Figure(figsize=(11, 7.5), layout="constrained")  # pyplot would look for a display
     lengths, talk, gaps, density = figure.subplots(2, 2).flat
-    title = "{files:,} training files, {hours:.1f} h; decoded for this check: {decoded_hours:.1f} h"
+    title = "{files:,} training files, {hours:.2f} h; decoded for this check: {decoded_hours:.2f} h"
     figure.suptitle(title.format(**result.train))
 
     lengths.set(title="Length of the files", ylabel="files")
@@ -130,10 +130,11 @@ def draw_check(result: CheckResult, path: Path) -> None:
     decoded = [own for own in facts if own.decoded_sec]
     if decoded:
         agent, user, _ = np.array([own.talk_sec for own in decoded]).T / [own.decoded_sec for own in decoded]
-        bins, label = np.linspace(0, 1, 41), "{}: {:.0%} on average".format
+        bins, label = np.linspace(0, 1, 41), "{}: {:.1%} of the time".format
         filled, outline = {"histtype": "stepfilled", "alpha": 0.7}, {"histtype": "step", "linewidth": 2}
-        talk.hist(agent, bins, color=AGENT_COLOUR, label=label("agent (left)", agent.mean()), **filled)
-        talk.hist(user, bins, color=USER_COLOUR, label=label("user (right)", user.mean()), **outline)
+        share = result.train  # of the time, as in the table
+        talk.hist(agent, bins, color=AGENT_COLOUR, label=label("agent (left)", share["agent"]), **filled)
+        talk.hist(user, bins, color=USER_COLOUR, label=label("user (right)", share["user"]), **outline)
         talk.margins(y=0.3)  # room for the legend
 
     gaps.set(title="How soon the agent answers", xlabel="seconds after the user's end; negative: the agent came in "

@@ -1,4 +1,4 @@
-"""Evaluates a run's best checkpoint on held-out data: losses, and free-running replies to held-out users.
+"""Evaluate a run's best checkpoint on held-out data: losses, and free-running replies to held-out users.
 
     python -m finetune.tools.evaluate runs/personaplex                   losses and replies, beside the base model's
     python -m finetune.tools.evaluate runs/personaplex --conditioning    do role and voice prompts matter?
@@ -19,7 +19,6 @@ import json
 from pathlib import Path
 
 import torch
-from moshi.models import LMModel
 
 from finetune.args import TrainArgs
 from finetune.cli import UserError
@@ -28,8 +27,10 @@ from finetune.data.run_data import RunData
 from finetune.distributed import World, session
 from finetune.evaluate import evaluate, free_run, judge_replies, refuse_unreadable
 from finetune.files import replacing
-from finetune.loss import group_weights
-from finetune.model.stored import StoredModel, base_of, load_merged, open_stored
+from finetune.jobs.bars import show_bars
+from finetune.loss import group_weights, with_objective
+from finetune.model.inference import fill, load_merged
+from finetune.model.stored import StoredModel, base_of, open_stored
 from finetune.model.training_lm import TrainingLM
 from finetune.parser import Parser
 from finetune.run_dir import run_of, stored_settings
@@ -40,20 +41,24 @@ from finetune.tools.evaluate.compare import compare_models, measure_conditioning
 def main() -> None:
     given, overrides = _parse()
     run = run_of(given.run)
+    if not given.run.is_dir():
+        open_stored(str(given.run))  # says what is there instead
     if run is None:
         raise UserError(f"{given.run}: not a run folder (it has no args.yaml)")
     load = lambda *changes: load_args(run / "args.yaml", [*changes, *overrides], stored_settings(run))
-    if not load("do_eval=false").data.eval_data:
+    if not load("do_eval=false", "guard.action=off", "early_stop=null").data.eval_data:
         raise UserError(f"{run}: the run has no held-out data; name some: data.eval_data=held_out.jsonl")
     args = load("do_eval=true")
     source = open_stored(str(given.run))
     step = source.training.step if source.training else 0
     with session(args.device) as world:
         if world.is_main:
+            show_bars()
             print(f"{source.checkpoint.source}{f': {source.choice}' if source.choice else ''}")
         prompts = source.kwargs["dep_q"] == DEP_Q
         data = RunData(args, prompts, source.checkpoint, source.kwargs, source.read, world, source.voices_archive)
-        merged = load_merged(source, world.device, getattr(torch, args.param_dtype), source.kwargs["dep_q"])
+        dtype, dep_q = getattr(torch, args.param_dtype), source.kwargs["dep_q"]
+        merged = load_merged(source, world.device, dtype, dep_q, args.base_dtype)
         lm = TrainingLM(merged, gradient_checkpointing=False)
         if given.other or given.conditioning or given.forgetting:
             report = _compare(given, args, source, lm, data, world)
@@ -94,6 +99,7 @@ def _measure(
     """Return the row of an evaluation, that of the base if it can be had, and what is wrong with the replies."""
     weights, step = group_weights(args, lm.lm.dep_q), source.training.step if source.training else 0
     row, problems = evaluate(lm, data.eval_batches(), weights, world)
+    row = with_objective(row, args)
     refuse_unreadable(row, problems)
     verdict = None
     if args.eval_free_samples and world.is_main:
@@ -106,7 +112,7 @@ def _measure(
     base = next((row for row in earlier if row["step"] == 0), None)
     if base is None and source.adapters is not None:
         fill(lm.lm, dataclasses.replace(source, adapters=None))
-        base, _ = evaluate(lm, data.eval_batches(), weights, world)
+        base = with_objective(evaluate(lm, data.eval_batches(), weights, world)[0], args)
     return row, base, verdict
 
 
@@ -137,13 +143,6 @@ def _compare(
     if given.forgetting:
         report["forgetting"] = measure_forgetting(lm, switch, samples, args, weights, world)
     return report
-
-
-def fill(lm: LMModel, source: StoredModel) -> None:
-    """Give a model that is already in memory the weights of another of its sizes."""
-    with torch.no_grad():
-        for name, parameter in lm.named_parameters():
-            parameter.copy_(source.read(name))
 
 
 def _update(path: Path, step: int, found: dict) -> None:

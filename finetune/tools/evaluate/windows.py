@@ -12,6 +12,7 @@ from finetune.data.batch import Sample, collate
 from finetune.distributed import World
 from finetune.generate import Reply
 from finetune.model.training_lm import TrainingLM
+from finetune.progress import tracked
 from finetune.streams import CODEBOOKS, SILENCE_FRAMES, SILENCE_TOKENS, SINE_TOKENS, TEXT_PAD, stack_streams
 
 RESAMPLES = 2000  # of the bootstrap
@@ -63,7 +64,8 @@ def agent_losses(lm: TrainingLM, samples: Sequence[Sample], weights: Tensor, wor
     """Return the loss of each sample on the agent's streams, text and audio as in training (finetune.loss). The ranks
     share the samples, and all get all losses."""
     own = {}
-    for i in range(world.rank, len(samples), world.size):
+    numbers = range(world.rank, len(samples), world.size)
+    for i in tracked(numbers, "evaluating windows", len(numbers)):
         batch = collate([samples[i]], [], lm.lm.delays, lm.lm.dep_q)
         moved = batch.to(world.device)
         ce = lm(moved.codes, moved.loss_mask, moved.embeddings, moved.lengths, targets=moved.targets).ce.double().cpu()

@@ -1,4 +1,4 @@
-"""Exports a checkpoint as a folder for servers and the hub: weights, config.json, Mimi, tokenizer and model card.
+"""Export a checkpoint as a folder for servers and the hub: weights, config.json, Mimi, tokenizer and model card.
 
     python -m finetune.tools.export CHECKPOINT OUT --format moshi            adapters stay adapters, and name their base
     python -m finetune.tools.export CHECKPOINT OUT --format moshi --merge    full weights, for Kyutai's server
@@ -19,6 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from finetune.cli import UserError
+from finetune.jobs.bars import show_bars
 from finetune.model.stored import INFERENCE_DTYPES, open_stored
 from finetune.parser import Parser
 from finetune.tools.export.folder import export_model, push_to_hub
@@ -60,6 +61,7 @@ def main() -> None:
             f"{args.source}: its base is only on this machine ({source.base}), so the adapters are of no use on the "
             "hub; use --merge, or give the base's repository as --base"
         )
+    show_bars()
     began = time.perf_counter()
     config = export_model(source, args.out, runtime, merge, INFERENCE_DTYPES[args.dtype])
     seconds = time.perf_counter() - began

@@ -27,7 +27,8 @@ times of sentences only is refused: its words would come seconds too early or to
 the time of their sentence by their lengths; better times come from annotate.py or a forced aligner.
 
 Words that are by hand or of a program other than these are never replaced. A second run replaces what the first one has
-imported, and nothing else. Exit code 1 if a recording got no words, 2 for a mistake in the command itself.
+imported, and nothing else. Recordings that got no words are listed. Exit code 1 if none got any (with --strict: if one
+got none), 2 for a mistake in the command itself.
 """
 
 import argparse
@@ -76,6 +77,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--replace", action="store_true", help="replace the words of annotate.py too")
     parser.add_argument("--set-aside", action="store_true", help="rename a transcript that lies where the .json "
                         f"belongs to *{ASIDE}.json")  # fmt: skip
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if any recording got no words")
     args = parser.parse_args(argv)
     speakers = {}
     for pair in args.speaker or []:
@@ -158,7 +160,7 @@ def import_words(args: argparse.Namespace, problems: list[str]) -> int:
     show_list("bad lines:", problems)
     if done:
         print("next: python -m finetune.tools.check_data config.yaml, which compares the words with the sound")
-    return int(bool(failed or missing or problems))
+    return int(not done or (args.strict and bool(failed or missing or problems)))
 
 
 def _check_names(names: Counter[str | None], rules: ImportRules) -> None:

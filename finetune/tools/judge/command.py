@@ -4,8 +4,9 @@
     python -m finetune.tools.judge data/eval.jsonl
     python -m finetune.tools.judge replies --benchmark v1_0/candor_turn_taking
 
-REPLIES is a run (the replies of its newest evaluation), a folder of replies with their words (finetune.tools.generate
---out FOLDER --text FOLDER), a manifest of stereo recordings (to judge the recorded agents), or one wav.
+Reads REPLIES: a run (the replies of its newest evaluation), a folder of replies with their words
+(finetune.tools.generate --out FOLDER --text FOLDER), a manifest of stereo recordings (to judge the recorded agents), or
+one wav.
 
 The pauses, turns and interruptions of the user are found in the right channel. With --benchmark, the annotations of the
 benchmark's clips say what is judged; the reply to clip 17 is 17.wav:
@@ -20,22 +21,26 @@ take-over: share of pauses, turns, interruptions, and clips of listening in whic
 high after turns and interruptions, and low in the others. latency: mean seconds from the end of the turn. frequency:
 backchannels per second of listening. divergence: of their times from those of people.
 
-The extra adds DNSMOS of the agent's speech, the similarity of its voice to the voice prompt (NOTES.md has values of one
-speaker and of several), and silero-vad, with which the benchmark finds speech: pip install '.[judge]'
+The extra adds DNSMOS of the agent's speech, the similarity of its voice to the voice prompt, and silero-vad, with which
+the benchmark finds speech: pip install '.[judge]'
+
+Prints tables, and writes the results of each reply to --out. Replies that cannot be judged are listed. Exit code 2 if
+none can be judged, 1 with --strict if one cannot.
 """
 
 import json
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from finetune.audio.files import probe_audio
 from finetune.audio.speech import voice_activity
 from finetune.cli import UserError
 from finetune.files import expand, regular, replacing
+from finetune.jobs.bars import show_bars
 from finetune.jobs.failures import show_list
 from finetune.parser import Parser
+from finetune.progress import tracked
 from finetune.prompts.voices import VoiceBook
 from finetune.tools.judge.clips import cut_conversation, end_with_sound, judge_clip, read_clip, summarise_clips
 from finetune.tools.judge.replies import SpokenReply, find_replies, read_agent_words, read_sides
@@ -50,6 +55,7 @@ def main() -> int:
     parser.add_argument("--voice", help="voice prompt of all replies: a recording, or a name in --voices-dir")
     parser.add_argument("--voices-dir", type=expand, help="folder of the voices that the replies name")
     parser.add_argument("--out", type=expand, metavar="JSON", help="file for the results of each reply")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if any reply cannot be judged")
     args = parser.parse_args()
     problems: list[str] = []
     replies = find_replies(args.replies, problems)
@@ -65,7 +71,8 @@ def main() -> int:
     if timing and not args.benchmark and replies[0].wav.name != "output.wav":
         raise UserError(f"--human-timing {args.human_timing}: is of the benchmark's clips; name them with --benchmark")
     judged = []
-    for reply in tqdm(replies, unit=" replies", disable=None):
+    show_bars()
+    for reply in tracked(replies, "judging replies", len(replies)):
         try:
             judged.append(judge_reply(reply, args.benchmark, timing, voices))
         except UserError as error:
@@ -89,7 +96,7 @@ def main() -> int:
     if missing := [name for name in PACKAGES if load_package(name) is None]:
         print(f"left out: {', '.join(missing)}; pip install '.[judge]' in this repository adds them")
     show_list(f"not judged ({len(problems)}):", problems)
-    return int(bool(problems))
+    return int(args.strict and bool(problems))
 
 
 def judge_reply(

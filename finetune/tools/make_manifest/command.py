@@ -1,6 +1,7 @@
 """Make manifests for training from a folder of recordings, with durations and held-out data.
 
     python -m finetune.tools.make_manifest calls data/calls.jsonl --split 0.02
+    python -m finetune.tools.make_manifest calls.csv data/train.jsonl --agent SPEAKER_00 --rttm diarisations
 
 Writes data/calls.jsonl and, for about the share --split of the files, data/calls_eval.jsonl; next to data/train.jsonl
 it is data/eval.jsonl. Paths are relative to the manifests' folder, or absolute for files outside of it. Training needs
@@ -25,7 +26,8 @@ call1_b.wav, are never on both sides. Other names of pieces need --call; a line 
 "call". A number alone (call_0001.wav) is no piece.
 
 A second run adds new files, keeps existing lines with everything that was added to them, and moves no file from one
-manifest to the other. Exit code 1 if a file was refused, 2 for a mistake in the command itself.
+manifest to the other. A file that training cannot use is refused, and listed with the reason. Exit code 1 if all are
+(with --strict: if any is), 2 for a mistake in the command itself.
 """
 
 import argparse
@@ -153,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         f"next: word times for {shown} with annotate.py, or from transcripts with finetune.tools.import_words; then "
         "python -m finetune.tools.check_data config.yaml"
     )
-    return int(bool(refused))
+    return int(args.strict and bool(refused))
 
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -174,6 +176,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rttm", type=Path, metavar="PATH", help="folder of the diarisations, or one .rttm for all; "
                         "next to the recordings if absent")  # fmt: skip
     parser.add_argument("--pairs-dir", type=Path, help="folder for new stereo files (OUT_pairs if absent)")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if any file was refused, not only if all")
     parser.add_argument("--workers", type=int, help="processes (one per core if absent); 0: only this one")
     args = parser.parse_args(argv)
     args.pairs_dir = args.pairs_dir or args.out.with_name(f"{args.out.stem}_pairs")

@@ -11,7 +11,7 @@ configuration if it is not in the hub cache), and the data may not exist yet.
 Every window has its full length, duration_sec and for PersonaPlex also prompt.max_sec. --reserve covers what is not
 counted: the CUDA context, NCCL and fragmentation.
 
-Exit code 0: the run fits. 1: it does not. 2: the config cannot be used.
+Prints a table, and writes nothing. Exit code 0: the run fits. 1: it does not. 2: the config cannot be used.
 """
 
 import argparse

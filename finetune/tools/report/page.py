@@ -1,8 +1,9 @@
 """Write one page about a run: settings, curves, evaluations, replies to listen to, and its data.
 
-    python -m finetune.tools.report RUN_DIR        # writes RUN_DIR/report.html
+    python -m finetune.tools.report runs/personaplex                    writes runs/personaplex/report.html
+    watch -n 600 python -m finetune.tools.report runs/personaplex       again every ten minutes, while it trains
 
-The page is a single file, sound included, and fetches nothing. It shows what the folder has: args.yaml,
+The page is a single file, sound included, and fetches nothing. It reads and shows what the folder has: args.yaml,
 metrics.*.jsonl, evaluation_*.json, checkpoints/, and samples/step_000100/NAME.wav (agent left, user right) with
 NAME.json: {"text": [[word, start, end], ...], "of": ..., "prompt": ..., "voice": ..., "measures": {...}}, all optional.
 The best checkpoint is marked, and its replies come first.

@@ -1,9 +1,12 @@
 """Make a tiny world to train in: a tiny Moshi in stock layout and synthetic stereo dialogues with word times.
 
-    python -m finetune.tools.toy OUT --hours 0.5
+    python -m finetune.tools.toy runs/world --hours 0.5
+    python -m finetune.tools.toy runs/other --hours 0.1 --seed 1
 
 Everything is real but small: moshi's LM, moshi's Mimi, a SentencePiece tokenizer, 24 kHz wavs. Each word is a sound of
 its own, each voice has its pitch and timbre, and the role named in the text prompt decides what the agent says.
+
+It reads nothing, and writes to the folder OUT that it is given:
 
 OUT/model/  config.json, model.safetensors, mimi.safetensors, mimi_config.json, tokenizer.model
 OUT/data/   train.jsonl, eval.jsonl, train/*.wav and eval/*.wav with a .json next to each, voices/*.wav
@@ -12,6 +15,7 @@ OUT/data/   train.jsonl, eval.jsonl, train/*.wav and eval/*.wav with a .json nex
 from pathlib import Path
 
 from finetune.cli import UserError
+from finetune.jobs.bars import show_bars
 from finetune.parser import Parser
 from finetune.tools.toy.corpus import make_corpus
 from finetune.tools.toy.model import make_model
@@ -27,6 +31,7 @@ def main() -> None:
         raise UserError(f"--hours {args.hours}: must be above 0")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out}: is a file; give a folder")
+    show_bars()
     make_model(args.out / "model", args.seed)
     make_corpus(args.out / "data", args.hours, args.seed)
     print(f"wrote {args.out / 'model'} and {args.out / 'data'}")

@@ -8,6 +8,7 @@ import numpy as np
 from finetune.audio.files import FRAME_RATE, to_int16, write_wav
 from finetune.audio.words import sidecar
 from finetune.files import replacing
+from finetune.progress import track
 from finetune.tools.toy.language import (
     AGENT_VOICES,
     NEUTRAL_WORDS,
@@ -63,13 +64,15 @@ def _write_split(folder: Path, name: str, hours: float, pairs: list[tuple[str, s
     (folder / name).mkdir(parents=True, exist_ok=True)
     lines: list[dict] = []
     total = 0.0
-    while total < hours * 3600 or len(lines) < 2:
-        role, voice = pairs[len(lines) % len(pairs)]
-        path = f"{name}/{len(lines):05d}.wav"
-        lines.append({"path": path, "duration": _write_dialogue(folder / path, rng, role, voice)})
-        if name == "eval":
-            lines[-1]["held_out"] = is_held_out(role, voice)
-        total += lines[-1]["duration"]
+    with track(f"dialogues of {name}.jsonl", hours * 3600) as advance:
+        while total < hours * 3600 or len(lines) < 2:
+            role, voice = pairs[len(lines) % len(pairs)]
+            path = f"{name}/{len(lines):05d}.wav"
+            lines.append({"path": path, "duration": _write_dialogue(folder / path, rng, role, voice)})
+            if name == "eval":
+                lines[-1]["held_out"] = is_held_out(role, voice)
+            total += lines[-1]["duration"]
+            advance(lines[-1]["duration"])
     # The manifest last: where it is, the files are.
     with replacing(folder / f"{name}.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
