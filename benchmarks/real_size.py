@@ -35,12 +35,13 @@ from finetune.tools.toy.model import make_model
 
 _LOAD = """
 import sys, time, torch
-from finetune import model
-checkpoint = model.open_checkpoint(sys.argv[1])
-weights = model.Weights(checkpoint.moshi_weights(), 16)
-lm = model.build_lm(model.lm_kwargs(checkpoint, model.PERSONAPLEX), torch.bfloat16).to_empty(device="cpu")
+from finetune.model.build import StoredWeights, build_lm, load_weights
+from finetune.model.pretrained import PERSONAPLEX, Pretrained, lm_kwargs
+checkpoint = Pretrained(sys.argv[1])
+weights = StoredWeights(checkpoint.moshi_weights(), 16)
+lm = build_lm(lm_kwargs(checkpoint, PERSONAPLEX), torch.bfloat16).to_empty(device="cpu")
 began = time.perf_counter()
-model.fill(lm, weights, 0)
+load_weights(lm, weights, 0)
 print(time.perf_counter() - began)
 """
 
@@ -136,7 +137,7 @@ def main() -> None:
         make_corpus(work / "data", hours=0.01)
         manifests = [str(work / f"data/{split}.jsonl") for split in ("train", "eval")]
         precompute_codes.main([*manifests, "--output-dir", str(work / "codes"), "--hf-repo", str(work / "base"),
-                               "--device", "cpu"])  # fmt: skip
+                               "--device", "cpu", "--personaplex"])  # fmt: skip
         forget(weights)
         (work / "two_steps.py").write_text(_TRAIN)
         _, seconds, peak = process(
