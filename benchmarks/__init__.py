@@ -1,7 +1,12 @@
 """Measurements; the docstring of each script has its command."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
+
+from finetune.cli import UserError
 
 BUSY = 0.05  # share of all cores; above it timings are not reliable
 
@@ -23,3 +28,31 @@ def idle_note() -> str:
     """Whether the machine has something else to do, in words."""
     busy = busy_share()
     return f"{busy:.0%} of the cores busy: " + ("idle" if busy < BUSY else "NOT IDLE, timings are not to be trusted")
+
+
+def call(*command: object, codes: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess:
+    """Run a command of this repository on one thread. Raises UserError if its exit code is not one of `codes`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    if done.returncode not in codes:
+        raise UserError(f"{' '.join(map(str, command[:3]))}: exit code {done.returncode}: {done.stderr[-500:]}")
+    return done
+
+
+def demo_folder(demo: Path) -> Path:
+    """Return the folder that `make demo` has written. Raises UserError if it has not."""
+    if not (demo / "exported/config.json").is_file():
+        raise UserError(f"{demo}: no demo there; run make demo")
+    return demo
+
+
+def tune_demo(demo: Path, settings: dict, codes: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess:
+    """Fine-tune the PersonaPlex of `make demo` on its data; `settings` replace those of example/tiny.yaml."""
+    encoded = demo / "codes_personaplex"
+    overrides = {
+        "moshi_paths.hf_repo_id": demo / "exported", "moshi_paths.moshi_path": "null", "data.num_workers": 0,
+        "prompt.voices_dir": demo / "world/data/voices", "data.train_data": encoded / "train_precomputed.jsonl",
+        "data.eval_data": encoded / "eval_precomputed.jsonl",
+    }  # fmt: skip
+    given = (f"{key}={value}" for key, value in (overrides | settings).items())
+    return call("train_personaplex.py", "example/tiny.yaml", *given, codes=codes)

@@ -15,16 +15,14 @@ core, all of them half an hour on two. Finished runs are not repeated.
 """
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks import call, demo_folder, tune_demo
 from finetune.audio.words import COPY, read_sidecar
-from finetune.cli import UserError, run
+from finetune.cli import run
 from finetune.data.manifest import read_manifest, resolve_path
 from finetune.metrics import read_rows
 from finetune.parser import Parser
@@ -32,16 +30,9 @@ from finetune.parser import Parser
 ROLE = "You are Zoe from the moon."
 SETTINGS = {
     "max_steps": 150, "eval_freq": 0, "do_ckpt": "true", "ckpt_freq": 0, "log_freq": 10, "eval_free_samples": 0,
-    "data.num_workers": 0, "moshi_paths.moshi_path": "null", "guard.action": "warn",
+    "guard.action": "warn",
 }  # fmt: skip
 ARMS = {"alone": {}, "drift": {"lora.drift_weight": 1.0}, "replay": {}}
-
-
-def call(*command: object) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise UserError(f"{' '.join(map(str, command[:3]))}: exit code {done.returncode}: {done.stderr[-500:]}")
 
 
 def make_second_task(manifest: Path, folder: Path, renamed: dict[str, str]) -> Path:
@@ -85,11 +76,8 @@ def train(demo: Path, folder: Path, arm: str, seed: int, data: dict[str, Path]) 
         return json.loads(result.read_text())
     shutil.rmtree(run_dir, ignore_errors=True)
     mixture = f"{data['train']}:0.5,{data['replay']}:0.5" if arm == "replay" else data["train"]
-    overrides = SETTINGS | ARMS[arm] | {
-        "seed": seed, "run_dir": run_dir, "moshi_paths.hf_repo_id": demo / "exported", "data.train_data": mixture,
-        "data.eval_data": data["eval"], "prompt.voices_dir": demo / "world/data/voices",
-    }  # fmt: skip
-    call("train_personaplex.py", "example/tiny.yaml", *(f"{key}={value}" for key, value in overrides.items()))
+    own = {"seed": seed, "run_dir": run_dir, "data.train_data": mixture, "data.eval_data": data["eval"]}
+    tune_demo(demo, SETTINGS | ARMS[arm] | own)
     second = read_rows(run_dir / "metrics.eval.jsonl")[-1]["text_word_accuracy"]
     call("-m", "finetune.tools.evaluate", run_dir, f"data.eval_data={data['first']}", "eval_free_samples=0")
     row = json.loads((run_dir / f"evaluation_{SETTINGS['max_steps']:06d}.json").read_text())
@@ -105,8 +93,7 @@ def main() -> int:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="what `make demo` has written")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each kind")
     args = parser.parse_args()
-    if not (args.demo / "exported/config.json").is_file():
-        raise UserError(f"{args.demo}: no demo there; run make demo")
+    demo_folder(args.demo)
     args.folder.mkdir(parents=True, exist_ok=True)
     own = {split: args.demo / f"codes_personaplex/{split}_precomputed.jsonl" for split in ("train", "eval")}
     renamed = vocabulary(own["train"])

@@ -17,20 +17,19 @@ Prints a table and the measures that were out of bounds.
 
 import collections
 import json
-import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from benchmarks import demo_folder, tune_demo
 from finetune.audio.codes import load_codes, save_tensors
 from finetune.audio.files import FRAME_RATE
 from finetune.audio.words import read_sidecar
-from finetune.cli import UserError, run
+from finetune.cli import run
 from finetune.data.manifest import Line, read_manifest, resolve_path
+from finetune.loop import EXIT_GUARD
 from finetune.metrics import read_rows
 from finetune.parser import Parser
 from finetune.streams import CARD, SILENCE_TOKENS
@@ -38,7 +37,7 @@ from finetune.streams import CARD, SILENCE_TOKENS
 STEPS, EVERY = 36, 12
 COMMON = {
     "max_steps": STEPS, "eval_freq": EVERY, "ckpt_freq": 0, "do_ckpt": "false", "log_freq": 4, "eval_max_samples": 8,
-    "eval_free_samples": 8, "guard.action": "stop", "data.num_workers": 0, "moshi_paths.moshi_path": "null",
+    "eval_free_samples": 8, "guard.action": "stop",
 }  # fmt: skip
 SOUND = {
     "LoRA": {},
@@ -105,20 +104,11 @@ def train(demo: Path, folder: Path, name: str, settings: dict, seed: int, data: 
     if result.is_file():
         return json.loads(result.read_text())
     shutil.rmtree(run_dir, ignore_errors=True)
-    overrides = COMMON | settings | {
-        "seed": seed, "run_dir": run_dir, "moshi_paths.hf_repo_id": demo / "exported",
-        "prompt.voices_dir": demo / "world/data/voices",
-        "data.train_data": data or demo / "codes_personaplex/train_precomputed.jsonl",
-        "data.eval_data": demo / "codes_personaplex/eval_precomputed.jsonl",
-    }  # fmt: skip
-    command = [sys.executable, "train_personaplex.py", "example/tiny.yaml", *(f"{k}={v}" for k, v in overrides.items())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode not in (0, 3):
-        raise UserError(f"{name}, seed {seed}: exit code {done.returncode}: {done.stderr[-500:]}")
+    own = {"seed": seed, "run_dir": run_dir} | ({"data.train_data": data} if data else {})
+    done = tune_demo(demo, COMMON | settings | own, codes=(0, EXIT_GUARD))
     rows = read_rows(run_dir / "metrics.eval.jsonl")
     found = {
-        "name": name, "seed": seed, "stopped_at": rows[-1]["step"] if done.returncode == 3 else None,
+        "name": name, "seed": seed, "stopped_at": rows[-1]["step"] if done.returncode == EXIT_GUARD else None,
         "violations": {row["step"]: row.get("violations", []) for row in rows[1:]},
         "measures": [{k: v for k, v in row.items() if k.startswith(("free_", "data_")) or k in ("step", "loss")}
                      for row in rows],
@@ -136,8 +126,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="runs of each kind")
     parser.add_argument("--only", nargs="+", choices=[*SOUND, *COLLAPSES], help="kinds of runs; all if not given")
     args = parser.parse_args()
-    if not (args.demo / "exported/config.json").is_file():
-        raise UserError(f"{args.demo}: no demo there; run make demo")
+    demo_folder(args.demo)
     args.folder.mkdir(parents=True, exist_ok=True)
     data = {kind: make_data(args.demo, args.folder / "data", kind) for kind in ("mute", "loop", "garbled")}
     kinds = {name: own for name, own in (SOUND | COLLAPSES).items() if not args.only or name in args.only}

@@ -26,7 +26,7 @@ DEQUANTISED_PER_CHUNK = {"cpu": 2**17, "cuda": 2**24}
 
 
 class QuantisedLinear(nn.Linear):
-    """A frozen linear without bias. `weight` [out, in] is made anew at each access, in the dtype of the scales.
+    """A frozen linear without bias. `weight` [out, in] is computed at each access, in the dtype of the scales.
 
     Its buffers are `codes` [blocks, bytes per block], int8 or two nf4 codes in each uint8, the first one in the higher
     bits; `scales` [blocks, 1]; and for nf4 `levels` [256, 2] float32, the two levels that a byte stands for.
