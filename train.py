@@ -4,6 +4,7 @@ import finetune  # noqa: F401  # isort: skip  (first: from here on Ctrl-C ends i
 
 import contextlib
 import logging
+import os
 
 import torch
 
@@ -25,8 +26,10 @@ from finetune.model.training_lm import TrainingLM
 from finetune.optim import Schedule, build_optimizer
 from finetune.run_dir import check_run_dir, open_run
 from finetune.streams import N_STREAMS
+from finetune.training_run import Progress, Stop, TrainingRun
 
 logger = logging.getLogger("train")
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # docs.nvidia.com/cuda/cublas, "Results reproducibility"
 
 
 def train(config: str, *overrides: str) -> int:
@@ -60,11 +63,31 @@ def train(config: str, *overrides: str) -> int:
 def launch(spec: ModelSpec, config: str, overrides: tuple[str, ...]) -> int:
     """Read the settings, join the processes of the run, and train. Returns the exit code."""
     args = load_args(config, overrides)
+    if args.deterministic:
+        compute_deterministically()
     with session(args.device) as world:
         form = "%(asctime)s %(message)s" if world.is_main else f"[rank {world.rank}] %(message)s"
         level = logging.INFO if world.is_main else logging.WARNING
         logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", force=True)
         return run_training(args, spec, world)
+
+
+def compute_deterministically() -> None:
+    """Make each computation on a GPU give the same bits every time. Call this before CUDA is used.
+
+    Of the attention kernels, torch then leaves out cuDNN's, and runs the backward passes of the other two without
+    atomic additions. Raises UserError if the environment has a setting of cuBLAS that prevents it.
+    """
+    workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])
+    if workspace not in CUBLAS_WORKSPACES:
+        raise UserError(
+            f"deterministic: the environment sets CUBLAS_WORKSPACE_CONFIG={workspace}, with which cuBLAS may add in "
+            f"another order each time; set {' or '.join(CUBLAS_WORKSPACES)}, or unset it"
+        )
+    torch.use_deterministic_algorithms(True)  # an operation that has no deterministic form raises an error
+    torch.utils.deterministic.fill_uninitialized_memory = False  # helps to debug only; FSDP allocates in every layer
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
@@ -106,11 +129,11 @@ def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
     # 4. Open the folder of the run, and continue from its newest checkpoint if there is one.
     files = (weights.file.path, checkpoint.mimi_weights(), checkpoint.tokenizer_path())
     identity = data.identity() | {"moshi_paths": ",".join(map(audio_fingerprint, files))}
-    with open_run(args, world, identity) as folder, loop.Stop() as stop, contextlib.closing(data):
-        progress = loop.Progress()
+    with open_run(args, world, identity) as folder, Stop() as stop, contextlib.closing(data):
+        progress = Progress()
         if newest := newest_complete(folder, world):
             path, state = newest
-            progress = loop.Progress.of(state)
+            progress = Progress.of(state)
             load_checkpoint(path, lm, optimizer, progress.step)
             logger.info("continuing from %s", path)
             warn_of_changes(state, args, data, world)
@@ -124,10 +147,10 @@ def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
         # 6. Train.
         with contextlib.closing(Metrics(folder, args, world.is_main, progress.step)) as metrics:
             parts = training_lm, optimizer, data, artefact, progress, metrics, stop, weights
-            return loop.train(loop.TrainingRun(args, world, folder, *parts))
+            return loop.train(TrainingRun(args, world, folder, *parts))
 
 
-def continue_schedule(progress: loop.Progress, args: TrainArgs) -> Schedule | None:
+def continue_schedule(progress: Progress, args: TrainArgs) -> Schedule | None:
     """Return the schedule of the learning rate of a run that continues: the stored one, or, if max_steps or the shape
     has changed, one that begins at the present rate."""
     stored = progress.schedule

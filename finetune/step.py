@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,16 +18,14 @@ from finetune.lora import part_of
 from finetune.model.targets import sample_rows
 from finetune.model.training_lm import TrainingLM
 from finetune.optim import clip_gradients, set_lr
-
-if TYPE_CHECKING:
-    from finetune.loop import TrainingRun
+from finetune.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
 MIN_WINDOWS = 8  # a run ends when it has consumed this many windows and could not read any of them
 DRIFT_EVERY = 8  # frames; the drift is measured on one of them, another one in each step
 
 
-def read_step(run: "TrainingRun", stream: Iterator[Batch]) -> tuple[list[Batch], float, Tensor, Tensor]:
+def read_step(run: TrainingRun, stream: Iterator[Batch]) -> tuple[list[Batch], float, Tensor, Tensor]:
     """Return the microbatches of this rank and the seconds spent waiting for them; and, summed over all ranks, the
     targets per group [2 + dep_q] and the requests [3]: to stop, to save (ckpt_every_minutes), and skipped windows."""
     began = time.perf_counter()
@@ -82,7 +79,7 @@ def forward_backward(
 
 
 def update(
-    run: "TrainingRun", batches: list[Batch], own: Tensor, scale: Tensor, requests: Tensor
+    run: TrainingRun, batches: list[Batch], own: Tensor, scale: Tensor, requests: Tensor
 ) -> tuple[Tensor, dict[str, float], list[float]]:
     """Update the parameters. If the loss or the gradient is not finite, leave them as they are, and raise UserError on
     all ranks if this has happened more than max_bad_steps times.
@@ -111,7 +108,7 @@ def update(
     return sums, numbers, requested
 
 
-def loss_of(run: "TrainingRun", sums: Tensor, scale: Tensor) -> Tensor:
+def loss_of(run: TrainingRun, sums: Tensor, scale: Tensor) -> Tensor:
     """The loss, given the sums of `forward_backward`."""
     loss = (sums[0] * scale).sum()
     return loss + run.args.lora.drift_weight * (sums[2] * scale).sum() if run.args.lora.drift_weight else loss
@@ -128,7 +125,7 @@ def gradient_norms(lm: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def report_bad_step(
-    run: "TrainingRun", loss: float, norm: float, own_loss: float, batches: list[Batch], scale: Tensor
+    run: TrainingRun, loss: float, norm: float, own_loss: float, batches: list[Batch], scale: Tensor
 ) -> None:  # fmt: skip
     """Find out which windows have made a step that is not finite, write them to a file, and warn, or raise UserError on
     all ranks if there have been too many such steps. The weights have not been changed."""
@@ -156,7 +153,7 @@ def report_bad_step(
         logger.warning("%s; this step is left out (%d of max_bad_steps = %d)", what, run.progress.bad_steps, limit)
 
 
-def find_culprits(run: "TrainingRun", batches: list[Batch], scale: Tensor) -> list[str]:
+def find_culprits(run: TrainingRun, batches: list[Batch], scale: Tensor) -> list[str]:
     """Return "window (rank r)" for each window of a step that alone gives a loss or gradient that is not finite.
 
     Gradients are reduced in the backward pass, after which they are not finite on any rank. So the windows take turns
@@ -181,7 +178,7 @@ def find_culprits(run: "TrainingRun", batches: list[Batch], scale: Tensor) -> li
     return found
 
 
-def limit_skipped(run: "TrainingRun") -> None:
+def limit_skipped(run: TrainingRun) -> None:
     """Raise UserError, on all ranks, if more windows than allowed, or all of the first ones, could not be read."""
     progress, limit = run.progress, run.args.data.max_bad_samples
     enough = progress.position >= MIN_WINDOWS or progress.step == run.args.max_steps

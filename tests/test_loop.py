@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
-from finetune import loop
+from finetune import held_out, loop, training_run
 from finetune import step as steps
 from finetune.args import TrainArgs
 from finetune.cli import UserError
@@ -92,7 +92,7 @@ class Noise:
 @pytest.fixture
 def begin(tmp_path, monkeypatch):
     """Makes a run, as train.py does, in a process group of one. Curves are not drawn, but `data.curves` counts them."""
-    with session("cpu") as world, loop.Stop() as stop:
+    with session("cpu") as world, training_run.Stop() as stop:
 
         def begin(step=0, dep_q=8, **settings):
             optim = {
@@ -105,9 +105,9 @@ def begin(tmp_path, monkeypatch):
             shard(model, list(model.lm.transformer.layers), make_mesh(world, "full"), torch.float32)
             data, metrics = Noise(args, dep_q), Metrics(tmp_path, args, True, step)
             monkeypatch.setattr(Metrics, "draw", lambda _: setattr(data, "curves", data.curves + 1))
-            return loop.TrainingRun(
+            return training_run.TrainingRun(
                 args, world, tmp_path, model, build_optimizer(model.lm, args.optim), data,
-                Artefact({}, None, torch.float32), loop.Progress(step, step * 2), metrics, stop,
+                Artefact({}, None, torch.float32), training_run.Progress(step, step * 2), metrics, stop,
             )  # fmt: skip
 
         yield begin
@@ -145,7 +145,11 @@ def kill(number=signal.SIGTERM):
 
 
 def records(caplog):
-    return [record.getMessage() for record in caplog.records if record.name in ("finetune.loop", "finetune.step")]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name in ("finetune.loop", "finetune.step", "finetune.held_out")
+    ]
 
 
 def whole(parameter):
@@ -182,7 +186,7 @@ def test_updates_are_adamws_of_the_weighted_mean_over_all_targets(begin, dep_q):
         assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
     for (name, expected), ours in zip(plain.lm.named_parameters(), run.model.lm.parameters(), strict=True):
         torch.testing.assert_close(whole(ours), expected.detach(), rtol=1e-3, atol=1e-6, msg=name)
-    assert rows(run.folder)[-1]["skipped"] == 1 and run.progress == loop.Progress(2, 8, 1)
+    assert rows(run.folder)[-1]["skipped"] == 1 and run.progress == training_run.Progress(2, 8, 1)
 
 
 class ConstantLosses(torch.nn.Module):
@@ -211,7 +215,7 @@ def test_a_rank_adds_up_its_microbatches_and_makes_up_for_the_average_over_ranks
         batches.append(SimpleNamespace(to={torch.device("cpu"): moved}.get))
     scale = torch.linspace(0.1, 0.2, 18)
     world = SimpleNamespace(size=5, device=torch.device("cpu"))
-    ce, correct, drift = loop.forward_backward(model, batches, scale, world)
+    ce, correct, drift = steps.forward_backward(model, batches, scale, world)
     assert not drift.any()
     assert model.given == [tuple(f"{part} {number}" for part in parts) for number in range(3)]
     assert model.synced == [False, False, True], "gradients are exchanged once per step"
@@ -284,7 +288,7 @@ def test_rows_cover_the_steps_since_the_last(begin):
 
 def test_the_time_of_saving_and_evaluating_is_not_that_of_training(begin, monkeypatch, saved):
     now = [0.0]
-    for module in (loop, steps):
+    for module in (loop, steps, training_run):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
     monkeypatch.setattr(loop, "hold_out", lambda *_, **__: now.__setitem__(0, now[0] + 1000) or True)
     run = begin(max_steps=3, do_eval=True, eval_freq=1, do_ckpt=True, ckpt_freq=1, log_freq=3)
@@ -301,7 +305,7 @@ def test_rates_are_those_of_all_ranks_together():
     own = torch.tensor([1000, 50, 100, 1, 2, 3, 4, 0.5, 2], dtype=torch.float64)
     other = torch.tensor([3000, 70, 100, 10, 20, 30, 40, 1, 4], dtype=torch.float64)
     world = SimpleNamespace(size=2, sum=lambda tensor: tensor + other)
-    assert loop.report_totals(own, world) == {
+    assert steps.report_totals(own, world) == {
         "tokens_per_sec": 4000 / 3, "frames_per_sec": 120 / 3, "loss_frames_share": 0.6, "data_wait": 0.25,
         "interval_sec": 2.0, "text_tokens_dropped": 11, "words_late": 22, "windows_without_voice": 33,
         "share_without_voice": 0.75,
@@ -331,7 +335,7 @@ def test_checkpoints_are_saved_by_steps_and_at_the_end(begin, saved, settings, e
 
 def test_checkpoints_are_saved_by_the_clock(begin, saved, monkeypatch):
     now = [1000.0]
-    for module in (loop, steps):
+    for module in (loop, steps, training_run):
         fake = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
         monkeypatch.setattr(module, "time", fake)
     run = begin(max_steps=10, do_ckpt=True, ckpt_every_minutes=2.5)
@@ -345,7 +349,7 @@ def test_checkpoints_are_saved_by_the_clock(begin, saved, monkeypatch):
 
 def test_the_checkpoint_comes_before_the_evaluation(begin, saved, monkeypatch):
     run = begin(max_steps=3, do_eval=True, eval_freq=2, eval_free_samples=0, do_ckpt=True, ckpt_freq=2)
-    evaluate = loop.evaluate
+    evaluate = held_out.evaluate
 
     def fail_at_step_2(*args):
         if run.progress.step == 2:
@@ -353,7 +357,7 @@ def test_the_checkpoint_comes_before_the_evaluation(begin, saved, monkeypatch):
             raise UserError("the evaluation fails")
         return evaluate(*args)
 
-    monkeypatch.setattr(loop, "evaluate", fail_at_step_2)
+    monkeypatch.setattr(held_out, "evaluate", fail_at_step_2)
     with pytest.raises(UserError, match="the evaluation fails"):
         loop.train(run)
 
@@ -435,8 +439,8 @@ def replies(monkeypatch):
         step = int(folder.name.removeprefix("step_"))
         return calls.measures(step) | ({"data_silence": 0.4, "data_repetition": 0.1} if recorded else {}), calls.warning
 
-    monkeypatch.setattr(loop, "free_run", free_run)
-    monkeypatch.setattr(loop, "judge_replies", judge)
+    monkeypatch.setattr(held_out, "free_run", free_run)
+    monkeypatch.setattr(held_out, "judge_replies", judge)
     return calls
 
 
@@ -506,7 +510,7 @@ def test_a_run_stops_going_back_at_some_time(begin, replies):
 
 def test_early_stop_ends_a_run_that_no_longer_gets_better(begin, monkeypatch, caplog):
     losses = iter([4.0, 3.0, 3.5, 3.6, 3.7])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: ({"loss": next(losses), "samples": 1, "skipped": 0}, []))
+    monkeypatch.setattr(held_out, "evaluate", lambda *_: ({"loss": next(losses), "samples": 1, "skipped": 0}, []))
     run = begin(do_eval=True, eval_freq=2, eval_free_samples=0, max_steps=20, early_stop=2)
     with caplog.at_level(logging.INFO):
         assert loop.train(run) == 0
@@ -515,7 +519,7 @@ def test_early_stop_ends_a_run_that_no_longer_gets_better(begin, monkeypatch, ca
 
 def test_the_best_checkpoint_is_kept(begin, monkeypatch):
     losses = iter([4.0, 3.0, 3.5, 3.6, 3.7])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: ({"loss": next(losses), "samples": 1, "skipped": 0}, []))
+    monkeypatch.setattr(held_out, "evaluate", lambda *_: ({"loss": next(losses), "samples": 1, "skipped": 0}, []))
     settings = {"do_eval": True, "eval_freq": 2, "eval_free_samples": 0, "max_steps": 8}
     run = begin(**settings, do_ckpt=True, ckpt_freq=2, num_ckpt_keep=1)
     assert loop.train(run) == 0
@@ -650,7 +654,7 @@ def test_a_resumed_run_that_stops_at_once_is_saved(begin, saved, monkeypatch, ca
 
 SECOND_SIGNAL = """
 import os, signal, time
-from finetune.loop import Stop
+from finetune.training_run import Stop
 before = signal.getsignal(signal.SIGTERM)
 with Stop() as stop:
     assert stop.signal is None
@@ -751,7 +755,8 @@ def skipping(position, skipped, step=1, max_steps=100, limit=3, windows=10):
     args = SimpleNamespace(max_steps=max_steps, data=SimpleNamespace(max_bad_samples=limit))
     world = SimpleNamespace(gather=lambda own: [own, {"b.pt: gone", "c.pt: gone"}])
     return SimpleNamespace(
-        args=args, progress=loop.Progress(step, position, skipped), world=world, problems={"b.pt: gone", "a.pt: gone"},
+        args=args, progress=training_run.Progress(step, position, skipped), world=world,
+        problems={"b.pt: gone", "a.pt: gone"},
         data=SimpleNamespace(train=range(windows)),
     )  # fmt: skip
 
@@ -765,7 +770,7 @@ def skipping(position, skipped, step=1, max_steps=100, limit=3, windows=10):
     ],
 )  # fmt: skip
 def test_some_windows_may_be_unreadable(run):
-    loop.limit_skipped(run)
+    steps.limit_skipped(run)
 
 
 @pytest.mark.parametrize(
@@ -783,7 +788,7 @@ def test_some_windows_may_be_unreadable(run):
 )
 def test_too_many_unreadable_windows_end_the_run(run, head):
     with pytest.raises(UserError) as error:
-        loop.limit_skipped(run)
+        steps.limit_skipped(run)
     assert str(error.value).startswith(head) and "check_data" in str(error.value)
     listed = [line for line in str(error.value).splitlines() if line.startswith("  - ")]
     assert listed == ["  - a.pt: gone", "  - b.pt: gone", "  - c.pt: gone"], "those of all ranks, each once"

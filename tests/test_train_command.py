@@ -10,7 +10,7 @@ import torch
 
 import train
 import train_personaplex
-from finetune import loop
+from finetune import loop, training_run
 from finetune.cli import UserError
 from finetune.distributed import World
 from finetune.model.pretrained import MOSHI, PERSONAPLEX
@@ -85,7 +85,7 @@ def test_settings_reach_the_run(assembled, tmp_path, monkeypatch):
     assert adapter.lora_A.weight.shape[0] == 2 and adapter.scaling == 0.5
     assert lm.text_emb.weight.requires_grad and not lm.out_norm.alpha.requires_grad
     assert {group["peak_lr"] for group in run.optimizer.param_groups} == {3e-4, 4e-5}
-    assert run.folder == tmp_path / "run" and run.progress == loop.Progress()
+    assert run.folder == tmp_path / "run" and run.progress == training_run.Progress()
     assert seen == ["none"] and not run.model.gradient_checkpointing and torch.initial_seed() == 5
 
     def weights(**changed):
