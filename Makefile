@@ -1,19 +1,52 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Both install into .venv first.
+# With TORCH=newest, every command works in .venv-newest, where torch is the newest one: moshi's pin is left out.
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+ifneq ($(filter-out newest,$(TORCH)),)
+$(error TORCH=$(TORCH): the only other torch is TORCH=newest)
+endif
+VENV := .venv$(if $(TORCH),-$(TORCH))
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# GB of it
+SIZE := 8
 # Two threads gain little on models this small, and slow down badly when another process takes a core.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-slurm test-speech test-runtime lint bench clean
+.PHONY: install demo test test-slurm test-speech test-runtime gpu-check gpu-wheels lint bench clean
 
 install: $(INSTALLED)
 
+# What pip installs. For the newest torch, both packages without their dependencies first; then what these are, without
+# moshi and without a limit on torch.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
+INSTALL := $(PIP) --editable '.[dev]'
+ifeq ($(TORCH),newest)
+INSTALL := $(PIP) --no-deps --editable . 'moshi>=0.2.13,<0.3' \
+	&& $(BIN)/python -c "$$UNPINNED" > $(VENV)/unpinned.txt && $(PIP) --upgrade --requirement $(VENV)/unpinned.txt
+endif
+define UNPINNED
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+for package, extra in (('moshi-personaplex-finetune', 'dev'), ('moshi', '')):
+    for wanted in map(Requirement, requires(package)):
+        here = wanted.marker is None or wanted.marker.evaluate({'extra': extra})
+        if here and wanted.name != 'moshi':
+            print(wanted.name, '' if wanted.name == 'torch' else wanted.specifier)
+endef
+export UNPINNED
+
+# pip unpacks in silence: the loop says every few seconds how far it is, until the shell that waits for pip has gone.
 $(INSTALLED): pyproject.toml
-	$(BIN)/python -c 'import pip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
-		|| $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+	@$(BIN)/python -c 'import pip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
+		|| { echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "installing into $(VENV): about $(SIZE) GB, most of it torch with CUDA; 3 to 10 minutes"
+	@start=$$(date +%s); \
+	while sleep 6 && kill -0 $$$$ 2>/dev/null; do \
+		seconds=$$(($$(date +%s) - start)); \
+		printf '   %d:%02d, %s of $(SIZE) GB unpacked\n' $$((seconds / 60)) $$((seconds % 60)) $$(du -sh $(VENV) | cut -f1); \
+	done & \
+	$(INSTALL)
+	@touch $@
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash example/demo.sh
@@ -34,6 +67,25 @@ test-speech: $(INSTALLED)
 test-runtime: $(INSTALLED)
 	PERSONAPLEX="$(abspath $(PERSONAPLEX))" $(BIN)/python -m pytest tests/runtime
 
+# What is otherwise computed, on a GPU: benchmarks/gpu. Ten minutes at most. On a machine that has its own torch and no
+# network, WHEELS is a folder of what images with torch lack; `make gpu-wheels` fills it where there is a network, for the
+# GPU machine's version of Python. Other packages that are missing there (numpy, scipy, matplotlib, tqdm, requests,
+# pyyaml, einops, sentencepiece, safetensors) can be added to it.
+gpu-check: $(if $(WHEELS),,$(INSTALLED))
+ifdef WHEELS
+	rm -rf .gpu-packages
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --target .gpu-packages '$(WHEELS)'/*.whl
+	PYTHONPATH="$(CURDIR)/.gpu-packages:$$PYTHONPATH" $(PYTHON) -m benchmarks.gpu $(GPU_CHECK)
+else
+	$(BIN)/python -m benchmarks.gpu $(GPU_CHECK)
+endif
+
+GPU_PYTHON := 3.12
+DOWNLOAD = $(PYTHON) -m pip download --quiet --only-binary :all: --python-version $(GPU_PYTHON) --dest '$(WHEELS)'
+gpu-wheels:
+	$(DOWNLOAD) --no-deps 'moshi>=0.2.13,<0.3' 'sphn<0.3' 'huggingface_hub<1' fire termcolor submitit cloudpickle pyloudnorm
+	$(DOWNLOAD) pydantic
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 
@@ -43,4 +95,4 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
 
 clean:
-	rm -rf .venv build *.egg-info runs/demo runs/tutorial
+	rm -rf .venv .venv-newest .gpu-packages build *.egg-info runs/demo runs/tutorial

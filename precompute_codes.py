@@ -8,7 +8,8 @@ A manifest holds JSON lines, {"path": "calls/1.wav", "duration": 63.2}, with pat
 stereo: agent left, user right. For each file codes/calls/1.wav.pt is written, and for each manifest
 train_precomputed.jsonl: its lines with all their fields, "codes_path" added and "duration" corrected. Train on that.
 The words and prompts of each file are copied to words/calls/1.wav.json, and the voices that they name to voices/. So
-the output folder is all that training needs: it may be copied to another machine, without the recordings.
+the output folder is all that training needs: it may be copied to another machine, without the recordings. Only a voice
+that the config of the training names (prompt.voice) is not among them: copy its file too.
 
 A second run encodes only files whose codes are missing, or were made by another Mimi or of audio that has changed, and
 copies words that have changed; run it whenever they have, because training refuses copies that are out of date. A file

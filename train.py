@@ -18,6 +18,7 @@ from finetune.data.run_data import RunData
 from finetune.data.windows import many_epochs
 from finetune.distributed import World, make_mesh, multiplies_bfloat16, session, shard
 from finetune.metrics import Metrics
+from finetune.model.adapters import StoredAdapters
 from finetune.model.build import StoredWeights, build_lm, check_memory, load_weights, make_trainable
 from finetune.model.consolidated import Artefact, inference_config
 from finetune.model.pretrained import MOSHI, ModelSpec, Pretrained, lm_kwargs
@@ -109,6 +110,12 @@ def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
         )
     kwargs = lm_kwargs(checkpoint, spec)
     weights = StoredWeights(checkpoint.moshi_weights(), kwargs["dep_q"])
+    adapters = StoredAdapters(args.lora.start_from) if args.lora.start_from else None
+    files = (weights.file.path, checkpoint.mimi_weights(), checkpoint.tokenizer_path())
+    identity = {"moshi_paths": ",".join(map(audio_fingerprint, files)), "lora.start_from": ""}
+    if adapters is not None:
+        adapters.check_base(identity["moshi_paths"])
+        identity["lora.start_from"] = audio_fingerprint(adapters.file.path)
 
     # 2. Open the data. A bad manifest or prompt ends the run here, before 16 GB of weights are read.
     data = RunData(args, spec.prompts, checkpoint, kwargs, weights.file.read, world)
@@ -121,15 +128,17 @@ def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
     make_trainable(lm, args)
     training_lm = TrainingLM(lm, args.gradient_checkpointing)
     shard(training_lm, [*lm.transformer.layers, *lm.depformer.layers], make_mesh(world, args.sharding), dtype)
-    check_memory(lm, world.device, world.local_size)
+    frames = args.batch_size * data.train.mean_frames
+    check_memory(lm, world.device, world.local_size, frames, args.data.num_workers)
     training_lm.to_empty(device=world.device)
     load_weights(lm, weights, args.seed, world.gather)
+    if adapters is not None:
+        adapters.load(lm, args.seed)
+        logger.info("starting from the adapters in %s", adapters)
     optimizer = build_optimizer(lm, args.optim)
 
     # 4. Open the folder of the run, and continue from its newest checkpoint if there is one.
-    files = (weights.file.path, checkpoint.mimi_weights(), checkpoint.tokenizer_path())
-    identity = data.identity() | {"moshi_paths": ",".join(map(audio_fingerprint, files))}
-    with open_run(args, world, identity) as folder, Stop() as stop, contextlib.closing(data):
+    with open_run(args, world, identity | data.identity()) as folder, Stop() as stop, contextlib.closing(data):
         progress = Progress()
         if newest := newest_complete(folder, world):
             path, state = newest

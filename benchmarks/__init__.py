@@ -1,12 +1,16 @@
 """Measurements; the docstring of each script has its command."""
 
+import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from finetune.audio.words import COPY, read_sidecar
 from finetune.cli import UserError
+from finetune.data.manifest import read_manifest, resolve_path
 
 BUSY = 0.05  # share of all cores; above it timings are not reliable
 
@@ -44,6 +48,25 @@ def demo_folder(demo: Path) -> Path:
     if not (demo / "exported/config.json").is_file():
         raise UserError(f"{demo}: no demo there; run make demo")
     return demo
+
+
+def rewrite_words(manifest: Path, folder: Path, change: Callable[[int, dict], dict]) -> Path:
+    """Write the calls of a manifest of codes with other words and prompts; `change` takes the number of a call and the
+    content of its .json, and returns the new content."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, line in enumerate(read_manifest(manifest, [])):
+        content = change(number, read_sidecar(line.words_path))
+        content.pop(COPY, None)  # the original differs
+        if (manifest.parent / str(content.get("voice_prompt"))).is_file():
+            content["voice_prompt"] = str((manifest.parent / content["voice_prompt"]).absolute())
+        (folder / f"{number:05d}.json").write_text(json.dumps(content))
+        codes = resolve_path(line.manifest, line.fields["codes_path"]).absolute()
+        fields = {"path": str(line.path), "duration": line.duration, "codes_path": str(codes)}
+        lines.append(json.dumps(fields | {"words_path": f"{number:05d}.json"}))
+    out = folder / manifest.name
+    out.write_text("\n".join(lines) + "\n")
+    return out
 
 
 def tune_demo(demo: Path, settings: dict, codes: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess:

@@ -54,6 +54,8 @@ SETTINGS = {
     "prompt.drop_voice": 0.3,  # each role is seen in four of five voices; it has to be read, not guessed from them
 }  # fmt: skip
 
+FOLLOWS = 250  # steps after which role and voice are followed: all words of held-out calls are predicted
+
 
 def prepare(folder: Path, hours: float) -> None:
     """World and codes, unless they are there."""
@@ -68,15 +70,23 @@ def prepare(folder: Path, hours: float) -> None:
     )  # fmt: skip
 
 
-def train(folder: Path, steps: int) -> None:
-    """Trains, or goes on with a training that was stopped."""
-    settings = SETTINGS | {
-        "run_dir": folder / "run", "max_steps": steps, "moshi_paths.hf_repo_id": folder / "model",
+def tune(folder: Path, settings: dict) -> None:
+    """Train on the world in a folder, or go on with a training that was stopped; `settings` replace SETTINGS."""
+    own = {
+        "moshi_paths.hf_repo_id": folder / "model", "moshi_paths.moshi_path": "null",
         "prompt.voices_dir": folder / "data/voices", "data.train_data": folder / "codes/train_precomputed.jsonl",
         "data.eval_data": folder / "codes/eval_precomputed.jsonl",
     }  # fmt: skip
-    overrides = [f"{key}={value}" for key, value in settings.items()] + ["moshi_paths.moshi_path=null"]
+    overrides = [f"{key}={value}" for key, value in (own | SETTINGS | settings).items()]
     subprocess.run([sys.executable, "train_personaplex.py", "example/tiny.yaml", *overrides], check=True)
+
+
+def train_follower(folder: Path) -> Path:
+    """Train a model that follows its prompts, unless it is there; return its weights. Five minutes."""
+    weights = folder / f"follower/checkpoints/checkpoint_{FOLLOWS:06d}/consolidated/consolidated.safetensors"
+    if not weights.is_file():
+        tune(folder, {"run_dir": folder / "follower", "max_steps": FOLLOWS})
+    return weights
 
 
 def listen(folder: Path, repeats: int, greedy: bool) -> dict:
@@ -127,7 +137,7 @@ def main() -> int:
     parser.add_argument("--greedy", action="store_true", help="most likely tokens instead of drawn ones")
     args = parser.parse_args()
     prepare(args.folder, args.hours)
-    train(args.folder, args.steps)
+    tune(args.folder, {"run_dir": args.folder / "run", "max_steps": args.steps})
     results = listen(args.folder, args.repeats, args.greedy)
     (args.folder / "results.json").write_text(json.dumps(results, indent=1))
     columns = ["role", "greeting", "answer", "voice"]

@@ -1,10 +1,14 @@
-"""Count operations, FLOPs and memory of a microbatch at PersonaPlex size, for moshi's forward and ours.
+"""Count operations, FLOPs, memory and least time of a microbatch at PersonaPlex size.
 
     python -m benchmarks.operations
 
-On meta tensors: LoRA rank 128, 16 x 1,250 frames, dep_q 16, forward and backward without the optimizer, with the
-attention kernels and chunk sizes of a GPU. Views compute nothing and are not counted. Memory is that of all tensors
-above the weights.
+On meta tensors, forward and backward without the optimizer, with the kernels and chunk sizes of a GPU. Views and
+allocations run no kernel and are not counted. Memory is that of all tensors above the weights.
+
+The first table compares moshi's forward with ours: LoRA rank 128, 16 x 1,250 frames, dep_q 16. Moshi's own norms and
+gates are counted in parts; on a GPU it may compile them. The second is for values of gradient_checkpointing, with
+example/personaplex_config.yaml (8 x 1,625 frames): the bytes that kernels other than products move, and the time if
+each kernel reached the limits of an H100.
 """
 
 import torch
@@ -15,8 +19,9 @@ from finetune.cli import run
 from finetune.model.targets import Targets, make_targets
 from finetune.model.training_lm import TrainingLM
 from finetune.parser import Parser
-from finetune.tools.plan.command import GIB
-from finetune.tools.plan.meter import GpuAttention, Meter
+from finetune.tools.plan.command import GIB, read_plan_settings
+from finetune.tools.plan.meter import GpuKernels, Meter
+from finetune.tools.plan.sizes import open_sizes
 
 BATCH, FRAMES, DEP_Q, RANK = 16, 1250, 16, 128
 CONFIG = {key: value for key, value in loaders._lm_kwargs.items() if key != "dep_q"} | {"delays": DELAYS}
@@ -28,10 +33,22 @@ def count(path: str, checkpointing: bool) -> Meter:
     targets = Targets(*(tensor.to("meta") for tensor in make_targets(codes, mask, DELAYS, DEP_Q)))
     codes, mask = codes.to("meta"), mask.to("meta")
     training = TrainingLM(lm, checkpointing) if path == "ours" else None
-    with GpuAttention(), Meter() as meter:
+    with GpuKernels(), Meter() as meter:
         loss = training(codes, mask, targets=targets).ce.sum() if training else stock_loss(lm, codes)
-        torch.autograd.backward(loss)  # Tensor.backward would leave GpuAttention in it
+        loss.backward()
     return meter
+
+
+def print_checkpointing() -> None:
+    args, live, _ = read_plan_settings("example/personaplex_config.yaml", [])
+    sizes, *_ = open_sizes(args, live, None, ranks=1, ranks_per_node=1)
+    first = sizes.step(args.batch_size, True).roofline_sec
+    print("| gradient_checkpointing | operations | PFLOP | other kernels, TB | peak, GiB | roofline, s | faster by |")
+    print("|--" * 7 + "|")
+    for value in (True, 8, 16, 24, 32, 34, 36, 38, False):
+        meter = sizes.step(args.batch_size, value)
+        print(f"| {str(value).lower()} | {meter.operations:,} | {meter.flops / 1e15:.3f} | {meter.traffic / 1e12:.3f} "
+              f"| {meter.peak / GIB:.1f} | {meter.roofline_sec:.3f} | {first / meter.roofline_sec:.2f} |")  # fmt: skip
 
 
 def main() -> None:
@@ -44,6 +61,8 @@ def main() -> None:
             print(f"| {'on' if checkpointing else 'off'} | {path} "
                   f"| {meter.operations:,} | {meter.operations / stock.operations:.2f} | {meter.flops / 1e15:.3f} "
                   f"| {meter.peak / GIB:.1f} | {meter.peak / stock.peak:.2f} |")  # fmt: skip
+    print()
+    print_checkpointing()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from finetune.model.build import build_lm, make_trainable
 from finetune.model.targets import Targets, make_targets
 from finetune.model.training_lm import TrainingLM
 from finetune.parser import Parser
-from finetune.tools.plan.meter import GpuAttention, Meter
+from finetune.tools.plan.meter import GpuKernels, Meter
 
 DEP_Q = 16
 VARIANTS = {
@@ -57,7 +57,7 @@ def count(changes: dict) -> Meter:
         parameter.data = parameter.data.to(torch.bfloat16)
     codes, mask = make_batch(1625, 375, 8)
     targets = Targets(*(tensor.to("meta") for tensor in make_targets(codes, mask, DELAYS, DEP_Q)))
-    with GpuAttention(), Meter() as meter:
+    with GpuKernels(), Meter() as meter:
         out = TrainingLM(lm, True)(
             codes.to("meta"), mask.to("meta"), targets=targets, steps=depformer_steps(args, DEP_Q)
         )

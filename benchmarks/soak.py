@@ -32,7 +32,7 @@ from finetune.tools.toy.model import make_model
 
 EVAL_FREQ = 8  # steps
 PATIENCE_SEC = 120.0  # for a moment to come
-TIMES = {"seconds", "frames_per_sec", "tokens_per_sec", "data_wait", "interval_sec", "peak_memory_gb"}
+TIMES = {"seconds", "frames_per_sec", "tokens_per_sec", "data_wait", "interval_sec", "peak_memory_gb", "tflops"}
 
 
 def command(folder: Path, run_dir: Path, steps: int) -> list[str]:

@@ -27,7 +27,7 @@ from finetune.distributed import multiplies_bfloat16
 from finetune.model.targets import Targets, make_targets
 from finetune.model.training_lm import TrainingLM
 from finetune.parser import Parser
-from finetune.tools.plan.meter import GpuAttention, Meter
+from finetune.tools.plan.meter import GpuKernels, Meter
 
 BATCH = 2
 DTYPE = torch.bfloat16 if multiplies_bfloat16(torch.device("cpu")) else torch.float32
@@ -173,7 +173,7 @@ def gemm_rate(repeats: int = 7, size: int = 2048) -> float:
 def peak_memory(dep_q: int, frames: int, path: str) -> int:
     """Bytes above the weights at the fullest point of a forward and backward pass."""
     _, ways = losses(dep_q, frames, "meta")
-    with GpuAttention(), Meter() as memory:
+    with GpuKernels(), Meter() as memory:
         ways[path]()
     return memory.peak
 

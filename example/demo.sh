@@ -1,40 +1,49 @@
 #!/usr/bin/env bash
 # The whole path on a tiny model: make data, encode it, train Moshi, expand it to PersonaPlex, fine-tune, listen, export.
-# Everything is written to runs/demo/. About three minutes on two cores; no GPU, no network.
+# Everything is written to runs/demo/. About four minutes on two cores; no GPU, no network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=runs/demo
 
-say() { printf '\n== %s\n' "$*"; }
+# step DONE TITLE: DONE is the share of the whole that comes before it, in percent (two idle cores), for the time left.
+step() {
+  printf '\n== %s' "$2"
+  if [ "$1" -gt 0 ]; then
+    local left=$((SECONDS * (100 - $1) / $1))
+    printf ' (%d:%02d elapsed, about %d:%02d left)\n' $((SECONDS / 60)) $((SECONDS % 60)) $((left / 60)) $((left % 60))
+  else
+    printf ' (about four minutes in all)\n'
+  fi
+}
 
-say "1. A tiny Moshi and a quarter of an hour of synthetic stereo dialogues"
+step 0 "1. A tiny Moshi and a quarter of an hour of synthetic stereo dialogues"
 rm -rf "$run"
 python -m finetune.tools.toy "$run/world" --hours 0.25
 
-say "2. Mimi codes of the dialogues, computed once, as each model's server makes them"
+step 4 "2. Mimi codes of the dialogues, computed once, as each model's server makes them"
 manifests=("$run/world/data/train.jsonl" "$run/world/data/eval.jsonl")
 python precompute_codes.py "${manifests[@]}" --output-dir "$run/codes" --hf-repo "$run/world/model" --device cpu
 python precompute_codes.py "${manifests[@]}" --output-dir "$run/codes_personaplex" --hf-repo "$run/world/model" \
   --device cpu --personaplex
 
-say "3. Full fine-tuning of Moshi (8 codebooks: the agent's)"
+step 20 "3. Full fine-tuning of Moshi (8 codebooks: the agent's)"
 python train.py example/tiny_moshi.yaml
 
-say "4. PersonaPlex: expanded to 16 codebooks, with role and voice prompts, LoRA"
+step 50 "4. PersonaPlex: expanded to 16 codebooks, with role and voice prompts, LoRA"
 torchrun --standalone train_personaplex.py example/tiny.yaml
 
-say "5. A free-running reply to a held-out user"
+step 89 "5. A free-running reply to a held-out user"
 python -m finetune.tools.generate "$run/personaplex" --user-wav "$run/world/data/eval/00000.wav" --voice basalt \
   --voices-dir "$run/world/data/voices" --text-prompt "You are Ada from the harbour." --dtype fp32 \
   --out "$run/reply.wav" --text "$run/reply.json"
 
-say "6. Export: all weights in the layout of NVIDIA's runtime"
+step 94 "6. Export: all weights in the layout of NVIDIA's runtime"
 python -m finetune.tools.export "$run/personaplex" "$run/exported" --format personaplex --dtype fp32
 
-say "7. A report of the run"
+step 97 "7. A report of the run"
 python -m finetune.tools.report "$run/personaplex"
 
-say "8. Held-out loss before and after"
+step 99 "8. Held-out loss before and after"
 for stage in moshi personaplex; do
   python - "$run/$stage" <<'EOF'
 import sys
@@ -48,4 +57,4 @@ print(f"{sys.argv[1]}: held-out loss {first:.3f} -> {last:.3f} ({last / first - 
 EOF
 done
 cp "$run/personaplex/curves.png" "$run/curves.png"
-say "Done: $run/curves.png, $run/personaplex/report.html, $run/reply.wav (agent left, user right)"
+printf '\n== %s\n' "Done: $run/curves.png, $run/personaplex/report.html, $run/reply.wav (agent left, user right)"

@@ -7,14 +7,19 @@
 # # From recordings to a voice agent that you can talk to
 #
 # Every step of fine-tuning PersonaPlex, in a world so small that the whole path takes a few minutes on a laptop. You
-# need no GPU and no download. Open this file as a notebook (VS Code, or Jupyter with jupytext), or run it in the
-# toolkit's environment: `python example/tutorial.py`.
+# need no GPU and no download of weights. `example/tutorial.ipynb` is the notebook, for Jupyter and Colab, and
+# `example/tutorial.py` the same as a script.
 #
 # The model has Kyutai's architecture at a thousandth of its size, with random weights, so it knows nothing yet. The
 # "speech" is synthetic: each word is a chord and each voice a pitch, which a tiny model can learn. Nobody but the model
 # understands it. Everything else is what you would do with your own calls.
+#
+# The first cell installs the toolkit if it is missing, which takes some minutes: from the clone that this notebook lies
+# in, or else, as on Colab, from the address that you give. `run` prints a command and runs it as you would in a shell:
+# what README calls `python train.py` is `python -m train` here, which works outside of a clone too.
 
 # %%
+import importlib.util
 import json
 import os
 import shlex
@@ -24,19 +29,21 @@ import sys
 import wave
 from pathlib import Path
 
-import numpy as np
-
-here = Path(__file__).resolve() if "__file__" in globals() else Path.cwd() / "tutorial"
-ROOT = next(folder for folder in here.parents if (folder / "train_personaplex.py").is_file())
-FOLDER = Path(os.environ.get("TUTORIAL_DIR", ROOT / "runs/tutorial")).resolve()  # everything is written here
+REPOSITORY = os.environ.get("REPOSITORY", "")  # address of the toolkit's git repository; in a clone it is not needed
+FOLDER = Path(os.environ.get("TUTORIAL_DIR", "runs/tutorial")).resolve()  # everything is written here
 STEPS = int(os.environ.get("STEPS", 60))  # training steps
 
 
 def run(*command: object) -> None:
-    """Print a command of the toolkit and run it as you would in a shell."""
+    """Print a command and run it in this Python; what it says appears as it comes."""
     command = [str(part) for part in command]
     print("$ python", shlex.join(command).replace(f"{FOLDER}/", ""), flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, *command], **pipes) as job:
+        for line in job.stdout:
+            print(line, end="", flush=True)
+    if job.returncode:
+        raise SystemExit(f"the command ended with exit code {job.returncode}")
 
 
 def listen(path: Path) -> None:
@@ -49,6 +56,11 @@ def listen(path: Path) -> None:
         print(f"listen to {path}")
 
 
+if not all(importlib.util.find_spec(name) for name in ("train_personaplex", "moshi")):
+    clones = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "train_personaplex.py").is_file()]
+    if not clones and not REPOSITORY:
+        raise SystemExit("the toolkit is not installed: set REPOSITORY in this cell to the address of its repository")
+    run("-m", "pip", "install", clones[0] if clones else f"git+{REPOSITORY}")
 if FOLDER.exists():
     raise SystemExit(f"{FOLDER} exists already; set TUTORIAL_DIR to another folder, or move this one away")
 
@@ -56,9 +68,8 @@ if FOLDER.exists():
 # ## 1. A model and some recordings
 #
 # `finetune.tools.toy` makes the tiny Moshi (`world/model`), dialogues between an agent and a user, and voices for the
-# agent.
-# Your own model will be `nvidia/personaplex-7b-v1` from the hub, and your recordings will come from elsewhere. So we
-# keep only two mono files of each call, as telephone systems record them.
+# agent. Your own model will be `nvidia/personaplex-7b-v1` from the hub, and your recordings will come from elsewhere.
+# So we keep only two mono files of each call, as telephone systems record them.
 
 # %%
 run("-m", "finetune.tools.toy", FOLDER / "world", "--hours", 0.03)
@@ -68,10 +79,10 @@ recordings.mkdir()
 for path in sorted((FOLDER / "world/data/train").glob("*.wav")):
     with wave.open(str(path)) as stereo:
         rate, samples = stereo.getframerate(), stereo.readframes(stereo.getnframes())
-    for side, pcm in zip(("agent", "user"), np.frombuffer(samples, "<i2").reshape(-1, 2).T):
+    for channel, side in enumerate(("agent", "user")):
         with wave.open(str(recordings / f"{path.stem}_{side}.wav"), "wb") as mono:
             mono.setparams((1, 2, rate, 0, "NONE", ""))
-            mono.writeframes(pcm.tobytes())
+            mono.writeframes(memoryview(samples).cast("h")[channel::2].tobytes())
 print(*sorted(path.name for path in recordings.iterdir())[:4], "...")
 
 # %% [markdown]
@@ -165,7 +176,7 @@ run("-m", "finetune.tools.check_data", config, "--report", FOLDER / "data_report
 
 # %%
 run(
-    "precompute_codes.py", FOLDER / "data/calls.jsonl", FOLDER / "data/calls_eval.jsonl",
+    "-m", "precompute_codes", FOLDER / "data/calls.jsonl", FOLDER / "data/calls_eval.jsonl",
     "--output-dir", FOLDER / "codes", "--hf-repo", FOLDER / "world/model", "--personaplex", "--device", "cpu",
 )  # fmt: skip
 
@@ -178,7 +189,7 @@ run(
 
 # %%
 run(
-    "train_personaplex.py", config, f"data.train_data={FOLDER}/codes/calls_precomputed.jsonl",
+    "-m", "train_personaplex", config, f"data.train_data={FOLDER}/codes/calls_precomputed.jsonl",
     f"data.eval_data={FOLDER}/codes/calls_eval_precomputed.jsonl",
 )  # fmt: skip
 

@@ -4,8 +4,9 @@ import difflib
 import os
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -18,6 +19,12 @@ CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the range of torch.manual_seed
 File = Annotated[str | None, AfterValidator(lambda path: path and os.path.expanduser(path))]
 Section = Annotated[T, BeforeValidator(lambda value: {} if value is None else value)]  # `optim:` without content
+
+
+def _checkpointing(value: object) -> bool | int:
+    if isinstance(value, int) and value >= 0:  # booleans are numbers
+        return value if value or value is False else True  # 0 layers
+    raise PydanticCustomError("checkpointing", "true, false or a number of layers")
 
 
 class Settings(BaseModel):
@@ -67,6 +74,9 @@ class LoraArgs(Settings):
     )
     scaling: Positive = Field(2.0, description="Factor on the output of the adapters.")
     ft_embed: bool = Field(False, description="Train the embedding tables too.")
+    start_from: File = Field(
+        None, description="Run, checkpoint or exported folder whose adapters to go on from, with a new optimizer."
+    )
 
     drift_weight: NonNegative = Field(
         0.0, description="Loss weight of the divergence from the base on an eighth of the frames; a third more time."
@@ -168,6 +178,7 @@ class TrainArgs(Settings):
     )
 
     log_freq: Count = Field(1, description="Steps between metrics.")
+    profile_step: Count | None = Field(None, description="Write a profile of this step to run_dir (trace and memory).")
     do_eval: bool = Field(False, description="Evaluate during training; by default on if there is eval_data.")
     eval_freq: CountOrZero = Field(0, description="Steps between evaluations; 0: only at the start and the end.")
     eval_free_samples: CountOrZero = Field(4, description="Held-out windows that each evaluation replies to.")
@@ -182,13 +193,20 @@ class TrainArgs(Settings):
     num_ckpt_keep: Count | None = Field(3, description="Newest checkpoints to keep, besides the best; all if null.")
     save_adapters: bool = Field(True, description="LoRA: save the adapters; false saves merged weights.")
 
-    gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, a third more time.")
+    gradient_checkpointing: Annotated[bool | int, PlainValidator(_checkpointing)] = Field(
+        True, description="Recompute activations: less memory, a third more time. `false` keeps all of them; a number "
+        "keeps the expensive ones of so many layers (7B has 38), and `plan` says how many fit.",
+    )  # fmt: skip
     param_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="For computation and frozen weights.")
     base_dtype: Literal["bf16", "int8", "nf4"] = Field(
         "bf16", description="LoRA: store the frozen weights of the layers in 8 (`int8`) or 4 bits (`nf4`), for less "
         "memory and more time; `bf16` stores them as param_dtype says.",
     )  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto uses the GPU if there is one.")
+    deterministic: bool = Field(
+        False,
+        description="On a GPU: the same bits in each run on the same card, torch and number of processes; slower.",
+    )
     sharding: Literal["full", "hybrid", "none"] = Field(
         "full",
         description="Shard parameters over all ranks (`full`), within a node (`hybrid`), or not at all (`none`; with "
@@ -204,12 +222,11 @@ class TrainArgs(Settings):
 # Settings (or whole sections) that may change when a run is resumed; all others decide what the weights become.
 # data.drop_tags is one of them, because runs that began without it go on.
 CHANGEABLE = {
-    "run_dir", "max_steps", "log_freq", "do_eval", "eval_freq", "eval_max_samples", "eval_free_samples",
+    "run_dir", "max_steps", "log_freq", "profile_step", "do_eval", "eval_freq", "eval_max_samples", "eval_free_samples",
     "eval_free_sec", "do_ckpt", "ckpt_freq", "ckpt_every_minutes", "num_ckpt_keep", "save_adapters",
-    "gradient_checkpointing", "device", "sharding", "overwrite_run_dir", "wandb", "tensorboard", "data.num_workers",
-    "data.cache_mb", "data.max_bad_samples", "data.skip", "data.drop_tags", "data.eval_data", "batch_size",
-    "num_microbatches", "optim", "guard", "early_stop", "max_bad_steps",
-    "prompt.allow_voiceless",
+    "gradient_checkpointing", "device", "deterministic", "sharding", "overwrite_run_dir", "wandb", "tensorboard",
+    "data.num_workers", "data.cache_mb", "data.max_bad_samples", "data.skip", "data.drop_tags", "data.eval_data",
+    "batch_size", "num_microbatches", "optim", "guard", "early_stop", "max_bad_steps", "prompt.allow_voiceless",
 }  # fmt: skip
 
 

@@ -219,6 +219,8 @@ def _contradictions(args: TrainArgs) -> list[str]:
         problems.append("no part has adapters: lora.targets and the ranks leave none")
     if args.base_dtype != "bf16":
         problems += _of_quantised(args)
+    if lora.start_from and not lora.enable:
+        problems.append("lora.start_from goes on from adapters: it needs lora.enable")
     if lora.drift_weight and not lora.enable:
         problems.append("lora.drift_weight compares with the base without adapters: it needs lora.enable")
     if lora.drift_weight and lora.ft_embed:
@@ -237,8 +239,8 @@ def _of_quantised(args: TrainArgs) -> list[str]:
     problems, kind = [], f"base_dtype is {args.base_dtype}"
     if not args.lora.enable:
         problems.append(f"{kind}, which is for frozen weights: it needs lora.enable")
-    if not args.gradient_checkpointing:
-        problems.append(f"{kind}: gradient_checkpointing must be true, or all weights would be kept dequantised")
+    if args.gradient_checkpointing is False:
+        problems.append(f"{kind}: gradient_checkpointing must not be false: all weights would be kept dequantised")
     if not args.save_adapters:
         problems.append(
             f"{kind}, so there are no full weights to merge adapters into: leave save_adapters on, and merge them with "

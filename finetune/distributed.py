@@ -43,7 +43,7 @@ class World:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all ranks, on every rank."""
-        tensor = tensor.to(self.device, copy=True)
+        tensor = tensor.to(self.device, copy=True, non_blocking=True)
         dist.all_reduce(tensor)
         return tensor
 

@@ -43,7 +43,7 @@ def evaluate(
         out = lm(moved.codes, moved.loss_mask, moved.embeddings, moved.lengths, targets=moved.targets)
         totals[0] += out.ce
         totals[1] += out.correct
-        totals[2] += batch.counts.to(world.device)
+        totals[2] += batch.counts.to(world.device, non_blocking=True)
         windows += torch.tensor([len(batch.names), len(batch.problems), batch.voiceless])
         problems += batch.problems
         each_batch()

@@ -41,7 +41,7 @@ def train(run: TrainingRun) -> int:
         go_back(run, decision)
 
     stream = run.data.batches(progress.position) if progress.step < args.max_steps else iter(())
-    totals = torch.zeros(9, dtype=torch.float64)  # step_totals since the last row of metrics
+    totals = torch.zeros(10, dtype=torch.float64)  # step_totals since the last row of metrics
     while progress.step < args.max_steps:
         # The targets of all ranks are counted first: every sum is divided by their number, so that microbatches and
         # ranks add up to one batch. Requests to stop and to save travel along, so that all ranks act on the same step.
@@ -49,8 +49,9 @@ def train(run: TrainingRun) -> int:
         batches, waited, counts, requests = read_step(run, stream)
         scale = loss_scales(counts, run.weights.to(world.device), args.text_loss_weight, args.audio_loss_weight)
         drift = args.lora.drift_weight
-        own = forward_backward(run.model, batches, scale, world, run.depformer_steps, drift, progress.step)
-        sums, norms, (stop, save_due, skipped) = update(run, batches, own, scale, requests)
+        with run.meter.watch(progress.step + 1, sum(batch.loss_mask.numel() for batch in batches)):
+            own = forward_backward(run.model, batches, scale, world, run.depformer_steps, drift, progress.step)
+            sums, norms, (stop, save_due, skipped) = update(run, batches, own, scale, requests)
         if skipped:
             limit_skipped(run)
         totals += step_totals(batches, waited, time.perf_counter() - began)
@@ -104,6 +105,7 @@ def log_step(run: TrainingRun, sums: Tensor, counts: Tensor, norms: dict[str, fl
         if getattr(optim, key) is not None:
             row[key] = row["lr"] * peak_rate(name, optim) / optim.lr
     row |= report_totals(totals, run.world) | {"peak_memory_gb": peak_memory_gb(run.world.device)}
+    row |= run.meter.rates(float(totals[2] / totals[-1]))
     if run.progress.bad_steps:
         row["bad_steps"] = run.progress.bad_steps
     run.metrics.write("train", step, row | {"skipped": run.progress.skipped})

@@ -12,7 +12,7 @@ from finetune.args import TrainArgs
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-LINE_SEC = 10.0  # between two lines about the same work
+LINE_SEC = 5.0  # between two lines about the same work
 ROWS = 20  # of metrics whose steps predict the rate of those to come
 
 

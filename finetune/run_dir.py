@@ -22,10 +22,16 @@ from finetune.files import expand, replacing
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_PREFIX = "checkpoint_"
-MAY_MOVE = {"data.train_data", "moshi_paths", "prompt.voices_dir"}  # settings whose files may be moved during a run
+MAY_MOVE = {
+    "data.train_data",
+    "moshi_paths",
+    "prompt.voices_dir",
+    "lora.start_from",
+}  # settings whose files may be moved during a run
 # In the order of removal: args.yaml marks a folder as one of a run, also when only half of the run has been removed.
 RUN_FILES = (
     "checkpoints", "metrics.*.jsonl", "samples", "evaluation_*.json", "not_finite_step_*.json", "curves.png",
+    "profile_*.json.gz", "memory_*.pickle",
     "report.html", "best.json", "tensorboard", "wandb", ".wandb_id", ".launch", "identity.json", "args.yaml",
 )  # fmt: skip
 
@@ -120,9 +126,7 @@ def check_run_dir(args: TrainArgs) -> None:
         raise UserError(f"run_dir: {folder} is a file; name a folder")
     refuse_if_claimed(folder)
     if not args.overwrite_run_dir:
-        _changed_settings(
-            folder, args, {"data.train_data", "moshi_paths", "prompt.voices_dir"}
-        )  # `open_run` knows more
+        _changed_settings(folder, args, MAY_MOVE)  # `open_run` compares what the paths lead to
 
 
 def stored_settings(folder: Path) -> dict:

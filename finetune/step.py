@@ -195,10 +195,10 @@ def limit_skipped(run: TrainingRun) -> None:
 
 
 def step_totals(batches: list[Batch], waited: float, seconds: float) -> Tensor:
-    """Return [9] float64 of this rank: tokens, frames with loss, all frames, dropped text tokens, late words, windows
-    without a voice prompt, windows; seconds of waiting for data, seconds of the step."""
+    """Return [10] float64 of this rank: tokens, frames with loss, all frames, padded frames, dropped text tokens, late
+    words, windows without a voice prompt, windows; seconds of waiting for data, seconds of the step."""
     counts = [
-        (b.tokens, b.frames, b.loss_mask.numel(), b.text.dropped, b.text.late, b.voiceless, len(b.names))
+        (b.tokens, b.frames, b.loss_mask.numel(), b.padding, b.text.dropped, b.text.late, b.voiceless, len(b.names))
         for b in batches
     ]
     return torch.tensor([*map(sum, zip(*counts)), waited, seconds], dtype=torch.float64)
@@ -207,10 +207,12 @@ def step_totals(batches: list[Batch], waited: float, seconds: float) -> Tensor:
 def report_totals(totals: Tensor, world: World) -> dict[str, float]:
     """Return the metrics of all ranks that follow from `step_totals`, summed over steps. `frames_per_sec` counts frames
     with loss, `tokens_per_sec` all tokens that the model reads (17 per frame, prompts included)."""
-    tokens, frames, all_frames, dropped, late, voiceless, windows, waited, seconds = world.sum(totals).tolist()
+    sums = world.sum(totals).tolist()
+    tokens, frames, all_frames, padding, dropped, late, voiceless, windows, waited, seconds = sums
     return {
         "tokens_per_sec": tokens * world.size / seconds, "frames_per_sec": frames * world.size / seconds,
-        "loss_frames_share": frames / max(all_frames, 1), "data_wait": waited / seconds,
+        "loss_frames_share": frames / max(all_frames, 1), "padding_share": padding / max(all_frames, 1),
+        "data_wait": waited / seconds,
         "interval_sec": float(totals[-1]), "text_tokens_dropped": int(dropped), "words_late": int(late),
         "windows_without_voice": int(voiceless), "share_without_voice": voiceless / max(windows, 1),
     }  # fmt: skip

@@ -17,6 +17,7 @@ from finetune.model.build import StoredWeights
 from finetune.model.consolidated import Artefact
 from finetune.model.training_lm import TrainingLM
 from finetune.optim import Schedule
+from finetune.profiling import StepMeter
 from finetune.progress import RunClock
 
 SLOWER = 0.5  # factor of the learning rate after the run has gone back to an earlier checkpoint
@@ -88,6 +89,7 @@ class TrainingRun:
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
         self.problems: set[str] = set()  # why this rank skipped windows
         rows, held_out = (read_rows(self.metrics.path(k)) if self.world.is_main else [] for k in ("train", "eval"))
+        self.meter = StepMeter(self.folder, self.world.device, self.args.profile_step if self.world.is_main else None)
         self.clock = RunClock(self.args, self.progress.step, rows, held_out)
         self.rollbacks = self.world.broadcast(sum(row.get("event") == "rollback" for row in rows))
 

@@ -1,5 +1,6 @@
 """Helpers that several test files share."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import av
 import numpy as np
+import scipy.signal
 import yaml
 
 import train
 from finetune.args import SETTINGS
-from finetune.audio.files import FRAME_RATE, FRAME_SIZE
+from finetune.audio.files import FRAME_RATE, FRAME_SIZE, read_audio
 from finetune.config import load_args
 from finetune.distributed import session
 from finetune.metrics import read_rows
@@ -96,14 +98,43 @@ def rows(run: Path, kind: str = "train") -> list[dict]:
     return [row for row in read_rows(run / f"metrics.{kind}.jsonl") if "loss" in row]
 
 
-def hub_cache(home, repo, files):
-    """A hub cache as huggingface_hub lays it out."""
-    base = home / "hub" / f"models--{repo.replace('/', '--')}"
+def hub_cache(home, repo, files, kind="models"):
+    """A hub cache as huggingface_hub lays it out: files by their hash, and a snapshot of links to them.
+
+    Args:
+        files: their paths, or {name in the repository: path}.
+    """
+    base = home / "hub" / f"{kind}--{repo.replace('/', '--')}"
     (base / "refs").mkdir(parents=True)
     (base / "refs/main").write_text("abc")
-    for path in files:
-        (base / "snapshots/abc").mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, base / "snapshots/abc" / path.name)
+    (base / "blobs").mkdir()
+    for name, path in files.items() if isinstance(files, dict) else [(path.name, path) for path in files]:
+        blob, link = base / f"blobs/{hashlib.sha256(path.read_bytes()).hexdigest()}", base / "snapshots/abc" / name
+        shutil.copy(path, blob)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return base / "snapshots/abc"
+
+
+def dailytalk_cache(home, world):
+    """kyutai/DailyTalkContiguous in a hub cache, as far as the tiny world has dialogues; returns the snapshot.
+
+    Its layout: numbered 44.1 kHz recordings with the words of the agent next to them, and a manifest; no prompts.
+    """
+    files, lines = {}, []
+    for number, path in enumerate(sorted((world / "data").glob("*/0*.wav"))):
+        folder = home / "dailytalk"
+        folder.mkdir(parents=True, exist_ok=True)
+        pcm = scipy.signal.resample_poly(read_audio(path), 147, 80, axis=1)
+        write_wav(folder / f"{number}.wav", np.clip(pcm, -1, 1), 44_100)
+        words = json.loads(path.with_suffix(".json").read_text())["alignments"]
+        main = [word for word in words if word[2] == "SPEAKER_MAIN"]
+        (folder / f"{number}.json").write_text(json.dumps({"alignments": main}))
+        files |= {f"data_stereo/{number}{suffix}": folder / f"{number}{suffix}" for suffix in (".wav", ".json")}
+        lines.append({"path": f"data_stereo/{number}.wav", "duration": pcm.shape[1] / 44_100})
+    manifest = home / "dailytalk/dailytalk.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return hub_cache(home, "kyutai/DailyTalkContiguous", files | {"dailytalk.jsonl": manifest}, kind="datasets")
 
 
 def write_riff(path, form, data):

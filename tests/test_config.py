@@ -52,12 +52,14 @@ DEFAULTS = {
     "data.drop_tags": True, "data.skip": [],
     "moshi_paths.hf_repo_id": None, "moshi_paths.moshi_path": None, "moshi_paths.mimi_path": None,
     "moshi_paths.tokenizer_path": None, "moshi_paths.config_path": None, "lora.enable": False, "lora.rank": 64,
-    "lora.scaling": 2.0, "lora.ft_embed": False, "full_finetuning": False, "optim.lr": 1e-4, "optim.depformer_lr": None,
+    "lora.scaling": 2.0, "lora.ft_embed": False, "lora.start_from": None, "full_finetuning": False, "optim.lr": 1e-4,
+    "optim.depformer_lr": None,
     "optim.weight_decay": 0.1, "optim.pct_start": 0.05, "optim.betas": (0.9, 0.95), "optim.eps": 1e-8,
     "prompt.text": None, "prompt.voice": None, "prompt.voices_dir": None, "prompt.drop_text": 0.0,
     "prompt.drop_voice": 0.0, "prompt.max_sec": 30.0, "wandb.project": None, "wandb.offline": False, "wandb.key": None,
     "wandb.run_name": None, "tensorboard": False, "duration_sec": 10.0, "batch_size": 1, "num_microbatches": 1,
-    "max_steps": 100, "max_norm": 1.0, "seed": 0, "first_codebook_weight_multiplier": 1.0, "text_padding_weight": 0.5,
+    "profile_step": None, "max_steps": 100, "max_norm": 1.0, "seed": 0,
+    "first_codebook_weight_multiplier": 1.0, "text_padding_weight": 0.5,
     "user_audio_loss_weight": 1.0, "log_freq": 1, "do_eval": False, "eval_freq": 0, "eval_free_samples": 4,
     "eval_free_sec": 20.0, "eval_max_samples": None, "do_ckpt": True, "ckpt_freq": 0, "ckpt_every_minutes": None,
     "num_ckpt_keep": 3, "save_adapters": True, "gradient_checkpointing": True, "param_dtype": "bfloat16",
@@ -66,6 +68,7 @@ DEFAULTS = {
     "optim.heads_lr": None, "optim.schedule": "cosine", "text_loss_weight": 1.0, "audio_loss_weight": 1.0,
     "max_bad_steps": 0, "early_stop": None, "guard.action": "warn", "guard.max_rollbacks": 2,
     "prompt.reserve_sec": 0.0, "prompt.allow_voiceless": False, "base_dtype": "bf16",
+    "deterministic": False,
 }  # fmt: skip
 
 
@@ -107,12 +110,13 @@ def test_each_setting_arrives_from_the_file_and_from_the_command_line(config, tm
         "data.drop_tags": False, "data.speakers": ["A", "B"], "run_dir": "elsewhere", "moshi_paths.hf_repo_id": "a/b",
         "moshi_paths.moshi_path": "hf://a/b/c.safetensors", "moshi_paths.mimi_path": file,
         "moshi_paths.tokenizer_path": file, "moshi_paths.config_path": file, "lora.enable": False, "lora.rank": 1,
-        "lora.scaling": 0.5, "lora.ft_embed": True, "full_finetuning": True, "optim.lr": 3e-5,
+        "lora.scaling": 0.5, "lora.ft_embed": True, "lora.start_from": None, "full_finetuning": True, "optim.lr": 3e-5,
         "optim.depformer_lr": 4e-6, "optim.weight_decay": 0.0, "optim.pct_start": 1.0, "optim.betas": [0.0, 0.99],
         "optim.eps": 1e-6, "prompt.text": "You are Ada.", "prompt.voice": "same_speaker",
         "prompt.voices_dir": str(tmp_path / "voices"), "prompt.drop_text": 0.25, "prompt.drop_voice": 1.0,
         "prompt.max_sec": 12.5, "wandb.project": None, "wandb.offline": True, "wandb.key": "k", "wandb.run_name": "n",
         "tensorboard": True, "duration_sec": 0.16, "batch_size": 2, "num_microbatches": 3, "max_steps": 0,
+        "profile_step": 7,
         "max_norm": 0.1, "seed": 2**63 - 1, "first_codebook_weight_multiplier": 50.0, "text_padding_weight": 0.0,
         "user_audio_loss_weight": 0.0, "log_freq": 10, "do_eval": True, "eval_freq": 5, "eval_free_samples": 0,
         "eval_free_sec": 0.5, "eval_max_samples": 7, "do_ckpt": False, "ckpt_freq": 9, "ckpt_every_minutes": 0.5,
@@ -122,11 +126,12 @@ def test_each_setting_arrives_from_the_file_and_from_the_command_line(config, tm
         "optim.heads_lr": 1e-6, "optim.schedule": "wsd", "text_loss_weight": 0.5, "audio_loss_weight": 0.0,
         "max_bad_steps": 2, "early_stop": 3, "guard.action": "off", "guard.max_rollbacks": 1,
         "prompt.reserve_sec": 1.0, "prompt.allow_voiceless": True, "base_dtype": "bf16",
+        "deterministic": True,
     }  # fmt: skip
     expected = values | {"optim.betas": (0.0, 0.99)}
     assert values.keys() == DEFAULTS.keys()
-    # The first excludes full_finetuning, the second needs wandb, and the last two need adapters.
-    unchanged = ["lora.enable", "wandb.project", "lora.drift_weight", "base_dtype"]
+    # lora.enable excludes full_finetuning, wandb.project needs wandb, and the others need adapters.
+    unchanged = ["lora.enable", "lora.start_from", "wandb.project", "lora.drift_weight", "base_dtype"]
     assert [key for key in values if expected[key] == DEFAULTS[key]] == unchanged
     from_overrides = load_args(config, [f"{key}={json.dumps(value)}" for key, value in values.items()])
     assert flatten(from_overrides.model_dump()) == expected
@@ -144,10 +149,10 @@ def test_what_may_change_when_a_run_is_resumed():
     """Everything else decides what the weights become: duration_sec and seed change the order of the data, say."""
     changeable = {
         "batch_size", "ckpt_every_minutes", "ckpt_freq", "data.cache_mb", "data.drop_tags", "data.eval_data",
-        "data.max_bad_samples", "data.num_workers", "device", "do_ckpt", "do_eval", "eval_free_samples",
-        "eval_free_sec", "eval_freq", "eval_max_samples", "gradient_checkpointing", "log_freq", "max_steps",
-        "num_ckpt_keep", "num_microbatches", "overwrite_run_dir", "run_dir", "save_adapters", "sharding", "tensorboard",
-        "wandb", "prompt.allow_voiceless", "data.skip", "max_bad_steps", "guard", "optim", "early_stop",
+        "data.max_bad_samples", "data.num_workers", "deterministic", "profile_step", "device", "do_ckpt", "do_eval",
+        "eval_free_samples", "eval_free_sec", "eval_freq", "eval_max_samples", "gradient_checkpointing", "log_freq",
+        "max_steps", "num_ckpt_keep", "num_microbatches", "overwrite_run_dir", "run_dir", "save_adapters", "sharding",
+        "tensorboard", "wandb", "prompt.allow_voiceless", "data.skip", "max_bad_steps", "guard", "optim", "early_stop",
     }  # fmt: skip
     assert changeable == CHANGEABLE
 
@@ -181,6 +186,8 @@ VALUES = [
     ("run_dir", "''", "empty folder"), ("run_dir", "5", "5 text"), ("data.speakers", "A", "'A' list"),
     ("data.speakers", "[A, 1]", "1 text"), ("param_dtype", "fp8", "'fp8' 'bfloat16' 'float32'"),
     ("device", "tpu", "'tpu' 'auto' 'cpu' 'cuda'"), ("sharding", "half", "'half' 'full' 'hybrid' 'none'"),
+    ("gradient_checkpointing", "5"), ("gradient_checkpointing", "-1", "-1 true false number layers"),
+    ("gradient_checkpointing", "auto", "'auto' true false"), ("gradient_checkpointing", "1.0", "1.0 true false"),
     ("optim", "3", "3 section"), ("optim", "[1]", "[1] section"), ("data", "x", "'x' section"),
 ]  # fmt: skip
 
@@ -194,6 +201,11 @@ def test_the_values_of_a_setting(config, key, value, words):
         assert said.startswith(f": {key} is ") and "\n" not in said
         assert all(re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", said) for word in words.split()), said
         assert not re.search(r"(?i)input|valid|should|instance|tuple|dictionary", said), "pydantic's words"
+
+
+def test_checkpointing_that_keeps_no_layer_is_checkpointing(config):
+    value = lambda text: load_args(config, [f"gradient_checkpointing={text}", "base_dtype=nf4"]).gradient_checkpointing
+    assert value("0") is value("true") is True and value("1") is not True
 
 
 @pytest.mark.parametrize("overrides, named", [
@@ -249,6 +261,7 @@ def test_all_problems_are_reported_at_once(config):
     (["lora.targets=[depformer]", "lora.depformer_rank=0"], "no part has adapters"),
     (["lora.drift_weight=1", "lora.enable=false", "full_finetuning=true"], "lora.drift_weight"),
     (["lora.drift_weight=1", "lora.ft_embed=true"], "lora.ft_embed"),
+    (["lora.start_from=runs/a", "lora.enable=false", "full_finetuning=true"], "lora.start_from"),
     (["base_dtype=nf4", "lora.enable=false", "full_finetuning=true"], "lora.enable"),
     (["base_dtype=nf4", "gradient_checkpointing=false"], "gradient_checkpointing"),
     (["base_dtype=int8", "save_adapters=false"], "save_adapters"),

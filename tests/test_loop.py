@@ -282,6 +282,7 @@ def test_rows_cover_the_steps_since_the_last(begin):
         assert row["windows_without_voice"] == voiceless and 0 < row["data_wait"] < 1 and row["skipped"] == 3
         assert row["share_without_voice"] == voiceless / windows
     # A batch without a window is padded to one of two frames.
+    assert [row["padding_share"] for row in found] == [6 / 24, 0, 0]
     assert found[0]["loss_frames_share"] == pytest.approx(15 / (3 * 2 + 3 * 6))
     assert found[1]["loss_frames_share"] == pytest.approx(5 / 6)
 
@@ -302,12 +303,13 @@ def test_the_time_of_saving_and_evaluating_is_not_that_of_training(begin, monkey
 
 def test_rates_are_those_of_all_ranks_together():
     """Two ranks at a time: 1000 and 3000 tokens in 2 and 4 seconds."""
-    own = torch.tensor([1000, 50, 100, 1, 2, 3, 4, 0.5, 2], dtype=torch.float64)
-    other = torch.tensor([3000, 70, 100, 10, 20, 30, 40, 1, 4], dtype=torch.float64)
+    own = torch.tensor([1000, 50, 100, 10, 1, 2, 3, 4, 0.5, 2], dtype=torch.float64)
+    other = torch.tensor([3000, 70, 100, 20, 10, 20, 30, 40, 1, 4], dtype=torch.float64)
     world = SimpleNamespace(size=2, sum=lambda tensor: tensor + other)
     assert steps.report_totals(own, world) == {
-        "tokens_per_sec": 4000 / 3, "frames_per_sec": 120 / 3, "loss_frames_share": 0.6, "data_wait": 0.25,
-        "interval_sec": 2.0, "text_tokens_dropped": 11, "words_late": 22, "windows_without_voice": 33,
+        "tokens_per_sec": 4000 / 3, "frames_per_sec": 120 / 3, "loss_frames_share": 0.6, "padding_share": 0.15,
+        "data_wait": 0.25, "interval_sec": 2.0, "text_tokens_dropped": 11, "words_late": 22,
+        "windows_without_voice": 33,
         "share_without_voice": 0.75,
     }  # fmt: skip
 

@@ -601,6 +601,9 @@ HOSTILE = [
     setting("~nobody-there/a.jsonl", data__train_data="~nobody-there/a.jsonl"),
     setting("max_steps", max_steps=10**30),
     setting("lora.rank GiB finetune.tools.plan", lora__rank=10**9),
+    setting("batch_size GiB finetune.tools.plan", batch_size=10**9),
+    setting("batch_size GiB finetune.tools.plan", batch_size=10**6, num_microbatches=10**9),
+    setting("data.num_workers GiB", data__num_workers=10**6),
     train("some.jsonl", lambda w: [w.config(data__train_data=str(pipe(w / "some.jsonl")), data__eval_data="")]),
     train("some.jsonl link /gone.jsonl", lambda w: [w.config(data__train_data=str(
         (w / "some.jsonl").symlink_to("/gone.jsonl") or w / "some.jsonl"))]),

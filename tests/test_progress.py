@@ -25,15 +25,15 @@ def test_long_work_is_reported_now_and_then_with_the_time_left(clock, caplog):
     items = []
     for item in tracked([1, 2, 3, 4], "loading", 10, size=lambda size: size):
         items.append(item)
-        clock[0] += 6
+        clock[0] += 3
     assert items == [1, 2, 3, 4]
-    # After 12 s 3 of 10 are done, so 28 s are left; after 24 s all.
-    assert caplog.messages == ["loading: 30%, 0:28 left", "loading: 100%, 0:00 left"]
+    # After 6 s 3 of 10 are done, so 14 s are left; after 12 s all.
+    assert caplog.messages == ["loading: 30%, 0:14 left", "loading: 100%, 0:00 left"]
 
 
 def test_short_work_is_not_reported(clock, caplog):
     for _ in tracked(range(9), "loading", 9):
-        clock[0] += 1
+        clock[0] += 0.5
     assert not caplog.messages
 
 

@@ -18,7 +18,7 @@ import pytest
 from finetune.metrics import read_rows
 from finetune.tools import make_voice
 from finetune.tools.export import command as export_command
-from tests.support import ROOT, hub_cache
+from tests.support import ROOT, dailytalk_cache, hub_cache
 
 SMALL = [
     "max_steps=2", "batch_size=1", "num_microbatches=1", "duration_sec=3", "lora.rank=2", "eval_max_samples=1",
@@ -67,6 +67,7 @@ def evening(world, tmp_path, monkeypatch):
         archive.add(tmp_path / "voices", "voices")
     hub_cache(tmp_path / "hub", "kyutai/moshiko-pytorch-bf16", list((world / "model").iterdir()))
     hub_cache(tmp_path / "hub", "nvidia/personaplex-7b-v1", list((tmp_path / "personaplex").iterdir()))
+    dailytalk_cache(tmp_path / "hub", world)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub/hub"))
     return folder
 
@@ -79,6 +80,8 @@ def test_from_recordings_to_a_reply(evening, monkeypatch, capsys):
             more = SMALL
         if {"finetune.tools.check_data", "finetune.tools.make_replay"} & set(words):
             more = SMALL[-1:]  # the calls of the tiny world are shorter than a window, and nobody says who speaks
+        if "example/dailytalk_personaplex.yaml" in words:
+            more = [*SMALL[:3], "duration_sec=12", *SMALL[4:]]  # whole dialogues, as in the public data set
         code = run(monkeypatch, words, *more)
         shown = capsys.readouterr()
         assert code == 0 or "finetune.tools.plan" in words, (words, shown.out, shown.err)
@@ -88,8 +91,30 @@ def test_from_recordings_to_a_reply(evening, monkeypatch, capsys):
         "exported/model.safetensors", "exported_moshi/config.json", "moshiko_16/config.json", "me.pt",
     ):  # fmt: skip
         assert (evening / product).stat().st_size > 0, product
-    assert len(read_rows(evening / "runs/personaplex/metrics.eval.jsonl")) == 2
+    for run_dir in ("personaplex", "dailytalk", "dailytalk_personaplex"):
+        assert len(read_rows(evening / f"runs/{run_dir}/metrics.eval.jsonl")) == 2
+        assert list((evening / f"runs/{run_dir}/checkpoints").glob("*/consolidated/lora.safetensors"))
+    rows = read_rows(evening / "runs/dailytalk_personaplex/metrics.train.jsonl")
+    assert {row["share_without_voice"] for row in rows if "loss" in row} == {0}, "voices come from the windows"
     brought = {"recordings", "example", "question.wav", "me.wav"}
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
     made = [path.name for path in evening.iterdir() if path.name not in brought]
     assert [name for name in made if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)] == []
+
+
+@pytest.mark.parametrize("name", ["dailytalk", "dailytalk_personaplex"])
+def test_the_configs_of_the_public_data_set_say_what_readme_says(name):
+    text = (ROOT / f"example/{name}.yaml").read_text()
+    written = [shlex.split(line) for line in re.findall(r"^#   ((?:python|torchrun) .*)$", text, re.MULTILINE)]
+    assert len(written) == 3 and all(words in COMMANDS for words in written)
+
+
+def test_links_into_the_repository_lead_somewhere():
+    text = re.sub(r"```.*?```", "", README, flags=re.S)
+    targets = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+    titles = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
+    assert len(targets) > 20
+    for target in targets:
+        assert target[1:] in titles if target.startswith("#") else (ROOT / target).exists(), target
+    used, defined = (set(re.findall(pattern, text, re.M)) for pattern in (r"\]\[([\w-]+)\]", r"^\[([\w-]+)\]: http"))
+    assert used <= defined <= used | {"moshi-finetune"}

@@ -17,7 +17,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # The path of a window in training, in reading order.
 PATH = [
     "data/manifest", "data/windows", "data/dataset", "data/interleaver", "data/prompter", "data/batch",
-    "model/targets", "model/products", "model/training_lm", "loss", "optim", "step", "loop", "../train",
+    "model/targets", "model/products", "model/attention", "model/layer", "model/training_lm", "loss", "optim", "step",
+    "loop", "../train",
 ]  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def test_children_run_this_tree(executed):
 def test_training_executes_a_core_that_can_be_read(executed):
     ours = [Path(file) for file in executed.values() if Path(file).parent == ROOT or PACKAGE in Path(file).parents]
     lines = {file: len(file.read_text().splitlines()) for file in ours}
-    assert sum(lines.values()) <= 8700, sorted(lines.items(), key=lambda item: -item[1])
+    assert sum(lines.values()) <= 9200, sorted(lines.items(), key=lambda item: -item[1])
     assert not [file for file in ours if "tools" in file.parts]
 
 

@@ -2,7 +2,13 @@
 
 import gc
 import json
+import os
+import pty
+import select
 import shutil
+import subprocess
+import sys
+import time
 import weakref
 
 import pytest
@@ -22,7 +28,7 @@ from finetune.model.expansion import expand_moshiko_to_personaplex
 from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.model.training_lm import TrainingLM
 from finetune.optim import build_optimizer
-from tests.support import PERSONAPLEX_CODES, live, rows, run_ranks, script, train_here, write_config
+from tests.support import PERSONAPLEX_CODES, ROOT, live, rows, run_ranks, script, train_here, write_config
 
 
 def consolidated(run, step):
@@ -205,6 +211,44 @@ def test_one_batch_of_four_is_four_of_one_and_two_ranks_of_two(world, tmp_path):
     assert frames["1x4"] == pytest.approx(frames["4x1"]) and frames["2 ranks"] == pytest.approx(frames["4x1"], rel=0.4)
 
 
+def test_deterministic_runs_equal_others_on_a_cpu(world, tmp_path):
+    """Bit for bit, with evaluations, and when the setting changes between two steps."""
+    found = []
+    for name, values in (("without", ["false"]), ("with_in_the_first_step", ["true", "false"])):
+        (tmp_path / name).mkdir()
+        config = write_config(
+            tmp_path / name, world, PERSONAPLEX_CODES, **{"ckpt_freq": 1, "eval_free_samples": 1, "eval_free_sec": 0.5}
+        )
+        for value in values:
+            steps = 2 if value == values[-1] else 1
+            overrides = (f"deterministic={value}", f"max_steps={steps}", "optim.schedule=constant")
+            if value == "true":  # in a process of its own, because torch has it set from then on
+                script("train_personaplex.py", config, *overrides)
+            else:
+                assert train_here(config, PERSONAPLEX, overrides) == 0
+        run = tmp_path / name / "run"
+        losses = {(kind, row["step"]): row["loss"] for kind in ("train", "eval") for row in rows(run, kind)}
+        found.append((losses, load_file(consolidated(run, 2) / "lora.safetensors")))
+    (losses, adapters), (own_losses, own_adapters) = found
+    assert losses.items() <= own_losses.items()
+    assert all(torch.equal(own_adapters.pop(key), value) for key, value in adapters.items()) and not own_adapters
+
+
+def test_operations_that_cannot_repeat_their_results_are_an_error_in_deterministic_runs(world, tmp_path):
+    """torch raises for such an operation, as `put_` is one on any device. A setting of cuBLAS that would make the
+    promise untrue is refused."""
+    config = write_config(tmp_path, world, **{"deterministic": True, "max_steps": 0, "do_eval": False})
+    code = """
+import sys, torch, train
+train.RunData = lambda *a: torch.zeros(2).put_(torch.tensor([0]), torch.tensor([1.0]))
+train.train(sys.argv[1])
+"""
+    done = script("-c", code, config, check=False)
+    assert done.returncode and "put_ does not have a deterministic implementation" in done.stderr
+    done = script("train.py", config, check=False, CUBLAS_WORKSPACE_CONFIG=":0:0")
+    assert done.returncode == 2 and "CUBLAS_WORKSPACE_CONFIG" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("sharding", ["full", "none"])
 def test_parts_that_do_not_learn_are_the_same_in_any_division(world, tmp_path, sharding):
     """Frozen layers, steps that do not run, and the drift, which is measured on other frames in each step. Resumed on
@@ -270,6 +314,42 @@ def test_an_evaluation_is_the_same_on_one_and_on_two_ranks(world, personaplex_ru
     one_rank = rows(tmp_path / "run", "eval")[0]
     assert one_rank["samples"] == two_ranks["samples"] == 3
     assert one_rank["loss"] == pytest.approx(two_ranks["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("signalled", ["all processes of the terminal", "the training processes"])
+def test_ctrl_c_under_torchrun_saves_after_the_step(signalled, world, tmp_path):
+    """At a terminal Ctrl-C reaches torchrun too, which ends with an error of its own. README's other way does not."""
+    settings = {"max_steps": 10_000, "do_eval": False, "data.num_workers": 1}
+    config = write_config(tmp_path, world, PERSONAPLEX_CODES, **settings)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher, terminal = pty.fork()  # the child leads the foreground processes of a terminal of its own
+    if not launcher:
+        os.chdir(ROOT)
+        os.execve(
+            sys.executable, [*command, "train_personaplex.py", str(config)], os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    printed, interrupted, end = "", False, time.monotonic() + 120
+    while True:
+        assert time.monotonic() < end, printed[-3000:]
+        try:
+            printed += (
+                os.read(terminal, 65536).decode(errors="replace") if select.select([terminal], [], [], 1)[0] else ""
+            )
+        except OSError:  # no process holds the terminal any more
+            break
+        if not interrupted and "step 2/" in printed:
+            interrupted = True
+            if signalled == "the training processes":
+                subprocess.run(["pkill", "-INT", "-P", str(launcher)], check=True)
+            else:
+                os.write(terminal, b"\x03")
+    code = os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1])
+    step = rows(tmp_path / "run")[-1]["step"]
+    assert 2 <= step < 10_000 and (consolidated(tmp_path / "run", step) / "lora.safetensors").is_file()
+    if signalled == "the training processes":
+        assert code == 0 and "Traceback" not in printed
+    assert train_here(config, PERSONAPLEX, (f"max_steps={step + 1}",)) == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, step + 2))
 
 
 @pytest.mark.parametrize("codes", ["stored", "live"])

@@ -14,10 +14,11 @@ have to hear the segments as one sound. With `make` in a module that Python find
 """
 
 import importlib
+import io
 import os
 import pickle
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from math import exp
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 from finetune.cli import UserError
 
 Align = Callable[[np.ndarray, Sequence[tuple[float, float]], str | None], tuple[list[dict], str | None]]
+AlignText = Callable[[np.ndarray, str], list[tuple[float, float]] | None]
 WHISPER_RATE = 16_000  # Hz (whisper/audio.py: SAMPLE_RATE)
 # OpenAI's beam search (whisper/transcribe.py: cli) with its first fallbacks only: at higher temperatures Whisper makes
 # up fluent text, which in noise takes most of its time.
@@ -66,13 +68,7 @@ def whisper_timestamped_aligner(model: str, device: str, language: str | None) -
 
 def stable_ts_aligner(model: str, device: str, language: str | None) -> Align:
     """Whisper with times that avoid silence, from the package stable-ts (`pip install '.[stable-ts]'`)."""
-    try:
-        import stable_whisper
-    except ImportError as error:
-        raise UserError(f"--aligner stable-ts: {error}; run pip install '.[stable-ts]'") from None
-    network = load_whisper(model, device)
-    given = check_language(network, model, language)
-    stable_whisper.modify_model(network)
+    network, given = _load_stable_ts(model, device, language)
     options = DECODING | {"verbose": None, "regroup": False, "fp16": device.startswith("cuda")}
 
     def align(pcm: np.ndarray, segments: Sequence[tuple[float, float]], language: str | None):
@@ -88,6 +84,38 @@ def stable_ts_aligner(model: str, device: str, language: str | None) -> Align:
         return words, result.language if words else language
 
     return align
+
+
+def stable_ts_text_aligner(model: str, device: str, language: str | None) -> AlignText:
+    """Forced alignment: a function that finds the words of a known text in float32 [samples] at 16 kHz, by stable-ts.
+
+    It returns (start, end) in seconds of each word between spaces, None if it does not find them all. Raises UserError
+    if the Whisper knows several languages and none is given.
+    """
+    network, given = _load_stable_ts(model, device, language)
+    if given is None:
+        raise UserError(
+            f"--aligner stable-ts: the Whisper model {model!r} knows several languages; name one with --lang"
+        )
+
+    def align(pcm: np.ndarray, text: str) -> list[tuple[float, float]] | None:
+        with redirect_stderr(io.StringIO()):  # it shows a bar for each sentence
+            result = network.align(pcm, text, language=given, verbose=None, regroup=False)
+        words = [] if result is None else result.all_words()
+        return [(float(w.start), float(w.end)) for w in words] if len(words) == len(text.split()) else None
+
+    return align
+
+
+def _load_stable_ts(model: str, device: str, language: str | None) -> tuple[whisper.model.Whisper, str | None]:
+    try:
+        import stable_whisper
+    except ImportError as error:
+        raise UserError(f"--aligner stable-ts: {error}; run pip install '.[stable-ts]'") from None
+    network = load_whisper(model, device)
+    given = check_language(network, model, language)
+    stable_whisper.modify_model(network)
+    return network, given
 
 
 def glue(

@@ -66,6 +66,7 @@ class Batch:
     voiceless: int  # number of samples that are voiceless
     tokens: int  # tokens other than ZERO, prompts included
     frames: int  # frames with loss
+    padding: int  # frames that are in no sample
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the tensors that the model needs to a device."""
@@ -110,4 +111,5 @@ def collate(samples: list[Sample], problems: list[str], delays: list[int], dep_q
     return Batch(
         codes, mask, embeddings, lengths, targets, targets.counts(), [s.name for s in samples], problems, text,
         sum(s.voiceless for s in samples), int((codes != ZERO).sum()), int(mask.sum()),
+        size * longest - sum(s.codes.shape[1] for s in samples),
     )  # fmt: skip

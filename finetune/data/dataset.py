@@ -52,7 +52,7 @@ class Microbatches(IterableDataset):
             if self.share.microbatches is not None and microbatch >= self.share.microbatches:
                 return
             drafts, problems = [], []
-            for position in self.share.positions(microbatch):
+            for position in self.share.positions(microbatch, self._length):
                 source, window = self.order(position)
                 index = self.indexes[source]
                 file, part = index.window(window)
@@ -63,6 +63,10 @@ class Microbatches(IterableDataset):
                 except UserError as error:
                     problems.append(str(error))
             yield (drafts, problems) if self.finish is None else self.finish(drafts, problems)
+
+    def _length(self, position: int) -> int:
+        source, window = self.order(position)
+        return self.indexes[source].length(window)
 
 
 def _make_batch(tokenizer: Tokenizer, delays: list[int], dep_q: int, drafts: list[Draft], problems: list[str]) -> Batch:

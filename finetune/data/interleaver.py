@@ -2,10 +2,12 @@
 
 import abc
 import bisect
+import logging
 import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from finetune.audio.codec import encode_audio
 from finetune.audio.codes import check_codes, in_range, load_codes
-from finetune.audio.files import FRAME_RATE, FRAME_SIZE, read_audio
+from finetune.audio.files import FRAME_RATE, FRAME_SIZE, read_audio, to_frames
 from finetune.audio.words import MAIN_SPEAKER, Word, read_words
 from finetune.cli import UserError
 from finetune.data.batch import Sample, TextStats
@@ -27,6 +29,8 @@ from finetune.prompts.hybrid import VoicePrompt, build_prompt
 from finetune.prompts.same_speaker import SAME_SPEAKER, find_segments, load_same_speaker, same_speaker_file
 from finetune.streams import CODEBOOKS, TEXT_EPAD, TEXT_PAD, stack_streams
 
+logger = logging.getLogger(__name__)
+SHORT_SEC, SHORT_TOLD = 1.0, 3  # how much of a file may be missing without a warning; files that a process warns of
 LONGEST_WORD_SEC = 60.0  # a word that claims to last longer is a mistake, and is not repeated in later windows
 _start = operator.itemgetter(1)
 _ROUNDING = 5e-7  # of a frame: a word at 0.08 s is due in frame 1, although 0.08 * 12.5 may be a little less than 1
@@ -136,6 +140,7 @@ class Tokenizer(abc.ABC):
     ):  # fmt: skip
         self.interleaver, self.window_frames, self.speakers = interleaver, window_frames, list(speakers)
         self.prompter, self.cache, self.drop_tags = prompter, LRUCache(cache_mb), drop_tags
+        self._short: set[Path] = set()  # files whose last window is shorter than the manifest says
 
     def read(self, line: Line, index: int, generator: np.random.Generator | None = None) -> Draft:
         """Read the `index`-th window of a file, without Mimi. `generator` draws the prompt dropout, None drops nothing.
@@ -149,6 +154,12 @@ class Tokenizer(abc.ABC):
         if frames == 0:
             stated = f"the manifest (line {line.number}) says it lasts {line.fields.get('duration')} s"
             raise UserError(f"{line.path}: ends before {start_sec:.2f} s, and {stated}")
+        missing_sec = min(self.window_frames / FRAME_RATE, (line.duration or 0.0) - start_sec) - frames / FRAME_RATE
+        if missing_sec > SHORT_SEC and len(self._short) < SHORT_TOLD and line.path not in self._short:
+            self._short.add(line.path)
+            logger.warning("WARNING: %s: ends %.1f s before the %.2f s that the manifest (line %d) says; what is there "
+                           "is trained on; make_manifest finds its real duration", line.path, missing_sec,
+                           line.duration, line.number)  # fmt: skip
         words, extra = self._words(line)
         prompt = None
         if self.prompter is not None:
@@ -266,4 +277,9 @@ def load_dialogue_codes(line: Line, mimi_fingerprint: str | None) -> dict:
     check_codes(entry, path, mimi_fingerprint, line.path)
     if entry["codes"].shape[0] != 2:
         raise UserError(f"{path}: holds {entry['codes'].shape[0]} channel(s); training needs agent and user")
+    if (frames := entry["codes"].shape[2]) < to_frames(entry["duration"]) - 1:  # resampling may cost a frame
+        raise UserError(
+            f"{path}: holds {frames} frames of audio that lasts {entry['duration']:.2f} s, which has "
+            f"{to_frames(entry['duration'])}; run precompute_codes.py again"
+        )
     return entry

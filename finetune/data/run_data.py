@@ -165,7 +165,10 @@ class RunData:
         return InterleavedTokenizer(*common, mimi=self.mimi())
 
     def _iterate(self, windows: Windows, position: int = 0, **settings) -> Iterator[Batch]:
-        share = RankShare(self.args.batch_size, self.world.rank, self.world.size, position)
+        share = RankShare(
+            self.args.batch_size, self.world.rank, self.world.size, position,
+            step_microbatches=self.args.num_microbatches,
+        )  # fmt: skip
         stream = get_dataset_iterator(
             windows, self._tokenizers[id(windows)], share, self.delays, self.dep_q,
             workers=self.args.data.num_workers, pin=self.world.device.type == "cuda", **settings,

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,20 +31,22 @@ MOST_EPOCHS = 16
 class ManifestIndex:
     """The windows of one manifest, file by file; lines stay on disk, so that each costs a few bytes of memory.
 
-    `codes` counts lines with pre-computed codes. Raises UserError if it is missing, empty or has bad lines.
+    `codes` counts lines with pre-computed codes, `frames` those of all files. Raises UserError if it is missing, empty
+    or has bad lines.
     """
 
     def __init__(self, path: Path, window_frames: int):
         self.path, self.codes = path, 0
-        offsets, numbers, ends, problems = array("q"), array("q"), array("q"), []
+        offsets, numbers, ends, lengths, problems = array("q"), array("q"), array("q"), array("i"), []
         self._lines: list[bytes] | None = [] if path.suffix == ".gz" else None  # gzip cannot seek
         # Kept open: if precompute_codes.py replaces the manifest, this run goes on with the old one.
         self._file = path.open("rb", buffering=0) if path.is_file() else None
-        windows, digest = 0, hashlib.sha256()
+        windows, digest, self.window_frames = 0, hashlib.sha256(), window_frames
         for line in read_manifest(path, problems, timed=True):
             self.codes += "codes_path" in line.fields
             digest.update(f"{line.path.name} {line.duration}\n".encode(errors="surrogatepass"))
             windows += count_windows(line.duration, window_frames)
+            lengths.append(to_frames(line.duration))
             ends.append(windows)
             numbers.append(line.number)
             offsets.append(line.offset)
@@ -58,7 +60,8 @@ class ManifestIndex:
         offsets.append(os.fstat(self._file.fileno()).st_size)
         self.digest = digest.hexdigest()[:16]  # of names and durations, wherever the files are
         self._ends, self._numbers = np.array(ends, np.int64), np.array(numbers, np.int64)
-        self._offsets = np.array(offsets, np.int64)
+        self._offsets, self._lengths = np.array(offsets, np.int64), np.array(lengths, np.int32)
+        self.frames = int(self._lengths.sum())
 
     @property
     def files(self) -> int:
@@ -81,6 +84,11 @@ class ManifestIndex:
         """Return (file, index of the window within its file)."""
         file = bisect.bisect_right(self._ends, index)
         return file, index - (int(self._ends[file - 1]) if file else 0)
+
+    def length(self, index: int) -> int:
+        """Return the number of frames of a window, of which only the last one of a file has fewer than others."""
+        file, part = self.window(index)
+        return min(self.window_frames, int(self._lengths[file]) - part * self.window_frames)
 
 
 def count_windows(duration_sec: float, window_frames: int) -> int:
@@ -153,19 +161,30 @@ class EvalOrder:
 
 @dataclass
 class RankShare:
-    """The part of the stream that one rank takes."""
+    """The part of the stream that one rank takes.
+
+    The windows of a step are those of consecutive positions. Which rank takes which of them, and in which microbatch,
+    depends on their lengths, because a microbatch is padded to its longest window.
+    """
 
     batch_size: int
     rank: int = 0
     world_size: int = 1
     position: int = 0  # where the stream begins, which is the same on all ranks
     stop: int | None = None  # where it ends; None: it is endless
+    step_microbatches: int = 1
 
-    def positions(self, microbatch: int) -> range:
-        """Return the positions of this rank's n-th microbatch, counted from `position`."""
-        start = self.position + (microbatch * self.world_size + self.rank) * self.batch_size
-        stop = start + self.batch_size
-        return range(start, stop if self.stop is None else min(stop, self.stop))
+    def positions(self, microbatch: int, length: Callable[[int], int]) -> list[int]:
+        """Return the positions of this rank's n-th microbatch, counted from `position`.
+
+        length: of the window at a position."""
+        step, number = divmod(microbatch, self.step_microbatches)
+        size = self.step_microbatches * self.world_size * self.batch_size
+        start = self.position + step * size
+        of_step = range(start, start + size if self.stop is None else min(start + size, self.stop))
+        first = (number * self.world_size + self.rank) * self.batch_size
+        by_length = sorted(of_step, key=length) if self.stop is None and size > self.batch_size else of_step
+        return sorted(by_length[first : first + self.batch_size])
 
     @property
     def microbatches(self) -> int | None:
@@ -188,6 +207,11 @@ class Windows(NamedTuple):
     def sizes(self) -> list[int]:
         """Number of windows of each manifest, on which the order depends."""
         return [len(index) for index in self.indexes]
+
+    @property
+    def mean_frames(self) -> float:
+        """Mean length of the windows of the manifest with the shortest ones, in frames."""
+        return min(index.frames / len(index) for index in self.indexes)
 
     def prompts(self, rank: int = 0, size: int = 1) -> Iterator[tuple[Line, dict]]:
         """Yield `lines` without the index."""

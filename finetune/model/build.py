@@ -21,6 +21,7 @@ from finetune.progress import tracked
 from finetune.streams import CODEBOOKS, DEP_Q
 
 _COPY_AGAIN = "download or copy the file again"
+WORKER_BYTES = 8 << 20  # private memory of a process that reads data, at least (12 MB measured, Linux, torch 2.9)
 READERS = 2  # one waits for the disk while the kernel clears the memory that the other reads into
 
 
@@ -158,23 +159,37 @@ def load_weights(
         raise UserError(f"{weights.file.path}: {zero[0]}{more} hold nothing but zeros; {_COPY_AGAIN}")
 
 
-def check_memory(lm: nn.Module, device: torch.device, ranks: int) -> None:
-    """Raise UserError if the parameters alone, with gradients and moments, do not fit the memory of `device`.
+def check_memory(lm: LMModel, device: torch.device, ranks: int, frames: float = 0, workers: int = 0) -> None:
+    """Raise UserError if a step certainly needs more memory than there is: less than `finetune.tools.plan` counts, but
+    at no cost, so that absurd settings end before anything is allocated.
 
-    `lm` is sharded and has no memory yet; on a CPU, `ranks` processes share it.
+    Args:
+        lm: sharded, still without memory.
+        ranks: processes on this machine. On a CPU, all share its memory.
+        frames: of a microbatch, at least. Each layer keeps its input for the backward pass.
+        workers: that each rank starts to read data.
     """
-    need = sum(buffer.nbytes for _, module in quantised_linears(lm) for buffer in module.buffers())
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if (readers := workers * ranks * WORKER_BYTES) > host:
+        raise UserError(
+            f"data.num_workers: {workers * ranks:,} processes need at least {readers / 2**30:,.1f} GiB and there are "
+            f"{host / 2**30:,.1f} GiB; lower it"
+        )
+    state = sum(buffer.nbytes for _, module in quantised_linears(lm) for buffer in module.buffers())
     for parameter in lm.parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        need += local.numel() * (local.element_size() + 12 * parameter.requires_grad)  # float32: gradient, two moments
+        state += local.numel() * (local.element_size() + 12 * parameter.requires_grad)  # float32: gradient, two moments
+    inputs = int(frames * len(lm.transformer.layers) * lm.dim * torch.bfloat16.itemsize)
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
     else:
-        have, need = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), need * ranks
-    if need > have:
+        have, state, inputs = host, state * ranks, inputs * ranks
+    if state + inputs > have:
         raise UserError(
-            f"parameters, gradients and optimizer need {need / 2**30:,.1f} GiB and there are {have / 2**30:,.1f} GiB; "
-            "lower lora.rank, or use more GPUs; `python -m finetune.tools.plan config.yaml` says what fits"
+            f"parameters, gradients and optimizer need {state / 2**30:,.1f} GiB, what layers keep for the backward "
+            f"pass at least {inputs / 2**30:,.1f} GiB, and there are {have / 2**30:,.1f} GiB; lower "
+            f"{'lora.rank' if state > inputs else 'batch_size or duration_sec'}, or use more GPUs; "
+            "`python -m finetune.tools.plan config.yaml` says what fits"
         )
 
 

@@ -55,13 +55,13 @@ class Linears(NamedTuple):
         parts = ([getattr(module, part) for module in modules] for part in ("frozen_W", "lora_A", "lora_B"))
         return cls(*(_stack(part, dtype) for part in parts), modules[0].scaling)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [Q, N, in] -> [Q, N, out]."""
-        return _BatchedLinear.apply(x, *self)
+    def __call__(self, x: Tensor, known: Tensor | None = None) -> Tensor:
+        """x: [Q, N, in] -> [Q, N, out]; the output is not computed if it is `known`."""
+        return _BatchedLinear.apply(x, *self, known)
 
     def backward_only(self, x: Tensor) -> Tensor:
         """The same node of the graph without computing the output, whose values are undefined."""
-        return _BatchedLinear.apply(x, *self, False)
+        return self(x, x.new_empty(1).expand(*x.shape[:2], self.weight.shape[1]))
 
     def fan_out(self, x: Tensor) -> Tensor:
         """x: [N, in], the same input for every step -> [Q, N, out]; one product forward, one for the gradient of x."""
@@ -98,12 +98,12 @@ class _BatchedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float, compute: bool = True
+        ctx, x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float, known: Tensor | None
     ) -> Tensor:
-        if compute:
+        if known is None:
             y, low = _linear(x, weight, a, b, scaling)
         else:
-            y, low = x.new_empty(1).expand(*x.shape[:2], weight.shape[1]), None if a is None else torch.bmm(x, a.mT)
+            y, low = known.view_as(known), None if a is None else torch.bmm(x, a.mT)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scaling = scaling
         return y

@@ -1,6 +1,5 @@
 """A trained or published model on disk: its weights, with adapters merged as they are read, and where it came from."""
 
-import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,18 +12,16 @@ from torch import Tensor
 
 from finetune.cli import UserError
 from finetune.config import flatten, read_settings
-from finetune.files import expand
-from finetune.guard import best_checkpoint
 from finetune.lora import is_embedding, merge_adapter
 from finetune.metrics import read_rows
+from finetune.model.adapters import ADAPTERS_NAME, inference_folder
 from finetune.model.build import StoredWeights, build_lm
 from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.model.weights import WeightFile, attention_steps, split_names
-from finetune.run_dir import list_checkpoints
 from finetune.streams import CODEBOOKS, DEP_Q
 
 INFERENCE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-WEIGHTS_NAME, ADAPTERS_NAME = loaders.MOSHI_NAME, "lora.safetensors"
+WEIGHTS_NAME = loaders.MOSHI_NAME
 
 
 class TrainingRecord(NamedTuple):
@@ -81,7 +78,8 @@ class StoredModel:
         if self.adapters is None:
             rank, scaling = self.settings["lora.rank"], self.settings["lora.scaling"]
         tables = " and embedding tables" if self.trained_tables else ""
-        return f"LoRA (rank {rank}, scaling {scaling:g}){tables}"
+        earlier = ", after another LoRA run" if self.settings.get("lora.start_from") else ""
+        return f"LoRA (rank {rank}, scaling {scaling:g}){tables}{earlier}"
 
     def voices_archive(self) -> Path | None:
         """`voices.tgz` of the model or of its origin; None if neither has one or it cannot be reached."""
@@ -127,8 +125,8 @@ def open_stored(name: str, base: str | None = None, expand: bool = False) -> Sto
     Raises:
         UserError: the model does not exist, or its files do not fit together.
     """
-    inference_folder, choice = _inference_folder(name)
-    checkpoint = Pretrained(inference_folder)
+    folder, choice = inference_folder(name)
+    checkpoint = Pretrained(folder)
     kwargs = lm_kwargs(checkpoint, MOSHI)
     adapted = checkpoint.raw_config.get("lora", False)
     if expand and adapted:
@@ -177,44 +175,6 @@ def _check_adapters(model: StoredModel) -> None:
             f"{model.adapters.path}: {what}, so these are not adapters of rank {model.rank} over "
             f"{model.kwargs['dep_q']} codebooks, as config.json says"
         )
-
-
-def _inference_folder(name: str) -> tuple[str, str]:
-    """(folder with config.json, which one it is) of a checkpoint, or of the best checkpoint of a run, or the newest if
-    none was evaluated; other names unchanged."""
-    folder = expand(name)
-    if not folder.is_dir():
-        _check_repository(name, folder)
-        return name, ""
-    if (folder / "config.json").is_file():
-        return str(folder), ""
-    if (folder / "consolidated/config.json").is_file():
-        return str(folder / "consolidated"), ""
-    if best := best_checkpoint(folder):
-        step, path, reason = best
-        return str(path / "consolidated"), f"step {step} ({reason})"
-    if steps := [(step, path) for step, path in list_checkpoints(folder) if (path / "consolidated").is_dir()]:
-        step, path = steps[-1]
-        return str(path / "consolidated"), f"step {step} (the newest; none was evaluated)"
-    if (folder / "args.yaml").is_file():
-        raise UserError(f"{folder}: a run that has no checkpoint yet")
-    return str(folder), ""
-
-
-def _check_repository(name: str, folder: Path) -> None:
-    """Raise UserError if a name that is no folder is none of a hub repository either: it has not the form owner/name,
-    or names something in a folder that is here and holds no models (`huggingface-cli download owner/name --local-dir
-    owner/name` makes one that does)."""
-    here = folder.parent
-    if folder.exists():
-        raise UserError(f"{name}: is a file; name a run folder, a checkpoint, or the folder of a model")
-    may_be_one = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if may_be_one and (not here.is_dir() or any(here.glob("*/config.json"))):
-        return
-    there = sorted(path.name for path in here.iterdir() if path.is_dir()) if here.is_dir() else []
-    meant = difflib.get_close_matches(folder.name, there, 1)
-    hint = f"{here.resolve()} holds {', '.join(there[:8])}" if there else "check its path"
-    raise UserError(f"{name}: no such folder; {f'did you mean {here / meant[0]}?' if meant else hint}")
 
 
 def base_of(model: StoredModel) -> StoredModel | None:
@@ -269,7 +229,7 @@ def _lineage(name: str) -> dict:
 def _find_base(name: str, checkpoint: Pretrained, run_paths: dict | None, given: str | None) -> tuple[str, Path, dict]:
     """(address, file, lineage) of the base of adapters: as given, else by config.json, else by the run's settings."""
     if given is not None:
-        base = Pretrained(_inference_folder(given)[0])
+        base = Pretrained(inference_folder(given)[0])
         lineage = _lineage(base.source)
         if base.raw_config.get("lora"):
             raise UserError(f"{given}: holds adapters, and --base must hold all weights")

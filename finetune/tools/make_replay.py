@@ -19,7 +19,7 @@ import torch
 
 from finetune.args import TrainArgs
 from finetune.audio.codes import audio_fingerprint, save_codes
-from finetune.audio.files import FRAME_RATE, write_conversation, write_wav
+from finetune.audio.files import FRAME_RATE, to_int16, write_conversation, write_wav
 from finetune.audio.words import MAIN_SPEAKER
 from finetune.cli import UserError, run
 from finetune.config import load_args
@@ -127,7 +127,7 @@ class _Writer:
             # Its first frame is not part of a sample.
             (sound,) = decode_codes(self.mimi, [sample.codes[1 : 1 + CODEBOOKS, :frames]])
             path = self.folder / f"voice_{number:05d}.wav"
-            write_wav(path, sound)
+            write_wav(path, to_int16(sound[None]))
             out["voice_prompt"] = path.name
         elif sample.voice:
             paths = (path for path, voice in self.data.prompter.voices.items() if voice.name == sample.voice)

@@ -12,11 +12,11 @@ import torch
 
 from finetune.audio.codec import encode_audio
 from finetune.audio.codes import fingerprint_mimi, load_codes, save_codes
-from finetune.audio.files import read_audio
+from finetune.audio.files import read_audio, to_frames
 from finetune.cli import UserError
 from finetune.data import interleaver
 from finetune.data.batch import TextStats
-from finetune.data.interleaver import InterleavedTokenizer, Interleaver, PrecomputedTokenizer
+from finetune.data.interleaver import InterleavedTokenizer, Interleaver, PrecomputedTokenizer, load_dialogue_codes
 from finetune.data.manifest import Line, read_manifest, resolve_path
 from tests.data.support import tokenizers
 from tests.support import write_wav
@@ -183,6 +183,32 @@ def test_the_last_window_ends_with_the_file(parts, encoded):
         assert sample.codes.shape[1] == len(sample.loss_mask) == frames % 60
         with pytest.raises(UserError, match=rf"{line.path.name}: .*line 1.*{line.duration}"):
             tokenizer.read(line, frames // 60 + 1)
+
+
+def test_a_file_that_is_shorter_than_the_manifest_says_is_named_once(parts, encoded, caplog):
+    """Windows past its end are refused; the last one has what there is."""
+    line = next(read_manifest(encoded, []))
+    for extra_sec, warnings in ((0.9, 0), (1.1, 1)):
+        stated = line._replace(fields=line.fields | {"duration": line.duration + extra_sec})
+        for tokenizer in tokenizers(parts, window_frames=2000):
+            caplog.clear()
+            frames = {tokenizer.encode([tokenizer.read(stated, 0)])[0].codes.shape[1] for _ in range(2)}
+            assert frames == {to_frames(line.duration)}
+            assert sum(str(line.path) in record.getMessage() for record in caplog.records) == warnings
+
+
+def test_codes_with_fewer_frames_than_their_audio_are_refused(parts, encoded, tmp_path):
+    line = next(read_manifest(encoded, []))
+    entry = load_codes(resolve_path(encoded, line.fields["codes_path"]))
+    for missing in (1, 2):
+        codes = entry["codes"][..., :-missing]
+        save_codes(tmp_path / f"{missing}.pt", codes, entry["duration"], entry["mimi"], entry["audio"])
+        short = line._replace(fields=line.fields | {"codes_path": f"{missing}.pt"}, manifest=tmp_path / "m.jsonl")
+        if missing == 1:
+            load_dialogue_codes(short, None)
+        else:
+            with pytest.raises(UserError, match=r"2\.pt.*frames"):
+                load_dialogue_codes(short, None)
 
 
 @pytest.mark.parametrize("speakers, present", [(["USER"], [False, True]), (["USER", "AGENT"], [True, True])])

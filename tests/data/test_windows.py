@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from collections import Counter
 
 import numpy as np
@@ -170,7 +171,8 @@ def test_evaluation_reads_evenly_spread_windows_of_all_sources():
 @pytest.mark.parametrize("batch, ranks", [(1, 4), (4, 1), (2, 2)])
 def test_ranks_and_microbatches_partition_the_stream(batch, ranks):
     shares = [RankShare(batch, rank, ranks, position=8) for rank in range(ranks)]
-    taken = [p for microbatch in range(6) for share in shares for p in share.positions(microbatch)]
+    alike = lambda position: 1
+    taken = [p for microbatch in range(6) for share in shares for p in share.positions(microbatch, alike)]
     assert taken == list(range(8, 32)), "a step takes the same windows on any number of ranks"
     assert shares[0].microbatches is None
 
@@ -179,8 +181,31 @@ def test_ranks_and_microbatches_partition_the_stream(batch, ranks):
 def test_a_finite_stream_ends_after_as_many_microbatches_on_all_ranks(ranks, count):
     shares = [RankShare(2, rank, ranks, position=2, stop=7) for rank in range(ranks)]
     assert {share.microbatches for share in shares} == {count}
-    assert [p for m in range(count) for share in shares for p in share.positions(m)] == list(range(2, 7))
-    assert not any(shares[-1].positions(count)), "beyond the end there is nothing"
+    length = lambda position: -position
+    assert [p for m in range(count) for share in shares for p in share.positions(m, length)] == list(range(2, 7))
+    assert not any(shares[-1].positions(count, length)), "beyond the end there is nothing"
+
+
+@pytest.mark.parametrize("batch, micro, ranks", [(4, 1, 3), (2, 3, 2), (2, 6, 1), (1, 4, 3), (12, 1, 1)])
+def test_windows_of_like_length_share_a_microbatch(batch, micro, ranks):
+    lengths = random.Random(0).choices(range(1, 100), k=60)
+    shares = [RankShare(batch, rank, ranks, position=24, step_microbatches=micro) for rank in range(ranks)]
+    for step in range(3):
+        numbers = range(step * micro, (step + 1) * micro)
+        groups = [share.positions(number, lengths.__getitem__) for number in numbers for share in shares]
+        start = 24 + 12 * step
+        assert sorted(p for group in groups for p in group) == list(range(start, start + 12)), "each window once"
+        assert all(len(group) == batch and group == sorted(group) for group in groups)
+        longest = [max(map(lengths.__getitem__, group)) for group in groups]
+        shortest = [min(map(lengths.__getitem__, group)) for group in groups]
+        assert all(a <= b for a, b in zip(longest, shortest[1:])), "no shorter window is in a later group"
+
+
+def test_the_lengths_of_windows(tmp_path):
+    seconds = (8.0, 20.0, 16.0)
+    manifest = write_lines(tmp_path / "m.jsonl", [{"path": f"{i}.wav", "duration": s} for i, s in enumerate(seconds)])
+    index = ManifestIndex(manifest, 100)
+    assert [index.length(i) for i in range(len(index))] == [100, 100, 100, 50, 100, 100] and index.frames == 550
 
 
 def test_more_than_16_passes_over_any_manifest_are_many(tmp_path):

@@ -15,10 +15,11 @@ from benchmarks.step import peak_memory
 from finetune.cli import UserError
 from finetune.distributed import make_mesh, session, shard
 from finetune.lora import add_adapters, is_adapter, part_of
+from finetune.model.attention import DepformerAttention, TemporalAttention
 from finetune.model.build import set_trainable
 from finetune.model.products import GATED_PER_CHUNK, LOGITS_PER_CHUNK
 from finetune.model.targets import make_targets, sample_rows
-from finetune.model.training_lm import TemporalAttention, TrainingLM, depformer_attention
+from finetune.model.training_lm import TrainingLM
 from finetune.tools.plan.meter import Meter
 from tests.engine import DELAYS
 from tests.model.stock import (
@@ -214,7 +215,7 @@ def test_the_softmax_of_depformer_attention_is_float32():
             scores = (q @ k.T).float() * size**-0.5
             scores = scores.masked_fill(torch.ones(steps, steps, dtype=torch.bool).triu(1), float("-inf"))
             expected[:, n, h] = torch.softmax(scores, -1).bfloat16() @ v
-    assert torch.equal(depformer_attention(qkv.flatten(2), heads), expected.flatten(2))
+    assert torch.equal(DepformerAttention()(qkv.flatten(2), heads), expected.flatten(2))
 
 
 @pytest.mark.parametrize("context", [T, 7])

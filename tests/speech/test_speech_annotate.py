@@ -6,6 +6,7 @@ cooking on the stove?" and "By the way, what quick garnish could add color to th
 """
 
 import difflib
+import json
 import os
 import re
 from itertools import pairwise
@@ -19,6 +20,7 @@ from finetune.audio.speech import find_spans, voice_activity
 from finetune.audio.transcriber import Transcriber, find_speech
 from finetune.dialogue import measure_reply
 from finetune.tools.check_data.talk import measure_stereo
+from finetune.tools.import_words import command as import_words
 from tests.audio.scripted_whisper import RATE, silence, write_stereo
 
 pytestmark = [
@@ -143,3 +145,17 @@ def test_the_detector_finds_speech_at_each_resolution(speech):
 def test_a_reply_is_measured(speech):
     measures = measure_reply(np.zeros_like(speech), speech, [3] * 500)
     assert (measures["turns"], measures["pauses"]) == (2, 0) and measures["silence"] == 1
+
+
+def test_forced_alignment_finds_the_words_of_sentences(speech, tmp_path):
+    """Subtitles of both sentences, cut as subtitles are: words start within 0.15 s of their sound."""
+    pytest.importorskip("stable_whisper")
+    write_stereo(tmp_path / "call.wav", speech, silence(len(speech) / RATE))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"path": "call.wav", "duration": len(speech) / RATE}))
+    cues = [("00:02.500 --> 00:08.000", FIRST), ("00:21.000 --> 00:26.500", SECOND)]
+    (tmp_path / "call.vtt").write_text("WEBVTT\n\n" + "\n".join(f"{times}\n{text}\n" for times, text in cues))
+    flags = ["--speaker", "*=SPEAKER_MAIN", "--aligner", "stable-ts", "--whisper-model", os.environ["WHISPER"]]
+    assert import_words.main([str(tmp_path / "train.jsonl"), *flags]) == 0
+    words = {text: start for text, (start, _), _ in json.loads((tmp_path / "call.json").read_text())["alignments"]}
+    for text, start in (("how", 3.26), ("by", 21.75), ("what", 22.87)):
+        assert abs(words[text] - start) < 0.15, (text, words[text])

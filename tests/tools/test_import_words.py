@@ -1,6 +1,7 @@
 """Transcripts of other programs: what each format gives, whose words are whose, and what is never overwritten."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from finetune.audio.words import read_words
 from finetune.cli import UserError
 from finetune.data.manifest import read_manifest
 from finetune.tools.import_words import command
+from finetune.tools.import_words.alignment import ALIGNED, align_sentences
 from finetune.tools.import_words.formats import READERS, Passage, Token, read_passages
 from finetune.tools.import_words.timing import FILLED, SPREAD, time_words
 from tests import support
@@ -193,6 +195,95 @@ def test_a_broken_transcript_is_named_and_costs_only_its_recording(calls, suffix
     shown = capsys.readouterr().out
     assert str(calls / f"words/a.{suffix}") in shown and "1 x refused" in shown
     assert not (calls / "a.json").exists() and len(rows(calls / "b.json")) == 2
+
+
+# --- Forced alignment -------------------------------------------------------------------------------------------------
+
+
+def bursts(pcm: np.ndarray, text: str) -> list[tuple[float, float]] | None:
+    """Find each word as a burst of sound; None if there are not as many."""
+    loud = np.abs(pcm) > 0.05
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], loud, [False]]).astype(int))).reshape(-1, 2) / 16_000
+    return [tuple(pair) for pair in edges.tolist()] if len(edges) == len(text.split()) else None
+
+
+def test_the_words_of_sentences_are_found_in_the_channel_of_their_speaker(calls):
+    said = {MAIN: [(1.2, 1.5), (3.0, 3.4)], "SPEAKER_USER": [(5.1, 5.3), (6.0, 6.2)]}
+    pcm = np.zeros((2, 24_000 * 9), np.float32)
+    for channel, spans in enumerate(said.values()):
+        for start, end in spans:
+            pcm[channel, int(start * 24_000) : int(end * 24_000)] = 0.5
+    support.write_wav(calls / "a.wav", pcm, 24_000)
+    cues = [("A", 1.0, 3.6, "one two"), ("B", 4.9, 6.4, "three four"), ("A", 7.0, 8.0, "not there"), ("A", 8, 8.5, "x")]
+    passages = {"A": [], "B": []}
+    for name, start, end, text in cues:
+        words = text.split()
+        passages[name].append(
+            Passage(name, start, end, [Token(w, *(() if words[1:] else (start, end))) for w in words])
+        )
+    for speaker, own in zip(said, passages.values()):
+        found, counts = align_sentences(bursts, calls / "a.wav", speaker, own)
+        assert counts == {ALIGNED: 2} and found[1:] == own[1:], "what is not found, or has a time, stays as it is"
+        times = np.array([word[1:] for word in found[0].words])
+        assert np.abs(times - said[speaker]).max() < 0.005
+
+
+def test_without_the_aligner_nothing_is_written(calls, monkeypatch):
+    monkeypatch.setitem(sys.modules, "stable_whisper", None)
+    write(calls, a__txt="1.0 3.0 A: one two")
+    with pytest.raises(UserError, match=r"pip install .*stable-ts"):
+        run(calls, "--speaker", f"A={MAIN}", "--aligner", "stable-ts")
+    assert not (calls / "a.json").exists()
+
+
+# --- Diarisations -----------------------------------------------------------------------------------------------------
+
+
+def rttm(*turns: tuple[str, float, float], recording: str = "a") -> str:
+    rows = [f"SPEAKER {recording} 1 {start} {end - start:.3f} <NA> <NA> {name} <NA> <NA>" for name, start, end in turns]
+    return "\n".join(rows)
+
+
+TURNS = rttm(("S0", 0.0, 2.0), ("S1", 2.0, 3.0), ("S0", 4.0, 5.0))
+
+
+def test_words_without_speakers_are_of_whoever_has_a_turn(calls):
+    """By overlap; in a gap the nearest turn; a word without a time goes with the one before."""
+    words = [word("a", 1.6, 2.2), word("b", 1.9, 2.9), word("7"), word("c", 3.1, 3.2), word("d", 3.6, 3.8)]
+    write(calls, a__json=whisperx(words), a__rttm=TURNS)
+    assert run(calls, "--speaker", f"S1={MAIN}", "--set-aside", "--output-dir", calls / "out") == 1  # b has none
+    assert [row[0] for row in rows(calls / "out/a.json")] == ["b", "7", "c"]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("S0: one two\nS1: three\nS0: four\n", [("one", 0.0), ("two", 1.0), ("four", 4.0)]),  # a line for each turn
+    ("S0: one two six\nS1: three\n", [("one", 0.0), ("two", 1.0), ("six", 4.0)]),
+    ("S0: one\nS0: two\nS0: six\n", [("one", 0.0), ("two", 1.0), ("six", 4.0)]),
+])  # fmt: skip
+def test_text_without_times_is_spread_over_the_turns_of_its_speaker(calls, text, expected, capsys):
+    write(calls, a__txt=text, a__rttm=TURNS, b__json=HELLO)
+    (calls / "b.json").rename(calls / "b.transcript.json")
+    flags = ("--speaker", f"S0={MAIN}", "--speaker", f"A={MAIN}")
+    assert run(calls, *flags) == 1 and "--spread" in capsys.readouterr().out and not (calls / "a.json").exists()
+    assert run(calls, *flags, "--spread") == 0
+    assert [(row[0], row[1][0]) for row in rows(calls / "a.json")] == expected
+    assert f"2 {SPREAD}" in capsys.readouterr().out  # "six" or "four" has a turn of its own
+
+
+@pytest.mark.parametrize("text, turns, problem", [
+    ("one two\nthree\n", TURNS, "NAME"), ("Ann: one two\n", TURNS, "S0, S1"), ("S0: one two\n", None, "a.rttm"),
+    ("S0: one two\n", "SPEAKER a 1 x", "line 1"), ("S0: one two\n", "", "turns of"),
+])  # fmt: skip
+def test_text_that_no_diarisation_explains_is_refused(calls, text, turns, problem, capsys):
+    write(calls, a__txt=text, **({} if turns is None else {"a__rttm": turns}))
+    assert run(calls, "--speaker", f"*={MAIN}", "--spread") == 1
+    assert problem in capsys.readouterr().out and not (calls / "a.json").exists()
+
+
+def test_text_of_a_single_speaker_needs_no_names(calls):
+    write(calls, a__txt="one two\n", a__rttm=rttm(("S0", 1.0, 3.0)))
+    run(calls, "--speaker", f"S0={MAIN}", "--spread")
+    assert rows(calls / "a.json") == [["one", [1.0, 2.0], MAIN], ["two", [2.0, 3.0], MAIN]]
 
 
 # --- Times ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from moshi.utils.compile import no_compile
 
 from finetune.audio.codes import load_codes
+from finetune.audio.files import probe_audio, read_audio
 from finetune.cli import UserError
 from finetune.data.manifest import read_manifest
 from finetune.model.pretrained import PERSONAPLEX
@@ -66,3 +67,23 @@ def test_a_folder_with_other_files_is_left_alone(call, config, tmp_path):
     with pytest.raises(UserError, match="--count 0"):
         call(main, config, tmp_path / "new", "--count", 0)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_voice_of_a_window_is_written_as_a_recording(call, world, tmp_path):
+    """A `same_speaker` voice has no file, so the replay gets one: mono, at 24 kHz, as loud as it was read."""
+    lines = [json.loads(line) for line in (world / "data/train.jsonl").read_text().splitlines()]
+    own = {"voice_prompt": "same_speaker", "text_prompt": "You are Ada."}
+    own_lines = [line | own | {"path": str(world / "data" / line["path"])} for line in lines]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own_lines))
+    settings = {"data.eval_data": str(tmp_path / "own.jsonl"), "duration_sec": 3, "prompt.allow_voiceless": True}
+    with no_compile():
+        assert not call(
+            main, write_config(tmp_path, world, PERSONAPLEX_CODES, **settings), tmp_path / "out", "--count", 6
+        )
+    voices = sorted((tmp_path / "out").glob("voice_*.wav"))
+    named = [json.loads(path.read_text())["voice_prompt"] for path in sorted((tmp_path / "out").glob("0*.json"))]
+    assert voices and sorted(filter(None, named)) == [path.name for path in voices]
+    for path in voices:
+        info, pcm = probe_audio(path), read_audio(path)
+        assert (info.channels, info.sample_rate) == (1, 24_000) and info.duration_sec >= 1
+        assert 0.01 < abs(pcm).max() <= 1

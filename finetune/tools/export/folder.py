@@ -13,8 +13,9 @@ from torch import Tensor
 from finetune.claim import claimed
 from finetune.cli import UserError
 from finetune.files import sync, sync_tree
+from finetune.model.adapters import ADAPTERS_NAME
 from finetune.model.layout import fuse
-from finetune.model.stored import ADAPTERS_NAME, WEIGHTS_NAME, StoredModel
+from finetune.model.stored import WEIGHTS_NAME, StoredModel
 from finetune.model.weights import write_safetensors
 from finetune.streams import CODEBOOKS, DEP_Q
 from finetune.tools.export.card import model_card

@@ -9,6 +9,7 @@ Reads, for the recording calls/0001.wav, the first of these that exists:
   0001.TextGrid  Praat and the Montreal Forced Aligner; each tier (or "NAME - words") is a speaker
   0001.vtt .srt  a cue may begin with <v NAME>, [NAME]: or NAME:
   0001.txt       Fisher and CallHome (LDC): start end NAME: text
+  0001.txt       text without times, NAME: text in each line, with the turns of a diarisation in 0001.rttm
 They lie next to the recording or, with --transcripts FOLDER, in FOLDER or in its subfolders of the same names. FILE.ctm
 may hold all recordings. A transcript that lies where the .json of the words belongs, as WhisperX writes it, is refused,
 or renamed to 0001.transcript.json with --set-aside. A recording that make_manifest has joined from two sides takes the
@@ -16,15 +17,17 @@ transcripts of the sides (0001_agent.json and 0001_user.json), whose words are t
 
 Writes 0001.json: {"alignments": [["hello", [0.40, 0.72], "SPEAKER_MAIN"], ...]} in the order of time, and with it a
 record of where the words come from. Training reads the words of SPEAKER_MAIN, the agent's. The names in a transcript
-are mapped with --speaker; words of other names are left out, and counted. A diarisation numbers its speakers in each
-file anew: if the agent is not the same SPEAKER_00 in all files, --by-channel finds it.
+are mapped with --speaker; words of other names are left out, and counted. Diarisations number the speakers of each
+file from 0: if the agent is not the same SPEAKER_00 in all files, --by-channel finds it. If a transcript names no
+speakers, and 0001.rttm lies next to it, each word is of whoever has a turn at its time.
 
 With --output-dir nothing is written next to the recordings: the words go to DIR/calls/0001.json, and DIR/train.jsonl is
 a manifest whose lines name them as "words_path". Train on that one.
 
 A word without times (WhisperX has none for digits) gets some from its neighbours, and is counted. A transcript with the
-times of sentences only is refused: its words would come seconds too early or too late. With --spread its words share
-the time of their sentence by their lengths; better times come from annotate.py or a forced aligner.
+times of sentences only is refused: its words would come seconds too early or too late. With --aligner stable-ts
+(pip install '.[stable-ts]') a Whisper finds the words of each sentence in the sound of its speaker's channel. With
+--spread they share the time of their sentence by their lengths, which is less exact.
 
 Words that are by hand or of a program other than these are never replaced. A second run replaces what the first one has
 imported, and nothing else. Recordings that got no words are listed. Exit code 1 if none got any (with --strict: if one
@@ -41,6 +44,7 @@ from finetune.claim import claimed
 from finetune.cli import UserError, no_room
 from finetune.data.manifest import read_manifest
 from finetune.data.words_folder import redirect_words
+from finetune.distributed import pick_device
 from finetune.files import expand, why_missing
 from finetune.jobs.failures import show_list
 from finetune.parser import Parser
@@ -74,6 +78,11 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--by-channel", action="store_true", help="instead of --speaker: who is louder in the left "
                         "channel is the agent, and in the right one the user")  # fmt: skip
     parser.add_argument("--spread", action="store_true", help="spread the words of a sentence over its time")
+    parser.add_argument("--aligner", choices=["stable-ts"], help="find the words of a sentence in its sound, and "
+                        "spread those that are not found")  # fmt: skip
+    parser.add_argument("--whisper-model", default="medium", metavar="NAME", help="name or .pt file of a Whisper, for "
+                        "--aligner (default: medium)")  # fmt: skip
+    parser.add_argument("--lang", metavar="CODE", help="language of the transcripts, e.g. en, for --aligner")
     parser.add_argument("--replace", action="store_true", help="replace the words of annotate.py too")
     parser.add_argument("--set-aside", action="store_true", help="rename a transcript that lies where the .json "
                         f"belongs to *{ASIDE}.json")  # fmt: skip
@@ -87,7 +96,8 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
         speakers[name] = speaker
     if speakers and args.by_channel:
         raise UserError("--speaker and --by-channel exclude each other")
-    args.rules = ImportRules(speakers, args.by_channel, args.spread, args.replace, args.set_aside)
+    spread = args.spread or args.aligner is not None
+    args.rules = ImportRules(speakers, args.by_channel, spread, args.replace, args.set_aside)
     args.manifest = args.manifest.absolute()
     args.output_dir = args.output_dir and Path(os.path.abspath(args.output_dir))
     if args.transcripts is not None:
@@ -132,6 +142,11 @@ def import_words(args: argparse.Namespace, problems: list[str]) -> int:
         _check_names(+names, args.rules)
 
     # 2. The words.
+    if args.aligner:
+        from finetune.audio.aligners import stable_ts_text_aligner  # takes seconds to import
+
+        device = str(pick_device("auto"))
+        args.rules = args.rules._replace(align=stable_ts_text_aligner(args.whisper_model, device, args.lang))
     words: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     done: list[Path] = []

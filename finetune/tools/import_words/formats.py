@@ -155,11 +155,19 @@ def _read_ctm(text: str) -> Iterator[Passage]:
 
 
 _FISHER = re.compile(r"([\d.]+)\s+([\d.]+)\s+([^\s:]+)\s*:\s*(.*)")
+_NAMED = re.compile(r"([^\s:]+(?: [^\s:]+)?)\s*:\s+(.*)")  # a name of one or two words
 
 
 def _read_fisher(text: str) -> Iterator[Passage]:
-    """`start end speaker: text`, as the LDC's Fisher and CallHome have it."""
-    for number, line in _numbered(text, "#"):
+    """`start end speaker: text`, as the LDC's Fisher and CallHome have it; or no times at all, `speaker: text` or text,
+    for a diarisation to give them."""
+    lines = list(_numbered(text, "#"))
+    if not any(_FISHER.match(line) for _, line in lines):
+        for _, line in lines:
+            match = _NAMED.fullmatch(line)
+            yield _split(match[2] if match else line, None, None, match[1] if match else None)
+        return
+    for number, line in lines:
         match = _FISHER.fullmatch(line)
         if match is None:
             raise ValueError(f"line {number}: needs 'start end speaker: text', found {line[:60]!r}")

@@ -3,16 +3,20 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.audio.annotation import USER_SPEAKER, add_words, load_output, origins, other_speakers
 from finetune.audio.words import MAIN_SPEAKER, Word
 from finetune.cli import UserError
 from finetune.data.manifest import Line
+from finetune.tools.import_words.alignment import align_sentences
 from finetune.tools.import_words.formats import Passage
 from finetune.tools.import_words.sides import heard_in
 from finetune.tools.import_words.sources import ASIDE, Source
 from finetune.tools.import_words.timing import is_sentence, time_words
+
+if TYPE_CHECKING:
+    from finetune.audio.aligners import AlignText  # takes seconds to import
 
 ORIGIN = "transcripts"  # key in the record of words that this command has imported
 ANYONE = "*"
@@ -24,6 +28,7 @@ class ImportRules(NamedTuple):
     spread: bool = False  # spread the words of a sentence over its time
     replace: bool = False  # replace the words of annotate.py too
     set_aside: bool = False  # rename a transcript that lies where the .json belongs
+    align: "AlignText | None" = None  # finds the words of a sentence in its sound
 
 
 class Imported(NamedTuple):
@@ -48,6 +53,12 @@ def import_recording(line: Line, transcripts: dict[Source, list[Passage]], rules
         speakers = {MAIN_SPEAKER, USER_SPEAKER}
         channels = heard_in(line.path, {key: words for key, (words, _) in timed.items()})
         speaker_of = {key: (MAIN_SPEAKER, USER_SPEAKER)[channels[key]] if key in channels else None for key in passages}
+    if rules.align:
+        for key in wanted:
+            if speaker_of[key]:
+                found, aligned = align_sentences(rules.align, line.path, speaker_of[key], passages[key])
+                own, repairs = _time_words(sources, found, rules.spread)
+                timed[key] = own, repairs + aligned
     if not any(timed[key][0] for key in wanted if speaker_of[key]):
         names = ", ".join(sorted({key[1] or "no name" for key in passages})[:5])
         found = f"has only words of {names}, who are not among the speakers to import" if names else "has no words"
@@ -91,12 +102,18 @@ def import_recording(line: Line, transcripts: dict[Source, list[Passage]], rules
 def _time_words(sources: Sequence[Source], passages: list[Passage], spread: bool) -> tuple[list[Word], Counter[str]]:
     """Return what `time_words` does. Raises UserError if that needs --spread, or is not possible."""
     path = ", ".join(dict.fromkeys(str(source.path) for source in sources))
+    if any(is_sentence(passage) and passage.start is None for passage in passages):
+        raise UserError(
+            f"{path}: has text without times; put the turns of a diarisation next to it, in "
+            f"{sources[0].recording}.rttm, or let annotate.py find words and times"
+        )
     sentences = sum(len(passage.words) for passage in passages if is_sentence(passage))
     if sentences and not spread:
         words = sum(len(passage.words) for passage in passages)
         raise UserError(
             f"{path}: {sentences} of {words} words have no time but that of their sentence, so they would be trained "
-            "seconds too early or late; --spread spreads them over it, or let annotate.py find the times"
+            "seconds too early or late; --aligner finds them in the sound, --spread spreads them over that time, and "
+            "annotate.py transcribes the sound again"
         )
     try:
         return time_words(passages)

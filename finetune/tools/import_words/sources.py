@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.audio.annotation import USER_SPEAKER, load_output
+from finetune.audio.rttm import read_rttm
 from finetune.audio.words import MAIN_SPEAKER, sidecar
 from finetune.cli import UserError
 from finetune.tools.import_words.formats import READERS, Passage, read_passages
+from finetune.tools.import_words.turns import with_turns
 
 ASIDE = ".transcript"  # 0001.json -> 0001.transcript.json: a transcript that lay where the words belong
 
@@ -51,7 +53,15 @@ class Transcripts:
         found = self._by_recording(source.path)
         if source.recording not in found and len(found) > 1:
             raise UserError(f"{source.path}: is of {len(found)} recordings, and {source.recording} is none of them")
-        return found[source.recording] if source.recording in found else next(iter(found.values()), [])
+        passages = found[source.recording] if source.recording in found else next(iter(found.values()), [])
+        rttm = source.path.with_name(f"{source.recording}.rttm")
+        if all(passage.speaker and passage.start is not None for passage in passages) or not rttm.is_file():
+            return passages
+        turns = read_rttm(rttm)
+        try:
+            return with_turns(passages, turns.get(source.recording) or next(iter(turns.values()), []))
+        except ValueError as error:
+            raise UserError(f"{source.path}, with {rttm.name}: {error}") from None
 
     def _by_recording(self, path: Path) -> dict[str | None, list[Passage]]:
         """Return the passages of a transcript under the recordings that it names."""

@@ -55,7 +55,8 @@ def _join_marks(words: Sequence[Token]) -> list[Token]:
     return joined
 
 
-def _letters(word: Token) -> int:
+def count_letters(word: Token) -> int:
+    """Return the length of a word as it is said, in letters."""
     return sum(DIGIT_LETTERS if letter.isdigit() else 1 for letter in word.text)
 
 
@@ -63,7 +64,7 @@ def _share(words: Sequence[Token], start: float, end: float) -> list[Token]:
     """Return the words one after the other from `start` to `end`, each with a share by its letters."""
     if not words:
         return []
-    letters = list(itertools.accumulate(map(_letters, words), initial=0))
+    letters = list(itertools.accumulate(map(count_letters, words), initial=0))
     times = [start + (end - start) * count / letters[-1] for count in letters]
     return [Token(word.text, *pair) for word, pair in zip(words, itertools.pairwise(times))]
 
@@ -74,7 +75,7 @@ def _fill(tokens: Sequence[Token], passage_of: Sequence[int]) -> list[Word]:
     Those of the passage of the word after them, and not of the word before, end where that one begins. The others begin
     where the word before ends.
     """
-    lengths = [(word.end - word.start) / _letters(word) for word in tokens if None not in word]
+    lengths = [(word.end - word.start) / count_letters(word) for word in tokens if None not in word]
     pace = statistics.median(lengths) if lengths else SEC_PER_LETTER
     known = [i for i, word in enumerate(tokens) if word.start is not None]
     filled: list[Word] = []
@@ -84,7 +85,7 @@ def _fill(tokens: Sequence[Token], passage_of: Sequence[int]) -> list[Word]:
             word = tokens[before]
             lower = word.end
             if lower is None:
-                lower = max(word.start, min(word.start + _letters(word) * pace, upper))
+                lower = max(word.start, min(word.start + count_letters(word) * pace, upper))
             filled.append((word.text, word.start, lower))
         begin = 0 if before is None else before + 1
         run = tokens[begin:after]
@@ -92,7 +93,7 @@ def _fill(tokens: Sequence[Token], passage_of: Sequence[int]) -> list[Word]:
         if after is not None and (before is None or passage_of[before] != passage_of[after]):
             late = len(run) if before is None else passage_of[begin:after].count(passage_of[after])
         split = len(run) - late
-        needs = [sum(map(_letters, part)) * pace for part in (run[:split], run[split:])]
+        needs = [sum(map(count_letters, part)) * pace for part in (run[:split], run[split:])]
         upper = max(lower, upper)
         if sum(needs) >= upper - lower:
             filled += _share(run, lower, upper)

@@ -2,6 +2,7 @@
 
     python -m finetune.tools.make_manifest calls data/calls.jsonl --split 0.02
     python -m finetune.tools.make_manifest calls.csv data/train.jsonl --agent SPEAKER_00 --rttm diarisations
+    python -m finetune.tools.make_manifest hf://datasets/kyutai/DailyTalkContiguous data/dailytalk.jsonl
 
 Writes data/calls.jsonl and, for about the share --split of the files, data/calls_eval.jsonl; next to data/train.jsonl
 it is data/eval.jsonl. Paths are relative to the manifests' folder, or absolute for files outside of it. Training needs
@@ -10,7 +11,8 @@ stereo: left the agent, right the user.
 FOLDER may also be a list of recordings: a .csv or .tsv with the names of its columns, a manifest of NeMo, cuts of
 Lhotse (.jsonl or .jsonl.gz), or a manifest. The path is in the column path, audio_filepath, file_name, filename, file,
 audio, wav or recording; call, speaker, text_prompt, voice_prompt and words_path are kept. Recordings are taken whole,
-whatever part of them a row names: training cuts its own windows.
+whatever part of them a row names: training cuts its own windows. Or it is a data set on the hub,
+hf://datasets/OWNER/NAME or a folder in it, which is downloaded into the hub cache (HF_HOME) and stays there.
 
 Two mono files of a call are joined into a stereo wav in --pairs-dir; the sources are never changed. They are recognised
 by the ends of their names, call1_agent.wav and call1_user.wav, or _left/_right, _a/_b, .L/.R; or by a folder,
@@ -47,6 +49,7 @@ from finetune.jobs.workers import run_tasks
 from finetune.parser import Parser
 from finetune.tools.make_manifest.calls import call_of, choose_held_out, print_split
 from finetune.tools.make_manifest.diarisation import Diarisations, Separation, separate
+from finetune.tools.make_manifest.hub import PREFIX, fetch_dataset
 from finetune.tools.make_manifest.pairs import Pair, join_pair, pair_up
 from finetune.tools.make_manifest.recordings import (
     AUDIO_SUFFIXES,
@@ -150,20 +153,19 @@ def main(argv: list[str] | None = None) -> int:
     if not train:
         print("no manifest was written: there is nothing to train on")
         return 1
-    shown = " and ".join(map(str, manifests))
-    print(
-        f"next: word times for {shown} with annotate.py, or from transcripts with finetune.tools.import_words; then "
-        "python -m finetune.tools.check_data config.yaml"
-    )
+    words = "" if all(_has_words(*line) for lines in manifests.values() for line in lines.items()) else (
+        f"word times for {' and '.join(map(str, manifests))} with annotate.py, or from transcripts with "
+        "finetune.tools.import_words; then "
+    )  # fmt: skip
+    print(f"next: {words}python -m finetune.tools.check_data config.yaml")
     return int(args.strict and bool(refused))
 
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments, checked, with absolute paths and `sides`."""
     parser = Parser(__doc__)
-    parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="the recordings, also in subfolders; or a table of them"
-    )
+    parser.add_argument("folder", metavar="FOLDER", help="the recordings, also in subfolders; or a table of them; or a "
+                        "data set of the hub, hf://datasets/OWNER/NAME")  # fmt: skip
     parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="manifest to write or to extend")
     parser.add_argument("--split", type=float, default=0.02, help="share of the files to hold out; 0: none")
     parser.add_argument("--seed", type=int, default=0, help="another seed holds out other files")
@@ -179,6 +181,9 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="exit with 1 if any file was refused, not only if all")
     parser.add_argument("--workers", type=int, help="processes (one per core if absent); 0: only this one")
     args = parser.parse_args(argv)
+    if args.out.suffix != ".jsonl":
+        raise UserError(f"{args.out}: the manifest's name must end in .jsonl")
+    args.folder = fetch_dataset(args.folder) if args.folder.startswith(PREFIX) else Path(args.folder)
     args.pairs_dir = args.pairs_dir or args.out.with_name(f"{args.out.stem}_pairs")
     for name in ("folder", "out", "pairs_dir", "rttm"):
         if getattr(args, name) is not None:
@@ -195,8 +200,6 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.folder = Path(os.path.commonpath([path.parent for path in args.table.fields]))
     if not args.folder.is_dir():
         raise UserError(f"{args.folder}: no such folder, nor a table ({', '.join(TABLES)})")
-    if args.out.suffix != ".jsonl":
-        raise UserError(f"{args.out}: the manifest's name must end in .jsonl")
     if not 0 <= args.split < 1:
         raise UserError(f"--split {args.split}: is a share, at least 0 and below 1")
     if args.workers is not None and args.workers < 0:
@@ -219,6 +222,10 @@ def _name_of(path: Path, args: argparse.Namespace) -> Path:
     """Return a path relative to the folder of the recordings or of the pairs, if it lies there."""
     roots = [root for root in (args.pairs_dir, args.folder) if path.is_relative_to(root)]
     return path.relative_to(roots[0]) if roots else path
+
+
+def _has_words(path: Path, fields: dict) -> bool:
+    return bool(fields.get("words_path")) or path.with_suffix(".json").exists()
 
 
 def _call_of(path: Path, fields: dict, args: argparse.Namespace) -> str:

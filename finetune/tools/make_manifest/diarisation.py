@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from finetune.audio.files import probe_audio, read_audio, to_int16, wav_writer
+from finetune.audio.rttm import Turn, read_rttm
 from finetune.cli import UserError
-from finetune.files import regular
 from finetune.tools.make_manifest.pairs import BLOCK_SEC, WAV_BYTES
 from finetune.tools.make_manifest.recordings import RecordingInfo, Refusals
 
@@ -20,12 +20,6 @@ FRAMES_PER_SEC = 100  # resolution of the turns; between frames a side fades, so
 # the background noise that comes with each turn counts as speech without words in 3 to 5 of 43 files.
 COLLAR_SEC = 0.15
 END_TOLERANCE_SEC = 1.0  # by which a turn may outlast its recording
-
-
-class Turn(NamedTuple):
-    speaker: str
-    start: float  # seconds
-    end: float
 
 
 class Separation(NamedTuple):
@@ -58,7 +52,7 @@ class Diarisations:
     def __init__(self, root: Path | None, agent: str | None, recordings: list[Path], folder: Path, pairs_dir: Path):
         self.root, self.agent, self.folder, self.pairs_dir = root, agent, folder, pairs_dir
         self._stems = Counter(path.stem for path in recordings)
-        self._of_all = _read_rttm(root) if root is not None and root.is_file() else {}
+        self._of_all = read_rttm(root) if root is not None and root.is_file() else {}
 
     def target(self, recording: Path) -> Path:
         """Return the path of the stereo file of a recording."""
@@ -76,7 +70,7 @@ class Diarisations:
             return None
         if path not in (near, below) and self._stems[recording.stem] > 1:
             raise UserError(f"{path}: by its name of several recordings, one of them {recording}")
-        found = _read_rttm(path)
+        found = read_rttm(path)
         if recording.stem not in found and len(found) > 1:
             raise UserError(f"{path}: is of {len(found)} recordings, and {recording.stem} is none of them")
         return path, tuple(found[recording.stem] if recording.stem in found else next(iter(found.values()), []))
@@ -113,28 +107,6 @@ class Diarisations:
             except UserError as error:
                 refused["its diarisation cannot be used"].append(str(error))
         return list(tasks.values())
-
-
-def _read_rttm(path: Path) -> dict[str, list[Turn]]:
-    """Return {recording: turns} of `SPEAKER recording channel start duration <NA> <NA> name <NA> <NA>`."""
-    try:
-        text = regular(path).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as RTTM ({error})") from None
-    found: dict[str, list[Turn]] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        fields = line.split()
-        if not fields or fields[0] != "SPEAKER":  # comments, and records of other kinds
-            continue
-        try:
-            start, length = float(fields[3]), float(fields[4])
-            if not (0 <= start < math.inf and 0 <= length < math.inf):
-                raise ValueError
-            found.setdefault(fields[1], []).append(Turn(fields[7], start, start + length))
-        except (IndexError, ValueError):
-            wanted = "'SPEAKER recording channel start duration <NA> <NA> name'"
-            raise UserError(f"{path}, line {number}: needs {wanted}, found {line[:80]!r}") from None
-    return found
 
 
 def separate(task: Separation) -> Separated:

@@ -1,15 +1,19 @@
 """Estimate the memory and compute of a run before renting a GPU, and the largest batch that fits.
 
     python -m finetune.tools.plan config.yaml --gpus 8 --gpu-memory 80
-    python -m finetune.tools.plan config.yaml batch_size=4 sharding=none --gpus 2
+    python -m finetune.tools.plan config.yaml batch_size=4 sharding=none --gpus 2 --price 2.50
+    python -m finetune.tools.plan config.yaml --fit 24
 
 Runs the forward and backward pass of a training step on tensors without memory and counts each from its allocation to
-its release: on torch's meta device, with the chunk sizes and flash attention of a GPU, or for `device: cpu` on fake CPU
+its release: on torch's meta device, with the chunk sizes and kernels of a GPU, or for `device: cpu` on fake CPU
 tensors. What FSDP gathers, frees and reduces is added. Only the config.json of the model is read (the built-in 7B
 configuration if it is not in the hub cache), and the data may not exist yet.
 
 Every window has its full length, duration_sec and for PersonaPlex also prompt.max_sec. --reserve covers what is not
 counted: the CUDA context, NCCL and fragmentation.
+
+--fit looks for the settings with which the run fits a card, and prints them as overrides, below their plan. The windows
+per step stay; the frozen base is stored as exactly as possible (base_dtype); then what is fastest is taken.
 
 Prints a table, and writes nothing. Exit code 0: the run fits. 1: it does not. 2: the config cannot be used.
 """
@@ -26,11 +30,16 @@ from finetune.cli import UserError
 from finetune.config import load_args, parse_yaml
 from finetune.data.manifest import parse_sources, read_manifest
 from finetune.data.windows import many_epochs, open_windows
+from finetune.jobs.bars import show_bars
 from finetune.parser import Parser
+from finetune.progress import track
 from finetune.streams import N_STREAMS
+from finetune.tools.plan.fit import DRIVER_GIB, find_fit
+from finetune.tools.plan.hours import PEAK_TFLOPS, describe_hours
 from finetune.tools.plan.sizes import RunSizes, open_sizes
 
 GIB = 2**30
+USUAL_PASSES = 15  # that a plan counts
 
 
 def read_plan_settings(config: str, overrides: list[str]) -> tuple[TrainArgs, bool, list[str]]:
@@ -56,13 +65,21 @@ def read_plan_settings(config: str, overrides: list[str]) -> tuple[TrainArgs, bo
     return load_args(config, overrides), live, notes
 
 
-def describe_plan(sizes: RunSizes, name: str, memory: int, reserve: int) -> tuple[str, bool]:
-    """Return (the plan as text, whether the run fits into `memory` bytes and leaves `reserve` of them free)."""
+def describe_plan(
+    sizes: RunSizes, name: str, memory: int, reserve: int, tflops: float, price: float | None
+) -> tuple[str, bool]:
+    """Return (the plan as text, whether the run fits into `memory` bytes and leaves `reserve` of them free).
+
+    `tflops` is the peak of a GPU, and `price` that of one for an hour (None: no cost is shown).
+    """
     args, state, evaluation, flops = sizes.args, sizes.state, sizes.evaluation, sizes.flops()
-    windows, frames = args.batch_size * args.num_microbatches * sizes.ranks, sizes.frames + sizes.prompt_frames
-    steps = [sizes.step(args.batch_size, checkpointing) for checkpointing in (True, False)]
-    totals = [sizes.total(args.batch_size, checkpointing) + reserve for checkpointing in (True, False)]
-    largest = [sizes.largest_batch(memory - reserve, checkpointing) for checkpointing in (True, False)]
+    own, batch, room = args.gradient_checkpointing, args.batch_size, memory - reserve
+    windows, frames = batch * args.num_microbatches * sizes.ranks, sizes.frames + sizes.prompt_frames
+    # false is refused for a quantised base.
+    values = [True, *([] if isinstance(own, bool) else [own]), *([False] if args.base_dtype == "bf16" else [])]
+    steps = [sizes.step(batch, value) for value in values]
+    totals = [sizes.total(batch, value) + reserve for value in values]
+    largest = [sizes.largest_batch(room, value) for value in values]
     rows = [
         (f"frozen weights, {args.param_dtype}", state["frozen"]),
         (f"frozen weights, {args.base_dtype}", state["quantised"]),
@@ -72,7 +89,7 @@ def describe_plan(sizes: RunSizes, name: str, memory: int, reserve: int) -> tupl
         ("Mimi, which encodes audio in training", state["mimi"]),
         ("peak of a step", *(step.peak for step in steps)),
         ("    activations", *(step.at_peak["activations"] for step in steps)),
-        ("      logits and their gradients, at their peak", sizes.logits(args.batch_size)),
+        ("      logits and their gradients, at their peak", sizes.logits(batch)),
         ("    layers gathered by FSDP, and its buffers", *(step.at_peak["gathered"] for step in steps)),
         ("    gradients, float32", *(step.at_peak["gradients"] for step in steps)),
         ("or peak of a free-running evaluation", evaluation.total()),
@@ -83,36 +100,41 @@ def describe_plan(sizes: RunSizes, name: str, memory: int, reserve: int) -> tupl
         ("sum: what stays, the higher peak, reserve", *totals),
     ]
     gib = lambda size: f"{size / GIB:.2f}" if size >= 0.1 * GIB else f"{size / GIB:.2g}"
-    batches = (f"{batch or 'none'}{'+' * (batch == sizes.max_batch)}" for batch in largest)  # more was not tried
+    batches = (f"{size or 'none'}{'+' * (size == sizes.max_batch)}" for size in largest)  # more was not tried
     table = [
-        (f"GiB on a rank, batch_size {args.batch_size}", "checkpointing", "without"),
-        *((label, gib(sums[0]), gib(sums[-1])) for label, *sums in rows if any(sums)),
+        (f"GiB on a rank, batch_size {batch}, gradient_checkpointing:", *(str(value).lower() for value in values)),
+        *((label, *map(gib, sums if len(sums) > 1 else sums * len(values))) for label, *sums in rows if any(sums)),
         (f"fits {memory / GIB:g} GiB", *("yes" if total <= memory else "no" for total in totals)),
         ("largest batch_size that fits", *batches),
     ]
-    chosen = 0 if args.gradient_checkpointing else 1
-    verdict = f"batch_size {args.batch_size} does not fit {memory / GIB:g} GiB"
+    chosen = [repr(value) for value in values].index(repr(own))  # true is not 1 here
+    verdict = f"batch_size {batch} does not fit {memory / GIB:g} GiB"
     if totals[chosen] <= memory:
         verdict = f"fits {memory / GIB:g} GiB"
+        layers = 0 if own is False or args.device == "cpu" else sizes.most_kept(room, batch)
+        if layers > own:
+            share = sizes.step_sec(batch, layers) / sizes.step_sec(batch, own)
+            verdict += f"; so would gradient_checkpointing: {layers}, in {share:.0%} of the time"
     elif largest[chosen]:
         verdict += f"; {largest[chosen]} would"
     elif largest[0]:
         verdict += f"; {largest[0]} with gradient_checkpointing: true would"
-    elif state.total() + sizes.step(1, args.gradient_checkpointing).peak + reserve <= memory:
+    elif state.total() + sizes.step(1, own).peak <= room:
         verdict += ", nor does the free-running evaluation (eval_free_samples: 0 leaves it out)"
     else:
         less = "a smaller lora.rank" if args.lora.enable else "LoRA"
-        verdict += ", nor does 1" * (args.batch_size > 1) + f": use more ranks, {less} or shorter windows"
+        verdict += ", nor does 1" * (batch > 1) + f": use more ranks, {less} or shorter windows"
     lines = [
         f"{name} on {sizes.ranks} {'CPU' if args.device == 'cpu' else 'GPU'} ranks, sharding {args.sharding}: "
         f"parameters in {sizes.shards} shards",
         f"{sizes.parameters:,} parameters, {sizes.trained:,} trained ({sizes.trained / sizes.parameters:.2%})",
-        f"a step: {args.batch_size} x {args.num_microbatches} x {sizes.ranks} windows (batch x microbatches x ranks) "
+        f"a step: {batch} x {args.num_microbatches} x {sizes.ranks} windows (batch x microbatches x ranks) "
         f"of {frames:,} frames ({sizes.prompt_frames} of prompt) = {windows * frames:,} frames, "
         f"{windows * frames * N_STREAMS:,} tokens",
         "PFLOP per step: " + ", ".join(f"{kind} {count / 1e15:.4g}" for kind, count in flops.items()),
+        *describe_hours(sum(flops.values()) * args.max_steps / sizes.ranks, sizes.ranks, tflops, price),
         "",
-        *(f"{label:<54}{on:>14}{off:>10}" for label, on, off in table),
+        *(f"{label:<58}" + "".join(f"{cell:>10}" for cell in cells) for label, *cells in table),
         "",
         verdict,
     ]
@@ -126,21 +148,48 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=1, help="ranks on all nodes together")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="sharding: hybrid shards within a node")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="memory of one GPU in GiB")
+    parser.add_argument(
+        "--fit", type=float, metavar="GB",
+        help=f"find settings for GPUs of this size, of which {DRIVER_GIB} GiB are the driver's; replaces --gpu-memory",
+    )  # fmt: skip
     parser.add_argument("--reserve", type=float, default=3.0, help="GiB of it to keep free")
+    parser.add_argument("--tflops", type=float, default=PEAK_TFLOPS, help="peak of one GPU in bfloat16, for the hours")
+    parser.add_argument("--price", type=float, help="of one GPU for an hour: also say what the run costs")
     parser.add_argument(
         "--personaplex", action=argparse.BooleanOptionalAction,
         help="plan for train_personaplex.py; if absent: if there are prompt settings or the model has 16 codebooks",
     )  # fmt: skip
     given = parser.parse_args(argv)
+    if given.fit is not None:
+        given.gpu_memory = given.fit - DRIVER_GIB
     if min(given.gpus, given.gpus_per_node) < 1:
         raise UserError(f"--gpus {given.gpus}, --gpus-per-node {given.gpus_per_node}: must be at least 1")
     if not 0 <= given.reserve < given.gpu_memory < math.inf:
-        raise UserError(f"--gpu-memory {given.gpu_memory:g}: must be more than --reserve {given.reserve:g}")
-    args, live, notes = read_plan_settings(given.config, given.overrides)
-    sizes, name, more_notes = open_sizes(args, live, given.personaplex, given.gpus, given.gpus_per_node)
+        what = f"--gpu-memory {given.gpu_memory:g}" if given.fit is None else f"--fit {given.fit:g}"
+        least = f"--reserve {given.reserve:g}" + f" and {DRIVER_GIB} for the driver" * (given.fit is not None)
+        raise UserError(f"{what}: must be more than {least}")
+    memory, reserve = int(given.gpu_memory * GIB), int(given.reserve * GIB)
+    show_bars()
+
+    def open_with(more: list[str]) -> tuple[RunSizes, str, list[str]]:
+        args, live, notes = read_plan_settings(given.config, [*given.overrides, *more])
+        sizes, name, more_notes = open_sizes(args, live, given.personaplex, given.gpus, given.gpus_per_node)
+        return sizes, name, notes + more_notes
+
+    found = [] if given.fit is None else find_fit(lambda more: open_with(more)[0], memory - reserve)
+    if found is None:
+        print(f"{given.config}: fits a card of {given.fit:g} GB with none of the settings that were tried")
+        return 1
+    sizes, name, notes = open_with(found)
+    args = sizes.args
     with contextlib.suppress(UserError):  # the data may not be there yet
         drawn = args.max_steps * args.batch_size * args.num_microbatches * given.gpus
         notes += filter(None, [many_epochs(open_windows(args.data.train_data, to_frames(args.duration_sec)), drawn)])
-    text, fits = describe_plan(sizes, name, int(given.gpu_memory * GIB), int(given.reserve * GIB))
-    print("\n".join([*(f"note: {note}" for note in notes + more_notes), text]))
+    if not given.tflops > 0 or not (given.price is None or 0 <= given.price < math.inf):
+        raise UserError(f"--tflops {given.tflops:g}, --price {given.price or 0:g}: must be above 0, and not negative")
+    passes = [1] * USUAL_PASSES
+    with track("counting", len(passes)) as advance:
+        sizes.counted = lambda: advance(passes.pop() if passes else 0)
+        text, fits = describe_plan(sizes, name, memory, reserve, given.tflops, given.price)
+    print("\n".join([*(f"note: {note}" for note in notes), text, *(["", " ".join(found)] if found else [])]))
     return int(not fits)

@@ -1,7 +1,8 @@
-"""The memory and FLOPs of a run, and the largest batch that fits."""
+"""The memory, FLOPs and least time of a run, and the largest batch that fits."""
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,9 +25,11 @@ from finetune.model.targets import Targets
 from finetune.model.training_lm import TrainingLM
 from finetune.streams import DEP_Q, N_STREAMS
 from finetune.tools.plan.fsdp import FsdpMemory, fsdp_parameters, sharded_numel
-from finetune.tools.plan.meter import GpuAttention, Meter
+from finetune.tools.plan.meter import GpuKernels, Meter
 
 MAX_BATCH = {"cpu": 64, "meta": 512}  # larger batches are not tried
+LAUNCH_SEC = 10e-6  # for Python, autograd and the driver to start a kernel; an estimate
+NVLINK_BYTES = 450e9  # per second and direction, between the H100s of a node (NVIDIA's data sheet)
 BUILT_IN = {"kyutai/moshika-pytorch-bf16", MOSHI.default_repo, PERSONAPLEX.default_repo}  # config known to moshi
 
 
@@ -43,6 +46,11 @@ class RunSizes:
         parameters, trained: number of parameters of the model without adapters, and of those that are trained.
         state: what stays in memory, by kind: this rank's share of the weights and of AdamW's two moments. AdamW is
             fused, so that its update needs nothing but the gradients, which are part of the step.
+        layers: number of layers of both transformers.
+        counted: is called after each pass that was counted.
+
+    In all methods, `checkpointing` is a value of gradient_checkpointing. If `windows` per step and rank are given, the
+    microbatches are as many as they take; otherwise num_microbatches.
     """
 
     def __init__(
@@ -76,7 +84,7 @@ class RunSizes:
 
         self.on_cpu = self.over_gloo = on_cpu
         device = "cpu" if on_cpu else "meta"
-        self._fake = FakeTensorMode() if on_cpu else GpuAttention()
+        self._fake = FakeTensorMode() if on_cpu else GpuKernels()
         self._tensor = functools.partial(torch.empty, device=device)
         self.max_batch = MAX_BATCH[device]
         with self._fake:  # FSDP casts what it gathers, so that the step sees a single dtype
@@ -88,7 +96,9 @@ class RunSizes:
                 for name, buffer in module.named_buffers():
                     setattr(module, name, self._tensor(buffer.shape, dtype=buffer.dtype))
         self.lm = TrainingLM(lm, args.gradient_checkpointing)
-        self.step = functools.cache(self._step)
+        self.layers = len(lm.transformer.layers) + len(lm.depformer.layers)
+        self.counted: Callable[[], object] = lambda: None
+        self._step = functools.lru_cache(None, typed=True)(self._count_step)  # typed: true is not 1 here
 
     def _forward(self, batch: int) -> Tensor:
         """Return the summed losses of a microbatch in which every frame after the prompt carries loss.
@@ -103,15 +113,28 @@ class RunSizes:
         codes, mask = tokens(batch, N_STREAMS, frames), tokens(batch, frames).bool()
         return self.lm(codes, mask, targets=targets, steps=depformer_steps(self.args, self.lm.lm.dep_q)).ce.sum()
 
-    def _step(self, batch: int, checkpointing: bool) -> Meter:
+    def step(self, batch: int, checkpointing: bool | int, windows: int | None = None) -> Meter:
         """Meter the forward and backward pass of the last microbatch of a step."""
+        accumulated = self.args.num_microbatches > 1 if windows is None else batch < windows
+        return self._step(batch, checkpointing, accumulated)
+
+    def _count_step(self, batch: int, checkpointing: bool | int, accumulated: bool) -> Meter:
         self.lm.gradient_checkpointing = checkpointing
-        accumulated = self.args.num_microbatches > 1
         with self._fake, Meter() as meter:
             memory = FsdpMemory(self.lm, self.shards, meter, accumulated, self.on_cpu, self.over_gloo)
             with memory.follow():
-                torch.autograd.backward(self._forward(batch))  # Tensor.backward would lose GpuAttention
+                self._forward(batch).backward()
+        self.gathered = sum(unit.size for unit in memory.units)
+        self.counted()
         return meter
+
+    def step_sec(self, batch: int, checkpointing: bool | int, windows: int | None = None) -> float:
+        """Return the least seconds that a step takes on H100s, without the optimizer: as long as its kernels need at
+        the limits of the card, or their launches; and what is sharded is gathered in both passes over NVLink."""
+        meter = self.step(batch, checkpointing, windows)
+        microbatches = self.args.num_microbatches if windows is None else windows // batch
+        gathering = 2 * self.gathered / NVLINK_BYTES if self.shards > 1 else 0
+        return microbatches * (max(meter.roofline_sec, LAUNCH_SEC * meter.operations) + gathering)
 
     def flops(self) -> dict[str, int]:
         """Return the FLOPs of a step over all ranks, by pass.
@@ -120,8 +143,8 @@ class RunSizes:
         """
         with self._fake, torch.no_grad(), Meter() as forward:
             self._forward(1)
-        plain, checkpointed = (self.step(1, checkpointing).flops for checkpointing in (False, True))
-        each = {"forward": forward.flops, "backward": plain - forward.flops, "recompute": checkpointed - plain}
+        plain, own = (self.step(1, checkpointing).flops for checkpointing in (False, self.args.gradient_checkpointing))
+        each = {"forward": forward.flops, "backward": plain - forward.flops, "recompute": own - plain}
         windows = self.args.batch_size * self.args.num_microbatches * self.ranks
         return {name: windows * flops for name, flops in each.items()}
 
@@ -159,25 +182,36 @@ class RunSizes:
             lm.transformer.layers[0].gating(self._tensor(samples, 1, lm.dim, dtype=lm.text_emb.weight.dtype))
         return Counter(gathered=gathered, caches=meter.peak, dequantised=gating.peak)
 
-    def total(self, batch: int, checkpointing: bool) -> int:
+    def total(self, batch: int, checkpointing: bool | int, windows: int | None = None) -> int:
         """Return the peak of the run, without the streams of Mimi, which adapt to the memory that is free."""
-        return self.state.total() + max(self.step(batch, checkpointing).peak, self.evaluation.total())
+        return self.state.total() + max(self.step(batch, checkpointing, windows).peak, self.evaluation.total())
 
-    def largest_batch(self, room: int, checkpointing: bool) -> int:
+    def largest_batch(self, room: int, checkpointing: bool | int) -> int:
         """Return the largest batch_size, up to `max_batch`, whose total is at most `room` bytes; 0 if none is."""
-        fits = lambda batch: self.total(batch, checkpointing) <= room
-        peak = lambda batch: self.step(batch, checkpointing).peak
-        if not fits(1):
-            return 0
-        # Apart from chunks the peak is linear in the batch, so that a guess is near; each guess is tried.
-        low, high, other = 1, self.max_batch + 1, min(self.max_batch, max(2, self.args.batch_size))
-        slope = (peak(other) - peak(1)) // (other - 1)
-        while high - low > 1:
-            guess = low + (room - self.state.total() - peak(low)) // max(1, slope)
-            guess = min(max(guess, low + 1), high - 1)
-            low, high = (guess, high) if fits(guess) else (low, guess)
-            slope = slope if high > self.max_batch else (peak(high) - peak(low)) // (high - low)
-        return low
+        other = min(self.max_batch, max(2, self.args.batch_size))
+        return _largest(lambda batch: self.total(batch, checkpointing), room, range(1, self.max_batch + 1), other)
+
+    def most_kept(self, room: int, batch: int, windows: int | None = None) -> int:
+        """Return the largest number of layers that can keep their products within `room` bytes; -1 if none fits."""
+        total = lambda layers: self.total(batch, layers, windows)
+        return _largest(total, room, range(self.layers + 1), self.layers)
+
+
+def _largest(total: Callable[[int], int], room: int, numbers: range, other: int) -> int:
+    """Return the largest of the numbers whose total is at most `room`, or the one before the first if there is none.
+
+    Totals are nearly linear in the number, so that a guess is near; each guess is tried. `other` gives the first slope.
+    """
+    low, high = numbers.start, numbers.stop
+    if total(low) > room:
+        return low - 1
+    slope = (total(other) - total(low)) // (other - low)
+    while high - low > 1:
+        guess = low + (room - total(low)) // max(1, slope)
+        guess = min(max(guess, low + 1), high - 1)
+        low, high = (guess, high) if total(guess) <= room else (low, guess)
+        slope = slope if high == numbers.stop else (total(high) - total(low)) // (high - low)
+    return low
 
 
 def open_sizes(

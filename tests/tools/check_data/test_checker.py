@@ -121,8 +121,11 @@ CASES = [
     ("voice", lambda c: c.line.update(voice_prompt="nobody.wav"), {}),
     ("voice", lambda c: c.line.update(voice_prompt=7), {}),
     ("own voice", lambda c: c.change(voice_prompt=c.wav.name), {}),
-    ("unserved voice", lambda c: (
-        write_pcm(c.wav.with_name("voice.wav"), c.sound()), c.change(voice_prompt="voice.wav")), {}),
+    (
+        "unserved voice",
+        lambda c: (write_pcm(c.wav.with_name("voice.wav"), c.sound()), c.change(voice_prompt="voice.wav")),
+        {},
+    ),
     (
         "no segment",
         lambda c: c.change(voice_prompt="same_speaker"),
