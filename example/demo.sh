@@ -18,6 +18,10 @@ step() {
 
 step 0 "1. A tiny Moshi and a quarter of an hour of synthetic stereo dialogues"
 rm -rf "$run"
+# After an installation Python reads torch from the disk, in silence.
+(while sleep 4; do echo "   loading torch for the first time, ${SECONDS} s"; done) &
+python -c "import torch, moshi.models"
+kill $!
 python -m finetune.tools.toy "$run/world" --hours 0.25
 
 step 4 "2. Mimi codes of the dialogues, computed once, as each model's server makes them"

@@ -614,7 +614,7 @@ HOSTILE = [
     train("Mu\u0308ller.wav 'M\u00fcller.wav'", lambda w: [
         w.on(w.call("M\u00fcller.wav") | {"path": "Mu\u0308ller.wav"}, data__num_workers=0)]),
     *(Mistake("train", "call.wav.pt precompute_codes.py", lambda w, code=code: [
-        w.encoded(entry(codes=torch.full((2, 8, 40), code, dtype=torch.int16)))], 2) for code in (-7, 2048)),
+        w.encoded(entry(codes=torch.full((2, 8, 75), code, dtype=torch.int16)))], 2) for code in (-7, 2048)),
     codes("call.wav.pt", lambda _, codes: pipe(codes)),
     voice_file("v.pt 5000", lambda w: w.voice("v.pt", EMBEDDED | {"cache": torch.full((1, 17, 4), 5000)})),
     voice_file("v.pt -2", lambda w: w.voice("v.pt", EMBEDDED | {"cache": torch.full((1, 17, 4), -2)})),
