@@ -68,9 +68,9 @@ test-runtime: $(INSTALLED)
 	PERSONAPLEX="$(abspath $(PERSONAPLEX))" $(BIN)/python -m pytest tests/runtime
 
 # What is otherwise computed, on a GPU: benchmarks/gpu. Ten minutes at most. On a machine that has its own torch and no
-# network, WHEELS is a folder of what images with torch lack; `make gpu-wheels` fills it where there is a network, for the
-# GPU machine's version of Python. Other packages that are missing there (numpy, scipy, matplotlib, tqdm, requests,
-# pyyaml, einops, sentencepiece, safetensors) can be added to it.
+# network, WHEELS is a folder with what images with torch lack; `make gpu-wheels` fills it where there is a network, for
+# the GPU machine's version of Python. What else is missing there (numpy, scipy, matplotlib, tqdm, requests, pyyaml,
+# einops, sentencepiece, safetensors) can be added to it.
 gpu-check: $(if $(WHEELS),,$(INSTALLED))
 ifdef WHEELS
 	rm -rf .gpu-packages
@@ -83,7 +83,8 @@ endif
 GPU_PYTHON := 3.12
 DOWNLOAD = $(PYTHON) -m pip download --quiet --only-binary :all: --python-version $(GPU_PYTHON) --dest '$(WHEELS)'
 gpu-wheels:
-	$(DOWNLOAD) --no-deps 'moshi>=0.2.13,<0.3' 'sphn<0.3' 'huggingface_hub<1' fire termcolor submitit cloudpickle pyloudnorm
+	$(DOWNLOAD) --no-deps 'moshi>=0.2.13,<0.3' 'sphn<0.3' 'huggingface_hub<1' fire termcolor submitit cloudpickle \
+		pyloudnorm
 	$(DOWNLOAD) pydantic
 
 lint: $(INSTALLED)

@@ -228,20 +228,21 @@ def test_gradients_are_reduced_in_float32_and_frozen_parameters_left_alone_where
     assert sharded == {sharding != "none"} and hasattr(next(lm.depformer.parameters()), "full_tensor")
 
 
-@pytest.mark.parametrize(("sharding", "op"), [("none", dist.ReduceOp.SUM), ("full", dist.ReduceOp.AVG)])
-def test_gradients_are_not_averaged_over_groups_of_one(monkeypatch, four_ranks, sharding, op):
-    """nccl may leave elements out of such an average."""
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_gradients_are_not_averaged_over_groups_of_one(monkeypatch, four_ranks, sharding):
+    """nccl may leave elements out of such an average. torch 2.14 copies them instead."""
     used = []
 
     def reduce_scatter(output, input, group, op, **_):
         used.append((dist.get_world_size(group), op))
         output.copy_(input[: len(output)])
 
-    monkeypatch.setattr(dist, "reduce_scatter_tensor", reduce_scatter)
+    for name in ("reduce_scatter_tensor", "reduce_scatter_single"):  # of torch 2.9 and 2.14
+        monkeypatch.setattr(dist, name, reduce_scatter, raising=False)
     module = torch.nn.Sequential(torch.nn.Linear(3, 3))
     shard(module, [], make_mesh(four_ranks, sharding), torch.float32)
     module(torch.ones(1, 3)).sum().backward()
-    assert used == [(1 if sharding == "none" else 4, op)]
+    assert used in ([[(1, dist.ReduceOp.SUM)], []] if sharding == "none" else [[(4, dist.ReduceOp.AVG)]])
 
 
 # --- the environment -----------------------------------------------------------------------------------------------
