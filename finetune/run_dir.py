@@ -72,7 +72,7 @@ def _prepare(folder: Path, args: TrainArgs, world: World, identity: dict[str, st
             remove_run(folder)
         (folder / ".launch").write_text(json.dumps(_launch(world)))
     stored = _read_identity(folder)
-    moved = {key for key in MAY_MOVE if identity[key] == stored.get(key)}
+    moved = {key for key, digest in identity.items() if stored.get(key) == digest}
     for key, values in _changed_settings(folder, args, moved).items():
         logger.info("changed since this run began: %s %s -> %s", key, *values)
     if "moshi_paths" in stored and stored["moshi_paths"] != identity["moshi_paths"]:
