@@ -63,7 +63,7 @@ test-slurm: $(INSTALLED)
 test-speech: $(INSTALLED)
 	AUDIO="$(AUDIO)" WHISPER="$(WHISPER)" $(BIN)/python -m pytest tests/speech
 
-# NVIDIA's runtime beside ours: PERSONAPLEX is a clone of github.com/NVIDIA/personaplex. Two minutes.
+# NVIDIA's runtime next to ours: PERSONAPLEX is a clone of github.com/NVIDIA/personaplex. Two minutes.
 test-runtime: $(INSTALLED)
 	PERSONAPLEX="$(abspath $(PERSONAPLEX))" $(BIN)/python -m pytest tests/runtime
 

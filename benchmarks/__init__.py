@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -48,6 +49,19 @@ def demo_folder(demo: Path) -> Path:
     if not (demo / "exported/config.json").is_file():
         raise UserError(f"{demo}: no demo there; run make demo")
     return demo
+
+
+def once(folder: Path, name: str, make: Callable[[Path], dict]) -> dict:
+    """Return the stored result of a run; if there is none, make and store it. `make` takes the folder of the run, which
+    is removed afterwards."""
+    name = name.replace(" ", "_")
+    run_dir, result = folder / name, folder / f"{name}.json"
+    if not result.is_file():
+        shutil.rmtree(run_dir, ignore_errors=True)
+        found = make(run_dir)
+        result.write_text(json.dumps(found))
+        shutil.rmtree(run_dir)
+    return json.loads(result.read_text())
 
 
 def rewrite_words(manifest: Path, folder: Path, change: Callable[[int, dict], dict]) -> Path:

@@ -17,11 +17,10 @@ two cores, and the base five minutes more. Finished runs are not repeated.
 
 import json
 import random
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks import call, rewrite_words
+from benchmarks import call, once, rewrite_words
 from benchmarks.conditioning import prepare, train_follower, tune
 from finetune.audio.words import read_sidecar
 from finetune.cli import run
@@ -72,13 +71,9 @@ def vocabulary(manifest: Path) -> dict[str, str]:
     return dict(zip(words, shuffled))
 
 
-def train(world: Path, folder: Path, arm: str, seed: int, data: dict[str, Path]) -> dict:
-    """Train and evaluate once, unless there is a result; return it."""
-    name, settings = f"{arm}_{seed}".replace(" ", "_"), SETTINGS | ARMS[arm]
-    run_dir, result = folder / name, folder / f"{name}.json"
-    if result.is_file():
-        return json.loads(result.read_text())
-    shutil.rmtree(run_dir, ignore_errors=True)
+def train(world: Path, run_dir: Path, arm: str, seed: int, data: dict[str, Path]) -> dict:
+    """Train and evaluate once."""
+    settings = SETTINGS | ARMS[arm]
     mixture = f"{data['train']}:0.5,{data['replay']}:0.5" if arm == "replay" else data["train"]
     own = {"seed": seed, "run_dir": run_dir, "data.train_data": mixture, "data.eval_data": data["eval"]}
     tune(world, settings | own | {"moshi_paths.moshi_path": train_follower(world)})
@@ -86,10 +81,7 @@ def train(world: Path, folder: Path, arm: str, seed: int, data: dict[str, Path])
     call("-m", "finetune.tools.evaluate", run_dir, f"data.eval_data={data['first']}", "eval_free_samples=0")
     row = json.loads((run_dir / f"evaluation_{settings['max_steps']:06d}.json").read_text())
     found = {"first": row["text_word_accuracy"], "base": row["base"]["text_word_accuracy"]}
-    found |= {"second": last["text_word_accuracy"], "pace": last["free_words_per_minute"]}
-    result.write_text(json.dumps(found))
-    shutil.rmtree(run_dir)
-    return found
+    return found | {"second": last["text_word_accuracy"], "pace": last["free_words_per_minute"]}
 
 
 def main() -> int:
@@ -113,7 +105,8 @@ def main() -> int:
              "--users", own["train"], *(f"{key}={value}" for key, value in settings.items()))  # fmt: skip
     tasks = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda task: train(world, args.folder, *task, data), tasks))
+        run_once = lambda task: once(args.folder, "{}_{}".format(*task), lambda run: train(world, run, *task, data))
+        results = list(pool.map(run_once, tasks))
     print("| | runs | first task, base | first task | second task | words a minute in replies |\n|--|--|--|--|--|--|")
     for arm in ARMS:
         found = [result for (name, _), result in zip(tasks, results) if name == arm]

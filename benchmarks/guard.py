@@ -17,13 +17,12 @@ Prints a table and the measures that were out of bounds.
 
 import collections
 import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from benchmarks import demo_folder, tune_demo
+from benchmarks import demo_folder, once, tune_demo
 from finetune.audio.codes import load_codes, save_tensors
 from finetune.audio.files import FRAME_RATE
 from finetune.audio.words import read_sidecar
@@ -98,25 +97,18 @@ def make_data(demo: Path, folder: Path, kind: str) -> Path:
     return manifest
 
 
-def train(demo: Path, folder: Path, name: str, settings: dict, seed: int, data: Path | None) -> dict:
-    """Train once, unless there is a result; return it."""
-    run_dir, result = folder / f"{name}_{seed}".replace(" ", "_"), folder / f"{name}_{seed}.json".replace(" ", "_")
-    if result.is_file():
-        return json.loads(result.read_text())
-    shutil.rmtree(run_dir, ignore_errors=True)
+def train(demo: Path, run_dir: Path, name: str, settings: dict, seed: int, data: Path | None) -> dict:
+    """Train once."""
     own = {"seed": seed, "run_dir": run_dir} | ({"data.train_data": data} if data else {})
     done = tune_demo(demo, COMMON | settings | own, codes=(0, EXIT_GUARD))
     rows = read_rows(run_dir / "metrics.eval.jsonl")
-    found = {
+    return {
         "name": name, "seed": seed, "stopped_at": rows[-1]["step"] if done.returncode == EXIT_GUARD else None,
         "violations": {row["step"]: row.get("violations", []) for row in rows[1:]},
         "measures": [{k: v for k, v in row.items() if k.startswith(("free_", "data_")) or k in ("step", "loss")}
                      for row in rows],
         "said": done.stderr.strip().splitlines()[-1],
     }  # fmt: skip
-    result.write_text(json.dumps(found))
-    shutil.rmtree(run_dir)
-    return found
 
 
 def main() -> int:
@@ -132,7 +124,10 @@ def main() -> int:
     kinds = {name: own for name, own in (SOUND | COLLAPSES).items() if not args.only or name in args.only}
     tasks = [(name, own, seed) for seed in range(args.seeds) for name, own in kinds.items()]
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda task: train(args.demo, args.folder, *task, data.get(task[0])), tasks))
+        run_once = lambda task: once(
+            args.folder, f"{task[0]}_{task[2]}", lambda run: train(args.demo, run, *task, data.get(task[0]))
+        )
+        results = list(pool.map(run_once, tasks))
     print(f"{'':<30}{'runs':>6}{'stopped in two evaluations':>28}  measures out of bounds, evaluations")
     for name in kinds:
         own = [result for result in results if result["name"] == name]

@@ -11,11 +11,10 @@ Two runs at a time, about 35 minutes on two cores; finished runs are not repeate
 
 import json
 import random
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks import call, rewrite_words
+from benchmarks import call, once, rewrite_words
 from benchmarks.conditioning import prepare, train_follower, tune
 from finetune.audio.words import read_sidecar
 from finetune.cli import run
@@ -41,24 +40,17 @@ def shuffle_prompts(manifest: Path, folder: Path, seed: int) -> Path:
     )
 
 
-def train(world: Path, folder: Path, shuffled: bool, seed: int) -> dict:
-    """Train and evaluate once, unless there is a result; return it."""
-    name = f"{'shuffled' if shuffled else 'sound'}_{seed}"
-    run_dir, result = folder / name, folder / f"{name}.json"
-    if result.is_file():
-        return json.loads(result.read_text())
-    shutil.rmtree(run_dir, ignore_errors=True)
+def train(world: Path, run_dir: Path, shuffled: bool, seed: int) -> dict:
+    """Train and evaluate once."""
     data = {split: world / f"codes/{split}_precomputed.jsonl" for split in ("train", "eval")}
     if shuffled:
-        data = {split: shuffle_prompts(path, folder / f"data/{name}/{split}", seed) for split, path in data.items()}
+        copies = run_dir.parent / f"data/{run_dir.name}"
+        data = {split: shuffle_prompts(path, copies / split, seed) for split, path in data.items()}
     given = {f"data.{split}_data": path for split, path in data.items()}
     tune(world, SETTINGS | given | {"run_dir": run_dir, "seed": seed, "moshi_paths.moshi_path": train_follower(world)})
     call("-m", "finetune.tools.evaluate", run_dir, "--conditioning", "eval_free_samples=0")
     row = json.loads((run_dir / f"evaluation_{SETTINGS['max_steps']:06d}.json").read_text())
-    found = {kind: row["conditioning"][kind] for kind in KINDS}
-    result.write_text(json.dumps(found))
-    shutil.rmtree(run_dir)
-    return found
+    return {kind: row["conditioning"][kind] for kind in KINDS}
 
 
 def main() -> int:
@@ -66,11 +58,14 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="for the world and the runs; may exist")
     parser.add_argument("--seeds", type=int, default=20, help="runs of each kind")
     args = parser.parse_args()
-    prepare(args.folder / "world", hours=1.0)
-    train_follower(args.folder / "world")
+    world = args.folder / "world"
+    prepare(world, hours=1.0)
+    train_follower(world)
     tasks = [(shuffled, seed) for seed in range(args.seeds) for shuffled in (False, True)]
+    names = [f"{'shuffled' if shuffled else 'sound'}_{seed}" for shuffled, seed in tasks]
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda task: train(args.folder / "world", args.folder, *task), tasks))
+        run_once = lambda name, task: once(args.folder, name, lambda run_dir: train(world, run_dir, *task))
+        results = list(pool.map(run_once, names, tasks))
     print("| prompts | runs | flagged | role: change of the loss | voice: change of the loss |\n|--|--|--|--|--|")
     for shuffled in (False, True):
         own = [result for (kind, _), result in zip(tasks, results) if kind == shuffled]

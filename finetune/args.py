@@ -94,7 +94,7 @@ class LoraArgs(Settings):
 class OptimArgs(Settings):
     lr: Positive = Field(1e-4, description="Peak learning rate.")
     depformer_lr: NonNegative | None = Field(
-        None, description="Peak rate of depformer* and linears.*, 0 to leave them as they are; lr if absent."
+        None, description="Peak rate of depformer* and linears.*, 0 to freeze them; lr if absent."
     )
     heads_lr: NonNegative | None = Field(
         None, description="Peak rate of the output heads; if absent, lr for text and depformer_lr for audio."
@@ -185,7 +185,7 @@ class TrainArgs(Settings):
     eval_free_sec: Positive = Field(20.0, description="Longest such reply, in seconds.")
     eval_max_samples: Count | None = Field(None, description="Windows per evaluation; all if absent.")
     early_stop: Count | None = Field(
-        None, description="End the run after so many evaluations in a row without a better one; never if absent."
+        None, description="End the run after this number of evaluations without a better one; never if absent."
     )
     do_ckpt: bool = Field(True, description="Save checkpoints; the last step is always saved.")
     ckpt_freq: CountOrZero = Field(0, description="Steps between checkpoints; 0: only the last.")
@@ -195,7 +195,7 @@ class TrainArgs(Settings):
 
     gradient_checkpointing: Annotated[bool | int, PlainValidator(_checkpointing)] = Field(
         True, description="Recompute activations: less memory, a third more time. `false` keeps all of them; a number "
-        "keeps the expensive ones of so many layers (7B has 38), and `plan` says how many fit.",
+        "keeps the expensive ones of that many layers (7B has 38), and `plan` says how many fit.",
     )  # fmt: skip
     param_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="For computation and frozen weights.")
     base_dtype: Literal["bf16", "int8", "nf4"] = Field(

@@ -15,7 +15,7 @@ def add_adapters(
 ) -> None:
     """Replace linear layers of a meta-device model by `LoRALinear`s with adapters of `dtype`.
 
-    rank: of all layers, or a function of a layer's name; layers of rank 0 stay as they are."""
+    rank: of all layers, or a function of a layer's name; layers of rank 0 get none."""
     for name, layer in list(lm.named_modules()):
         own = rank if isinstance(rank, int) else rank(name)
         if isinstance(layer, nn.Linear) and own:

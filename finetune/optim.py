@@ -19,7 +19,7 @@ def is_depth(name: str) -> bool:
 
 
 def peak_rate(name: str, args: OptimArgs) -> float:
-    """The peak learning rate of a parameter; 0 for one that is to stay as it is."""
+    """The peak learning rate of a parameter; 0 for one that is not trained."""
     if args.heads_lr is not None and name.startswith(("text_linear.", "linears.")):
         return args.heads_lr
     return args.depformer_lr if is_depth(name) and args.depformer_lr is not None else args.lr

@@ -75,7 +75,7 @@ class StepMeter:
         logger.info("profile of step %d: %s", step, self.folder / f"profile_{step:06d}.json.gz")
 
     def rates(self, frames_per_sec: float) -> dict[str, float]:
-        """Return the metrics of one process that computes so many frames a second, prompts and padding included:
+        """Return the metrics of one process, given its frames per second with prompts and padding:
         TFLOP/s in matrix products and attention, recomputation included, as counted in the first step (attention on a
         CPU is not), and the share of the card's peak; on a GPU, the memory that torch has reserved at most."""
         out = {"tflops": (self.flops_per_frame or 0.0) * frames_per_sec / 1e12}

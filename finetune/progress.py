@@ -25,7 +25,7 @@ class ProgressLines:
         self._lock = threading.Lock()
 
     def update(self, amount: float) -> None:
-        """Note that so much more of the total is done. Threads may call this."""
+        """Add to what is done of the total. Threads may call this."""
         with self._lock:
             self._done += amount
             now = time.monotonic()

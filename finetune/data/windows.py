@@ -86,7 +86,7 @@ class ManifestIndex:
         return file, index - (int(self._ends[file - 1]) if file else 0)
 
     def length(self, index: int) -> int:
-        """Return the number of frames of a window, of which only the last one of a file has fewer than others."""
+        """Return the number of frames of a window; only the last window of a file has fewer than the others."""
         file, part = self.window(index)
         return min(self.window_frames, int(self._lengths[file]) - part * self.window_frames)
 

@@ -85,7 +85,7 @@ def make_trainable(lm: nn.Module, args: TrainArgs) -> None:
     """Add adapters to a meta-device model, if there are to be any, quantise what base_dtype says, and choose the
     parameters to train.
 
-    What has no rate or no loss is left as it is: without loss, weight decay alone would change it."""
+    A parameter without a rate or a loss is not trained: without loss, weight decay alone would change it."""
 
     def learns(name: str) -> bool:
         weight = args.audio_loss_weight if is_depth(name) else args.text_loss_weight or name != "text_linear.weight"

@@ -49,7 +49,7 @@ class TrainingLM(nn.Module):
         lm: Moshi or PersonaPlex, with plain linears or moshi's `LoRALinear`; UserError for another architecture. The
             dtype of its embedding tables in `forward` is that of the activations; other weights are cast to it.
         gradient_checkpointing: keep only the input of each layer, and recompute the rest in the backward pass; False
-            keeps everything. A number keeps the `Products` of so many layers too, first those of the temporal
+            keeps everything. A number also keeps the `Products` of that many layers, first those of the temporal
             transformer, which save four times as much arithmetic per byte as the depformer's. The last layers come
             first: their products are freed before earlier layers recompute theirs.
     """
@@ -145,7 +145,7 @@ class TrainingLM(nn.Module):
         return 0 if isinstance(value, bool) else value
 
     def _run_layers(self, layers: Sequence[TrainingLayer], x: Tensor, attend: Attention, keep: int) -> Tensor:
-        """Run layers, the last `keep` of which keep their products."""
+        """Run layers; the last `keep` layers keep their products."""
         checkpointing = self.gradient_checkpointing is not False
         for left, layer in zip(range(len(layers), 0, -1), layers):
             x = layer(x, attend=attend, checkpointing=checkpointing, keep=left <= keep)

@@ -1,6 +1,6 @@
 """Evaluate a run's best checkpoint on held-out data: losses, and free-running replies to held-out users.
 
-    python -m finetune.tools.evaluate runs/personaplex                   losses and replies, beside the base model's
+    python -m finetune.tools.evaluate runs/personaplex                   losses and replies, next to the base model's
     python -m finetune.tools.evaluate runs/personaplex --conditioning    do role and voice prompts matter?
     python -m finetune.tools.evaluate runs/personaplex --forgetting      does the model still say what its base said?
     python -m finetune.tools.evaluate runs/a runs/b                      is b better than a?

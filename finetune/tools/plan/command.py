@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="memory of one GPU in GiB")
     parser.add_argument(
         "--fit", type=float, metavar="GB",
-        help=f"find settings for GPUs of this size, of which {DRIVER_GIB} GiB are the driver's; replaces --gpu-memory",
+        help=f"find settings for GPUs of this size ({DRIVER_GIB} GiB are left to the driver); replaces --gpu-memory",
     )  # fmt: skip
     parser.add_argument("--reserve", type=float, default=3.0, help="GiB of it to keep free")
     parser.add_argument("--tflops", type=float, default=PEAK_TFLOPS, help="peak of one GPU in bfloat16, for the hours")
