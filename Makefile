@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 install: $(INSTALLED)
 
 # What pip installs. For the newest torch, both packages without their dependencies first; then what these are, without
-# moshi and without a limit on torch.
+# moshi, without a limit on torch, and without what needs the torchaudio of an older torch.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
 INSTALL := $(PIP) --editable '.[dev]'
 ifeq ($(TORCH),newest)
@@ -30,7 +30,7 @@ from pip._vendor.packaging.requirements import Requirement
 for package, extra in (('moshi-personaplex-finetune', 'dev'), ('moshi', '')):
     for wanted in map(Requirement, requires(package)):
         here = wanted.marker is None or wanted.marker.evaluate({'extra': extra})
-        if here and wanted.name != 'moshi':
+        if here and wanted.name not in ('moshi', 'stable-ts', 'torchaudio'):
             print(wanted.name, '' if wanted.name == 'torch' else wanted.specifier)
 endef
 export UNPINNED
