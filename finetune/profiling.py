@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 logger = logging.getLogger(__name__)
 
@@ -17,11 +17,15 @@ PEAK_TFLOPS = {
     "L40": 181, "L4": 121, "RTX PRO 6000": 503, "RTX 6000 Ada": 364, "RTX A6000": 155, "A10": 125, "RTX 5090": 210,
     "RTX 4090": 165, "RTX 3090": 71, "V100": 125,
 }  # fmt: skip
-
-
-def _baddbmm_flops(sum_shape: tuple, a_shape: tuple, b_shape: tuple, **_: object) -> int:
-    """Of `baddbmm_`, with which adapters add to a product; torch counts the `baddbmm` that is not in place only."""
-    return 2 * a_shape[0] * a_shape[1] * a_shape[2] * b_shape[2]
+_aten = torch.ops.aten
+# What torch counts, and what it leaves out: products that are added to in place (adapters), and attention on a CPU.
+FLOPS = flop_registry | {
+    _aten.baddbmm_: flop_registry[_aten.baddbmm],
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 
 def peak_tflops(device: torch.device) -> float | None:
@@ -51,9 +55,10 @@ class StepMeter:
         with contextlib.ExitStack() as stack:
             if step == self.profile_step:
                 stack.enter_context(self._profiled(step))
-            counter, mapping = None, {torch.ops.aten.baddbmm_: _baddbmm_flops}
+            counter = None
             if self.flops_per_frame is None:
-                counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=mapping))
+                counter = stack.enter_context(FlopCounterMode(display=False))
+                counter.flop_registry.update(FLOPS)
             yield
             if counter is not None:
                 self.flops_per_frame = counter.get_total_flops() / frames
@@ -76,8 +81,8 @@ class StepMeter:
 
     def rates(self, frames_per_sec: float) -> dict[str, float]:
         """Return the metrics of one process, given its frames per second with prompts and padding:
-        TFLOP/s in matrix products and attention, recomputation included, as counted in the first step (attention on a
-        CPU is not), and the share of the card's peak; on a GPU, the memory that torch has reserved at most."""
+        TFLOP/s in matrix products and attention, recomputation included, as counted in the first step, and the share of
+        the card's peak; on a GPU, the memory that torch has reserved at most."""
         out = {"tflops": (self.flops_per_frame or 0.0) * frames_per_sec / 1e12}
         if peak := peak_tflops(self.device):
             out["peak_share"] = out["tflops"] / peak

@@ -5,17 +5,20 @@ import re
 import pytest
 
 from finetune.cli import UserError
+from finetune.profiling import PEAK_TFLOPS
 from finetune.tools.plan import command
-from finetune.tools.plan.hours import GOOD, PEAK_TFLOPS, REPORTED, describe_hours
+from finetune.tools.plan.hours import GOOD, REPORTED, describe_hours
 from tests.support import write_config
+
+PEAK = PEAK_TFLOPS["H100"]
 
 
 def test_hours_are_flops_over_speed_and_price_is_per_gpu():
-    flops = PEAK_TFLOPS * 1e12 * 3600 * GOOD  # an hour at the better speed
-    without = describe_hours(flops, 8, PEAK_TFLOPS, None)
+    flops = PEAK * 1e12 * 3600 * GOOD  # an hour at the better speed
+    without = describe_hours(flops, 8, PEAK, None)
     assert "1.0 at 35%" in without[0] and f"{GOOD / REPORTED:.1f} at 6%" in without[0] and len(without) == 2
-    assert f"{8 * 2.5:.2f} to {8 * 2.5 * GOOD / REPORTED:.2f}" in describe_hours(flops, 8, PEAK_TFLOPS, 2.5)[1]
-    assert "2.0 at 35%" in describe_hours(flops, 8, PEAK_TFLOPS / 2, None)[0]
+    assert f"{8 * 2.5:.2f} to {8 * 2.5 * GOOD / REPORTED:.2f}" in describe_hours(flops, 8, PEAK, 2.5)[1]
+    assert "2.0 at 35%" in describe_hours(flops, 8, PEAK / 2, None)[0]
 
 
 def test_a_plan_says_what_its_flops_cost(world, tmp_path, capsys):
@@ -27,7 +30,7 @@ def test_a_plan_says_what_its_flops_cost(world, tmp_path, capsys):
         flops = sum(float(number) for number in re.findall(r"(?:forward|backward|recompute) ([\d.e-]+)", shown)) * 1e15
         (cost,) = re.findall(r"cost at 3000 .*: ([\d.,]+) to", shown)
         costs.append(float(cost.replace(",", "")))
-        assert costs[-1] == pytest.approx(flops * steps / (PEAK_TFLOPS * 1e12 * GOOD) / 3600 * 3000, rel=1e-3)
+        assert costs[-1] == pytest.approx(flops * steps / (PEAK * 1e12 * GOOD) / 3600 * 3000, rel=1e-3)
     assert costs[1] == pytest.approx(2 * costs[0], rel=1e-3)
 
 

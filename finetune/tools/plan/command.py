@@ -32,10 +32,11 @@ from finetune.data.manifest import parse_sources, read_manifest
 from finetune.data.windows import many_epochs, open_windows
 from finetune.jobs.bars import show_bars
 from finetune.parser import Parser
+from finetune.profiling import PEAK_TFLOPS
 from finetune.progress import track
 from finetune.streams import N_STREAMS
 from finetune.tools.plan.fit import DRIVER_GIB, find_fit
-from finetune.tools.plan.hours import PEAK_TFLOPS, describe_hours
+from finetune.tools.plan.hours import describe_hours
 from finetune.tools.plan.sizes import RunSizes, open_sizes
 
 GIB = 2**30
@@ -153,7 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         help=f"find settings for GPUs of this size ({DRIVER_GIB} GiB are left to the driver); replaces --gpu-memory",
     )  # fmt: skip
     parser.add_argument("--reserve", type=float, default=3.0, help="GiB of it to keep free")
-    parser.add_argument("--tflops", type=float, default=PEAK_TFLOPS, help="peak of one GPU in bfloat16, for the hours")
+    peak = PEAK_TFLOPS["H100"]
+    parser.add_argument("--tflops", type=float, default=peak, help="peak of one GPU in bfloat16, for the hours")
     parser.add_argument("--price", type=float, help="of one GPU for an hour: also say what the run costs")
     parser.add_argument(
         "--personaplex", action=argparse.BooleanOptionalAction,

@@ -1,6 +1,5 @@
 """How long the steps of a run take on GPUs, and what that costs: a range, because the speed has not been measured."""
 
-PEAK_TFLOPS = 989.0  # of an H100 SXM in bfloat16 without sparsity (NVIDIA's data sheet)
 # Shares of the peak. moshi-finetune's README reports 12,000 tokens/s on an H100. With 9 tokens and 47 GFLOP a frame, as
 # this plan counts for example/moshi_7B.yaml, that is 6 %. The other is what fine-tuning of text models reaches.
 REPORTED, GOOD = 0.06, 0.35

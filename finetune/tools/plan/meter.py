@@ -9,21 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+
+from finetune.profiling import FLOPS, PEAK_TFLOPS
 
 _aten = torch.ops.aten
 _FLASH_BACKWARD = _aten._scaled_dot_product_flash_attention_backward
-_FLOPS = flop_registry | {
-    _aten.baddbmm_: flop_registry[_aten.baddbmm],
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[_FLASH_BACKWARD],
-}
 # Nothing runs for these, but memory is allocated.
 _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 _OVERWRITE = {_aten.copy_, _aten.fill_, _aten.zero_}  # do not read what they change
 _LOOKUPS = {_aten.embedding, _aten.gather, _aten.index, _aten.index_select}  # read as much as they write
 # H100 SXM: dense bfloat16 products, and memory (NVIDIA's data sheet).
-H100_FLOPS, H100_BYTES = 989e12, 3.35e12  # per second
+H100_FLOPS, H100_BYTES = PEAK_TFLOPS["H100"] * 1e12, 3.35e12  # per second
 
 
 class Meter(TorchDispatchMode):
@@ -69,7 +65,7 @@ class Meter(TorchDispatchMode):
         self.operations += 1
         written = sum(map(_bytes, _tensors([out])))
         read = written if packet in _LOOKUPS else sum(map(_bytes, _tensors(args[packet in _OVERWRITE :])))
-        flops = _FLOPS[packet](*args, **kwargs, out_val=out) if packet in _FLOPS else 0
+        flops = FLOPS[packet](*args, **kwargs, out_val=out) if packet in FLOPS else 0
         self.flops += flops
         self.traffic += 0 if flops else read + written
         self.roofline_sec += max(flops / H100_FLOPS, (read + written) / H100_BYTES)
