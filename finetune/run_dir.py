@@ -30,9 +30,9 @@ MAY_MOVE = {
 }  # settings whose files may be moved during a run
 # In the order of removal: args.yaml marks a folder as one of a run, also when only half of the run has been removed.
 RUN_FILES = (
-    "checkpoints", "metrics.*.jsonl", "samples", "evaluation_*.json", "not_finite_step_*.json", "curves.png",
-    "profile_*.json.gz", "memory_*.pickle",
-    "report.html", "best.json", "tensorboard", "wandb", ".wandb_id", ".launch", "identity.json", "args.yaml",
+    "checkpoints", "metrics.*.jsonl", "samples", "evaluation_*.json", "evaluation_on_*", "not_finite_step_*.json",
+    "curves.png", "profile_*.json.gz", "memory_*.pickle", "report.html", "best.json",
+    "tensorboard", "wandb", ".wandb_id", ".launch", "identity.json", "args.yaml",
 )  # fmt: skip
 
 

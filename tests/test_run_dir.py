@@ -20,6 +20,7 @@ OWN = (
     "identity.json",
     "evaluation_000004.json", "not_finite_step_000003.json", "checkpoints/checkpoint_000002/train_state.json",
     "checkpoints/.checkpoint_000003.tmp/state", "samples/step_000000/00.wav", "tensorboard/events", "wandb/log",
+    "evaluation_on_train/evaluation_000004.json",
 )  # fmt: skip
 FOREIGN = ("mine.txt", "metrics.json", "evaluation.json", "notes/args.yaml")
 

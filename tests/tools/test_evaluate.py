@@ -94,6 +94,18 @@ def test_a_model_without_adapters_and_without_a_first_evaluation_has_no_base(run
     assert capsys.readouterr().out.splitlines()[1].split() == ["step", "2"]
 
 
+def test_what_is_measured_on_other_data_is_kept_apart(run, evaluate, world, call):
+    own = evaluate(run)
+    replies = [(path.name, path.read_bytes()) for path in sorted((run / "samples/step_000002").iterdir())]
+    with no_compile():
+        assert not call(main, run, f"data.eval_data={world / PERSONAPLEX_CODES / 'train_precomputed.jsonl'}")
+    assert json.loads((run / "evaluation_000002.json").read_text()) == own
+    assert [(path.name, path.read_bytes()) for path in sorted((run / "samples/step_000002").iterdir())] == replies
+    other = json.loads((run / "evaluation_on_train_precomputed/evaluation_000002.json").read_text())
+    assert other["loss"] != own["loss"] and other["base"]["loss"]
+    assert (run / "evaluation_on_train_precomputed/samples/step_000002/00.wav").is_file()
+
+
 def test_two_ranks_find_the_same(run, evaluate):
     script("-m", "finetune.tools.evaluate", run, "eval_max_samples=3", processes=2)
     two = json.loads((run / "evaluation_000002.json").read_text())

@@ -6,7 +6,8 @@
     python -m finetune.tools.evaluate runs/a runs/b                      is b better than a?
 
 Reads the run folder, or one of its checkpoints, and the held-out data of its settings; prints tables, and writes
-evaluation_STEP.json and samples/ to the run folder. The windows are the same each time, on any number of processes.
+evaluation_STEP.json and samples/ to the run folder, or, if data.eval_data=NAME.jsonl names other data, to its folder
+evaluation_on_NAME. The windows are the same each time, on any number of processes.
 
 Teacher-forced losses alone can mislead: models have predicted 98.8 % of the text and stayed silent when left alone.
 Differences between models or prompts are paired by window, with 95 % intervals from a bootstrap over calls; where an
@@ -23,6 +24,7 @@ import torch
 from finetune.args import TrainArgs
 from finetune.cli import UserError
 from finetune.config import load_args
+from finetune.data.manifest import parse_sources
 from finetune.data.run_data import RunData
 from finetune.distributed import World, session
 from finetune.evaluate import evaluate, free_run, judge_replies, refuse_unreadable
@@ -46,11 +48,16 @@ def main() -> None:
     if run is None:
         raise UserError(f"{given.run}: not a run folder (it has no args.yaml)")
     load = lambda *changes: load_args(run / "args.yaml", [*changes, *overrides], stored_settings(run))
-    if not load("do_eval=false", "guard.action=off", "early_stop=null").data.eval_data:
+    unchecked = ("do_eval=false", "guard.action=off", "early_stop=null")
+    own_data = load_args(run / "args.yaml", unchecked, stored_settings(run)).data.eval_data
+    if not load(*unchecked).data.eval_data:
         raise UserError(f"{run}: the run has no held-out data; name some: data.eval_data=held_out.jsonl")
     args = load("do_eval=true")
     source = open_stored(str(given.run))
     step = source.training.step if source.training else 0
+    folder = run  # the report and the model card read there what is known of the run's own data
+    if args.data.eval_data != own_data:
+        folder = run / f"evaluation_on_{'+'.join(path.stem for path, _ in parse_sources(args.data.eval_data))}"
     with session(args.device) as world:
         if world.is_main:
             show_bars()
@@ -63,12 +70,12 @@ def main() -> None:
         if given.other or given.conditioning or given.forgetting:
             report = _compare(given, args, source, lm, data, world)
             if world.is_main:
-                _update(run / f"evaluation_{step:06d}.json", step, report)
+                _update(folder / f"evaluation_{step:06d}.json", step, report)
             return
-        row, base, verdict = _measure(args, run, source, lm, data, world, given_data=bool(overrides))
+        row, base, verdict = _measure(args, folder, source, lm, data, world, given_data=bool(overrides))
         if not world.is_main:
             return
-    _update(run / f"evaluation_{step:06d}.json", step, row | {"base": base})
+    _update(folder / f"evaluation_{step:06d}.json", step, row | {"base": base})
     form = lambda value: f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
     print(f"{'':<28}{f'step {step}':>12}" + f"{'base':>12}" * bool(base))
     for key, value in row.items():
@@ -94,7 +101,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def _measure(
-    args: TrainArgs, run: Path, source: StoredModel, lm: TrainingLM, data: RunData, world: World, given_data: bool
+    args: TrainArgs, folder: Path, source: StoredModel, lm: TrainingLM, data: RunData, world: World, given_data: bool
 ) -> tuple[dict, dict | None, str | None]:
     """Return the row of an evaluation, that of the base if it can be had, and what is wrong with the replies."""
     weights, step = group_weights(args, lm.lm.dep_q), source.training.step if source.training else 0
@@ -105,8 +112,8 @@ def _measure(
     if args.eval_free_samples and world.is_main:
         samples = data.eval_samples(args.eval_free_samples)
         replies = free_run(lm, samples, args.eval_free_sec, args.seed)
-        folder = run / "samples" / f"step_{step:06d}"
-        measures, verdict = judge_replies(replies, samples, data.decoder(), data.text_tokenizer, folder)
+        samples_dir = folder / "samples" / f"step_{step:06d}"
+        measures, verdict = judge_replies(replies, samples, data.decoder(), data.text_tokenizer, samples_dir)
         row |= measures
     earlier = source.training.held_out if source.training and not given_data else []
     base = next((row for row in earlier if row["step"] == 0), None)
@@ -151,5 +158,6 @@ def _update(path: Path, step: int, found: dict) -> None:
         earlier = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         earlier = {}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(earlier | {"step": step} | found, indent=1))
