@@ -17,6 +17,7 @@ Chance is 1 / roles and 1 / voices. Training takes about 13 minutes on one core;
 
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -78,7 +79,8 @@ def tune(folder: Path, settings: dict) -> None:
         "data.eval_data": folder / "codes/eval_precomputed.jsonl",
     }  # fmt: skip
     overrides = [f"{key}={value}" for key, value in (own | SETTINGS | settings).items()]
-    subprocess.run([sys.executable, "train_personaplex.py", "example/tiny.yaml", *overrides], check=True)
+    command = [sys.executable, "train_personaplex.py", "example/tiny.yaml", *overrides]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # several may run at once
 
 
 def train_follower(folder: Path) -> Path:

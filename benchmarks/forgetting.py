@@ -8,7 +8,8 @@ another one, in the text stream. LoRA learns it
 
     alone     without anything against forgetting
     drift     with lora.drift_weight
-    replay    with half of the windows from conversations of the base (finetune.tools.make_replay)
+    replay    with half of the windows from 200 conversations of the base (finetune.tools.make_replay), or, as `more
+              replay`, three quarters of them from 600
 
 and alone with other ranks, weights of padding, lengths, and without adapters in the depformer. Prints, for each, the
 accuracy on words of held-out calls of both tasks, and how much its replies speak. Five seeds; all runs take an hour on
@@ -37,6 +38,7 @@ ARMS: dict[str, dict] = {
     "alone": {},
     "drift": {"lora.drift_weight": 1.0},
     "replay": {},
+    "more replay": {},
     "rank 4": {"lora.rank": 4},
     "rank 128": {"lora.rank": 128},
     "no depformer": {"lora.depformer_rank": 0},
@@ -45,6 +47,8 @@ ARMS: dict[str, dict] = {
     "half as long": {"max_steps": 60},
     "twice as long": {"max_steps": 240},
 }
+
+REPLAY = {"replay": (200, 0.5), "more replay": (600, 0.75)}  # conversations of the base, and their share of the windows
 
 
 def make_second_task(manifest: Path, folder: Path, renamed: dict[str, str]) -> Path:
@@ -74,12 +78,16 @@ def vocabulary(manifest: Path) -> dict[str, str]:
 def train(world: Path, run_dir: Path, arm: str, seed: int, data: dict[str, Path]) -> dict:
     """Train and evaluate once."""
     settings = SETTINGS | ARMS[arm]
-    mixture = f"{data['train']}:0.5,{data['replay']}:0.5" if arm == "replay" else data["train"]
+    mixture = data["train"]
+    if arm in REPLAY:
+        share = REPLAY[arm][1]
+        mixture = f"{mixture}:{1 - share},{data[arm]}:{share}"
     own = {"seed": seed, "run_dir": run_dir, "data.train_data": mixture, "data.eval_data": data["eval"]}
     tune(world, settings | own | {"moshi_paths.moshi_path": train_follower(world)})
     last = read_rows(run_dir / "metrics.eval.jsonl")[-1]
     call("-m", "finetune.tools.evaluate", run_dir, f"data.eval_data={data['first']}", "eval_free_samples=0")
-    row = json.loads((run_dir / f"evaluation_{settings['max_steps']:06d}.json").read_text())
+    [found] = run_dir.glob("evaluation_on_*/evaluation_*.json")
+    row = json.loads(found.read_text())
     found = {"first": row["text_word_accuracy"], "base": row["base"]["text_word_accuracy"]}
     return found | {"second": last["text_word_accuracy"], "pace": last["free_words_per_minute"]}
 
@@ -95,15 +103,18 @@ def main() -> int:
     own = {split: world / f"codes/{split}_precomputed.jsonl" for split in ("train", "eval")}
     renamed = vocabulary(own["train"])
     data = {split: make_second_task(path, args.folder / split, renamed) for split, path in own.items()}
-    data |= {"first": own["eval"], "replay": args.folder / "replay/replay.jsonl"}
-    if not data["replay"].is_file():  # users of the training calls: the held-out ones are judged
-        settings = {
-            "moshi_paths.hf_repo_id": world / "model", "moshi_paths.moshi_path": weights, "duration_sec": 8,
-            "prompt.voices_dir": world / "data/voices", "data.train_data": own["train"],
-        }  # fmt: skip
-        call("-m", "finetune.tools.make_replay", "example/tiny.yaml", args.folder / "replay", "--count", 200,
-             "--users", own["train"], *(f"{key}={value}" for key, value in settings.items()))  # fmt: skip
-    tasks = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
+    data["first"] = own["eval"]
+    for arm, (count, _) in REPLAY.items():
+        folder = args.folder / arm.replace(" ", "_")
+        data[arm] = folder / "replay.jsonl"
+        if not data[arm].is_file():  # users of the training calls: the held-out ones are judged
+            settings = {
+                "moshi_paths.hf_repo_id": world / "model", "moshi_paths.moshi_path": weights, "duration_sec": 8,
+                "prompt.voices_dir": world / "data/voices", "data.train_data": own["train"],
+            }  # fmt: skip
+            call("-m", "finetune.tools.make_replay", "example/tiny.yaml", folder, "--count", count,
+                 "--users", own["train"], *(f"{key}={value}" for key, value in settings.items()))  # fmt: skip
+    tasks = [(arm, seed) for arm in ARMS for seed in range(args.seeds)]
     with ThreadPoolExecutor(2) as pool:
         run_once = lambda task: once(args.folder, "{}_{}".format(*task), lambda run: train(world, run, *task, data))
         results = list(pool.map(run_once, tasks))
