@@ -126,7 +126,7 @@ def run_training(args: TrainArgs, spec: ModelSpec, world: World) -> int:
     dtype = getattr(torch, args.param_dtype)
     lm = build_lm(kwargs, dtype)
     make_trainable(lm, args)
-    training_lm = TrainingLM(lm, args.gradient_checkpointing)
+    training_lm = TrainingLM(lm, args.recomputation)
     shard(training_lm, [*lm.transformer.layers, *lm.depformer.layers], make_mesh(world, args.sharding), dtype)
     frames = args.batch_size * data.train.mean_frames
     check_memory(lm, world.device, world.local_size, frames, args.data.num_workers)

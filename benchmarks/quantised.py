@@ -1,63 +1,33 @@
-"""Learn with LoRA over a quantised base in the tiny world, and compare with the base as it is.
+"""What a quantised base costs in accuracy and time.
 
     make demo
-    python -m benchmarks.quantised runs/demo --seeds 5
+    python -m benchmarks.quantised runs/demo
 
-Trains PersonaPlex on the demo's data (example/tiny.yaml, with gradient checkpointing) for each seed and `base_dtype`,
-all seeds from the Moshi that the demo trained. Prints a table: held-out loss in nats before and after training, mean
-and standard deviation over the seeds; the mean difference of the loss after training from that of `bf16` with the same
-seed, which here means float32; and the time of a step as a multiple of its. Then the relative error of the weights, and
-the time of a forward and backward pass of the small model of `benchmarks.step` (2 x 250 frames, 16 steps) as a multiple
-of that of `bf16`; the models take turns in one process.
+Prints the relative error of the weights of the Moshi that the demo trained, and the time of a forward and backward pass
+of the small model of `benchmarks.step` (2 x 250 frames, 16 steps) as a multiple of that of `bf16`; the models take
+turns in one process. `benchmarks.learning` compares how well it learns.
 """
 
-import contextlib
 import os
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks import demo_folder
+from benchmarks.learning import demo_moshi
 from benchmarks.step import CONFIG as SMALL
 from benchmarks.step import DTYPE, batch
 from finetune.args import TrainArgs
-from finetune.cli import UserError, run
-from finetune.config import load_args
-from finetune.distributed import session
-from finetune.metrics import read_rows
+from finetune.cli import run
 from finetune.model.build import build_lm, make_trainable
-from finetune.model.pretrained import PERSONAPLEX
 from finetune.model.quantised import BLOCK, QuantisedLinear, quantised_linears
 from finetune.model.training_lm import TrainingLM
 from finetune.model.weights import WeightFile
 from finetune.parser import Parser
-from train import run_training
 
 KINDS = ("bf16", "int8", "nf4")
-CONFIG = Path(__file__).parents[1] / "example/tiny.yaml"
-
-
-def train(demo: Path, kind: str, seed: int, steps: int, folder: Path) -> tuple[float, float, float]:
-    """(held-out loss before training, and after; seconds per step) of a run."""
-    codes = demo / "codes_personaplex"
-    args = load_args(CONFIG, [
-        f"data.train_data={codes}/train_precomputed.jsonl", f"data.eval_data={codes}/eval_precomputed.jsonl",
-        "data.num_workers=0", f"moshi_paths.hf_repo_id={demo}/world/model", f"moshi_paths.moshi_path={base(demo)}",
-        f"prompt.voices_dir={demo}/world/data/voices", f"run_dir={folder}/{kind}_{seed}", f"base_dtype={kind}",
-        "gradient_checkpointing=true", "device=cpu", f"seed={seed}", f"max_steps={steps}", "log_freq=1", "eval_freq=0",
-        "eval_free_samples=0", "do_ckpt=false",
-    ])  # fmt: skip
-    with session("cpu") as world, contextlib.redirect_stderr(None):
-        run_training(args, PERSONAPLEX, world)
-    losses = [row["loss"] for row in read_rows(folder / f"{kind}_{seed}/metrics.eval.jsonl") if "loss" in row]
-    steps_taken = [row for row in read_rows(folder / f"{kind}_{seed}/metrics.train.jsonl") if "loss" in row]
-    return losses[0], losses[-1], statistics.median(row["interval_sec"] for row in steps_taken[1:])
-
-
-def base(demo: Path) -> Path:
-    return demo / "moshi/checkpoints/checkpoint_000100/consolidated/consolidated.safetensors"
 
 
 def error(path: Path, kind: str) -> float:
@@ -98,27 +68,12 @@ def time_passes(repeats: int, frames: int = 250) -> dict[str, float]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("demo", type=Path, metavar="DEMO", help="folder of the demo, runs/demo")
-    parser.add_argument("--seeds", type=int, default=5, help="runs for each base_dtype")
     parser.add_argument("--repeats", type=int, default=5, help="timed passes of the small model")
-    parser.add_argument("--steps", type=int, default=60, help="of each run")
     given = parser.parse_args()
-    if not base(given.demo).is_file():
-        raise UserError(f"{base(given.demo)}: not found; run `make demo` first")
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}\n")
-    with tempfile.TemporaryDirectory() as folder:
-        results = {kind: [] for kind in KINDS}
-        for seed in range(given.seeds):
-            for kind in KINDS:
-                results[kind].append(train(given.demo.resolve(), kind, seed, given.steps, Path(folder)))
-    spread = lambda values: f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
-    print("| base_dtype | loss before | loss after | difference | time of a step |\n|---|---|---|---|---|")
-    for kind, rows in results.items():
-        before, after, seconds = zip(*rows)
-        away = [own - other for own, (_, other, _) in zip(after, results["bf16"])]
-        ratio = statistics.median(own / other for own, (_, _, other) in zip(seconds, results["bf16"]))
-        print(f"| {kind} | {spread(before)} | {spread(after)} | {spread(away)} | {ratio:.2f} |")
+    demo = demo_folder(given.demo)
+    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     for kind in KINDS[1:]:
-        print(f"\nrelative error of the weights, {kind}: {error(base(given.demo), kind):.4f}")
+        print(f"\nrelative error of the weights, {kind}: {error(demo_moshi(demo), kind):.4f}")
     seconds = time_passes(given.repeats)
     print("\nforward and backward pass, small model: " + ", ".join(
         f"{kind} {own / seconds['bf16']:.2f}" for kind, own in seconds.items()))  # fmt: skip

@@ -12,6 +12,7 @@ T = TypeVar("T")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML has lists only
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -21,10 +22,12 @@ File = Annotated[str | None, AfterValidator(lambda path: path and os.path.expand
 Section = Annotated[T, BeforeValidator(lambda value: {} if value is None else value)]  # `optim:` without content
 
 
-def _checkpointing(value: object) -> bool | int:
+def _checkpointing(value: object) -> bool | int | str:
+    if value == "auto":
+        return value
     if isinstance(value, int) and value >= 0:  # booleans are numbers
         return value if value or value is False else True  # 0 layers
-    raise PydanticCustomError("checkpointing", "true, false or a number of layers")
+    raise PydanticCustomError("checkpointing", "true, false, auto or a number of layers")
 
 
 class Settings(BaseModel):
@@ -177,6 +180,11 @@ class TrainArgs(Settings):
         1.0, description="Loss weight of the audio streams; at 0 the depformer does not run and is not trained."
     )
 
+    depformer_frames: Share = Field(
+        1.0, description="Share of the frames that the depformer is trained on, others in each step: the audio losses "
+        "keep their mean, and scatter more.",
+    )  # fmt: skip
+
     log_freq: Count = Field(1, description="Steps between metrics.")
     profile_step: Count | None = Field(None, description="Write a profile of this step to run_dir (trace and memory).")
     do_eval: bool = Field(False, description="Evaluate during training; by default on if there is eval_data.")
@@ -193,9 +201,10 @@ class TrainArgs(Settings):
     num_ckpt_keep: Count | None = Field(3, description="Newest checkpoints to keep, besides the best; all if null.")
     save_adapters: bool = Field(True, description="LoRA: save the adapters; false saves merged weights.")
 
-    gradient_checkpointing: Annotated[bool | int, PlainValidator(_checkpointing)] = Field(
+    gradient_checkpointing: Annotated[bool | int | Literal["auto"], PlainValidator(_checkpointing)] = Field(
         True, description="Recompute activations: less memory, a third more time. `false` keeps all of them; a number "
-        "keeps the expensive ones of that many layers (7B has 38), and `plan` says how many fit.",
+        "keeps the expensive ones of that many layers (7B has 38): `plan` says how many fit, and `auto` measures it in "
+        "the first two steps.",
     )  # fmt: skip
     param_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="For computation and frozen weights.")
     base_dtype: Literal["bf16", "int8", "nf4"] = Field(
@@ -212,7 +221,16 @@ class TrainArgs(Settings):
         description="Shard parameters over all ranks (`full`), within a node (`hybrid`), or not at all (`none`; with "
         "LoRA, only adapter gradients are communicated).",
     )
+    reduce_every_microbatch: bool = Field(
+        False, description="Reduce the gradients of each microbatch, so that no rank holds whole ones between them: "
+        "less memory for full fine-tuning in shards, more communication.",
+    )  # fmt: skip
     overwrite_run_dir: bool = Field(False, description="Delete the run that run_dir holds and start again.")
+
+    @property
+    def recomputation(self) -> bool | int:
+        """gradient_checkpointing as a run begins."""
+        return True if self.gradient_checkpointing == "auto" else self.gradient_checkpointing
 
     @property
     def trains_embeddings(self) -> bool:
@@ -224,7 +242,8 @@ class TrainArgs(Settings):
 CHANGEABLE = {
     "run_dir", "max_steps", "log_freq", "profile_step", "do_eval", "eval_freq", "eval_max_samples", "eval_free_samples",
     "eval_free_sec", "do_ckpt", "ckpt_freq", "ckpt_every_minutes", "num_ckpt_keep", "save_adapters",
-    "gradient_checkpointing", "device", "deterministic", "sharding", "overwrite_run_dir", "wandb", "tensorboard",
+    "gradient_checkpointing", "device", "deterministic", "sharding", "reduce_every_microbatch", "overwrite_run_dir",
+    "wandb", "tensorboard",
     "data.num_workers", "data.cache_mb", "data.max_bad_samples", "data.skip", "data.drop_tags", "data.eval_data",
     "batch_size", "num_microbatches", "optim", "guard", "early_stop", "max_bad_steps", "prompt.allow_voiceless",
 }  # fmt: skip

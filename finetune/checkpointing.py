@@ -8,6 +8,7 @@
 A checkpoint is written to a temporary folder, which gets its final name when it is complete and on disk."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from finetune.cli import UserError
@@ -109,16 +111,22 @@ def trained_state(lm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return state
 
 
-def save_checkpoint(
-    folder: Path, step: int, lm: nn.Module, optimizer: torch.optim.Optimizer, train_state: dict, world: World,
+def write_checkpoint(
+    folder: Path, state: dict[str, Tensor], tensors: dict[str, Tensor], train_state: dict, world: World,
     artefact: Artefact, keep: int | None, best: Path | None = None,
 ) -> Path | None:  # fmt: skip
     """Write the checkpoint of a step, on all ranks together, and remove the oldest checkpoints beyond `keep`, but not
     the `best` one.
 
+    Args:
+        state: `trained_state`.
+        tensors: of the artefact, on rank 0.
+        train_state: what train_state.json is to hold; "step" names the checkpoint.
+
     Returns its folder, or None if it could not be written (if the disk is full, say): this is logged and changes no
     earlier checkpoint.
     """
+    step = train_state["step"]
     final = folder / "checkpoints" / f"{CHECKPOINT_PREFIX}{step:06d}"
     partial = final.with_name(f".{final.name}.tmp")
     try:
@@ -128,18 +136,13 @@ def save_checkpoint(
                     shutil.rmtree(abandoned, ignore_errors=True)
                 (partial / "consolidated").mkdir(parents=True)
         with _failing_together(world):
-            _write_state(partial / "state", trained_state(lm, optimizer))
-            names = sorted(path.name for path in (partial / "state").iterdir()) if world.is_main else None
-        names = world.broadcast(names)
-        with _failing_together(world):
-            if problem := artefact.write(lm, partial / "consolidated", world.is_main):
-                raise OSError(problem)
-            # Each rank reads its share: at 7B the files have 100 GB.
-            sums = {name: _crc(partial / "state" / name) for name in names[world.rank :: world.size]}
+            sums = _write_state(partial / "state", state, world)
+            if world.is_main:
+                artefact.write(tensors, partial / "consolidated")
         shares = world.gather(sums)
         with _failing_together(world):
             if world.is_main:
-                _publish(partial, final, train_state | {"step": step}, shares, keep, best)
+                _publish(partial, final, train_state, shares, keep, best)
     except OSError as error:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -160,13 +163,40 @@ def _failing_together(world: World) -> Iterator[None]:
         raise OSError(problem)
 
 
-def _write_state(path: Path, state: dict[str, Tensor]) -> None:
+def _write_state(path: Path, state: dict[str, Tensor], world: World) -> dict[str, int]:
+    """Write the shards of this rank; return {name: CRC-32} of its files."""
+    writer = dcp.FileSystemWriter(path, per_thread_copy_ahead=0)  # nothing is on a GPU: a thread need not open one
+    writer.fs = files = _SummingFileSystem()
+    # torch itself uses a storage class that it deprecates. (`catch_warnings` is not for threads.)
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated")
     try:
-        with warnings.catch_warnings():  # torch itself uses a storage class that it deprecates
-            warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-            dcp.save(state, checkpoint_id=path)
+        dcp.save(state, storage_writer=writer, process_group=world.group)
     except (dcp.api.CheckpointException, RuntimeError) as error:
         raise OSError(_reason(error)) from None
+    return files.sums
+
+
+class _SummingFileSystem(FileSystem):
+    """Keeps the checksums of the files that torch writes, so that 100 GB at 7B need not be read again."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: Path, mode: str) -> Iterator["_SummedFile"]:
+        with _SummedFile(io.FileIO(path, mode)) as stream:
+            yield stream
+            self.sums[path.name.removesuffix(".tmp")] = stream.crc  # torch renames it from .metadata.tmp
+
+
+class _SummedFile(io.BufferedWriter):
+    """Computes the CRC-32 of what is written."""
+
+    crc = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        return super().write(data)
 
 
 def _publish(

@@ -11,7 +11,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ class World:
     local_size: int
     device: torch.device
     launch: str = ""  # identifies the command that started all processes; restarts by torchrun keep it
+    group: dist.ProcessGroup | None = None  # of the collectives; None: that of training
 
     @property
     def is_main(self) -> bool:
@@ -44,20 +45,25 @@ class World:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all ranks, on every rank."""
         tensor = tensor.to(self.device, copy=True, non_blocking=True)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, value: object) -> list:
         """Return the picklable values of all ranks in rank order, on every rank."""
         out: list = [None] * self.size
-        dist.all_gather_object(out, value)
+        dist.all_gather_object(out, value, group=self.group)
         return out
 
     def broadcast(self, value: object) -> object:
         """Return the value of rank 0, on every rank."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, device=self.device, group=self.group)
         return box[0]
+
+    def apart(self) -> "World":
+        """Return the same processes with another process group, on the CPU, for the collectives of another thread: two
+        threads must not share one. Every rank calls this."""
+        return replace(self, device=torch.device("cpu"), group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:

@@ -7,14 +7,14 @@ import time
 import torch
 from torch import Tensor
 
-from finetune.checkpointing import save_checkpoint
 from finetune.cli import UserError
 from finetune.guard import Decision, best_checkpoint
 from finetune.held_out import decide_together, evaluation_due, go_back, hold_out
 from finetune.loss import loss_report, loss_scales, with_objective
 from finetune.metrics import console_line, peak_memory_gb
 from finetune.optim import peak_rate
-from finetune.step import forward_backward, limit_skipped, read_step, report_totals, step_totals, update
+from finetune.recompute import choose_layers
+from finetune.step import compute_gradients, limit_skipped, read_step, report_totals, step_totals, update
 from finetune.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,14 @@ def train(run: TrainingRun) -> int:
     Raises UserError if a loss or gradient is not finite, if too many windows cannot be read, or if the last checkpoint
     cannot be written.
     """
+    try:
+        return run_steps(run)
+    finally:
+        settle(run)  # an error must not cost the checkpoint that is being written, also if it is one of this rank only
+
+
+def run_steps(run: TrainingRun) -> int:
+    """The steps of `train`, with their checkpoints and evaluations."""
     args, world, progress, began_at = run.args, run.world, run.progress, run.progress.step
     # Missing before the first step, and if the run was stopped between a checkpoint and its evaluation.
     missing = evaluation_due(args, progress.step) and not run.metrics.evaluated(progress.step, world)
@@ -35,6 +43,7 @@ def train(run: TrainingRun) -> int:
         return leave(run)
     if args.guard.action == "rollback" and not progress.step and args.max_steps:
         save(run)  # to which the first rollback may lead
+        settle(run)  # before workers are forked, which must not happen while a thread writes
     if (decision := decide_together(run)).ends:
         return end(run, decision)
     if decision.back_to is not None:
@@ -48,10 +57,10 @@ def train(run: TrainingRun) -> int:
         began = time.perf_counter()
         batches, waited, counts, requests = read_step(run, stream)
         scale = loss_scales(counts, run.weights.to(world.device), args.text_loss_weight, args.audio_loss_weight)
-        drift = args.lora.drift_weight
         with run.meter.watch(progress.step + 1, sum(batch.loss_mask.numel() for batch in batches)):
-            own = forward_backward(run.model, batches, scale, world, run.depformer_steps, drift, progress.step)
+            own = compute_gradients(run, batches, scale, progress.step)
             sums, norms, (stop, save_due, skipped) = update(run, batches, own, scale, requests)
+        choose_layers(run, progress.step - began_at, batches)
         if skipped:
             limit_skipped(run)
         totals += step_totals(batches, waited, time.perf_counter() - began)
@@ -60,10 +69,12 @@ def train(run: TrainingRun) -> int:
             log_step(run, sums, counts, norms, totals)
             totals.zero_()
 
-        # The checkpoint comes first: an evaluation that fails must not cost the step.
+        if run.saver.is_complete:
+            settle(run)
         if last or save_due or stop or (args.ckpt_freq and progress.step % args.ckpt_freq == 0):
             save(run)
         if not stop and evaluation_due(args, progress.step):
+            settle(run)  # the checkpoint comes first: an evaluation that fails must not cost the step
             if not hold_out(run):
                 stop = True  # the run repeats the evaluation when it continues
                 if run.saved_step != progress.step:
@@ -79,6 +90,7 @@ def train(run: TrainingRun) -> int:
         if stop:
             return leave(run)
 
+    settle(run)
     run.metrics.draw()
     if world.is_main:
         logger.info("done: %d steps, %s", progress.step, run.folder)
@@ -115,25 +127,29 @@ def log_step(run: TrainingRun, sums: Tensor, counts: Tensor, norms: dict[str, fl
 
 
 def save(run: TrainingRun) -> None:
-    """Save a checkpoint unless do_ckpt is off. A failure is logged; the run continues."""
+    """Begin to save a checkpoint unless do_ckpt is off. Training goes on while it is written."""
     args, progress = run.args, run.progress
     if not args.do_ckpt:
         return
-    began = time.perf_counter()
+    settle(run)
     state = {"seed": args.seed, "windows_per_step": run.windows_per_step, "windows": run.data.train.sizes}
     state = vars(progress) | state | {"schedule": list(run.schedule)}
     best = best_checkpoint(run.folder) or (None, None)
-    path = save_checkpoint(
-        run.folder, progress.step, run.model.lm, run.optimizer, state, run.world, run.artefact, args.num_ckpt_keep,
-        best[1],
-    )  # fmt: skip
+    run.saver.begin(progress.step, run.model.lm, run.optimizer, state, best[1])
     run.saved_at = time.monotonic()
-    if path is not None:
-        run.saved_step, seconds = progress.step, time.perf_counter() - began
-        run.clock.save_sec = seconds
-        run.metrics.write("train", progress.step, {"event": "saved", "seconds": seconds})
-        if run.world.is_main:
-            logger.info("saved %s in %.1f s", path, seconds)
+
+
+def settle(run: TrainingRun) -> None:
+    """Wait for the checkpoint that is being written, if there is one. A failure has been logged; the run continues."""
+    saved = run.saver.finish()
+    if saved is None or saved.path is None:
+        return
+    run.saved_step, run.clock.save_sec = saved.step, saved.stopped
+    times = {"seconds": saved.stopped, "total_seconds": saved.seconds}
+    run.metrics.write("train", saved.step, {"event": "saved"} | times)
+    if run.world.is_main:
+        beside = "" if saved.seconds - saved.stopped < 0.1 else f"; training stopped for {saved.stopped:.1f} s"
+        logger.info("saved %s in %.1f s%s", saved.path, saved.seconds, beside)
 
 
 def end(run: TrainingRun, decision: Decision) -> int:
@@ -146,6 +162,7 @@ def end(run: TrainingRun, decision: Decision) -> int:
 
 def leave(run: TrainingRun) -> int:
     """Report why the run ends early; return its exit code: 0 after Ctrl-C, else EXIT_PREEMPTED."""
+    settle(run)
     number = next(number for number in run.world.gather(run.stop.signal) if number)
     step, saved = run.progress.step, run.saved_step == run.progress.step
     problem = "NOT saved: the checkpoint could not be written" if run.args.do_ckpt else "not saved (do_ckpt is off)"

@@ -67,7 +67,7 @@ class Metrics:
         if self._board is not None:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
+        if self._wandb is not None and values.get("event") != "saved":  # it refuses a step that is not the latest
             self._wandb.log(numbers, step=step)
 
     def go_back(self, step: int) -> None:

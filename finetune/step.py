@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import random
 import time
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from finetune.data.batch import Batch
 from finetune.data.run_data import what_to_do
 from finetune.distributed import World
 from finetune.lora import part_of
+from finetune.loss import AUDIO_GROUPS
 from finetune.model.targets import sample_rows
 from finetune.model.training_lm import TrainingLM
 from finetune.optim import clip_gradients, set_lr
@@ -43,9 +45,18 @@ def read_step(run: TrainingRun, stream: Iterator[Batch]) -> tuple[list[Batch], f
     return batches, waited, sums[:-3], sums[-3:]
 
 
+def compute_gradients(run: TrainingRun, batches: list[Batch], scale: Tensor, step: int) -> Tensor:
+    """Call `forward_backward` with the settings of the run; `step` counts from 0."""
+    args = run.args
+    return forward_backward(
+        run.model, batches, scale, run.world, run.depformer_steps, args.lora.drift_weight, step,
+        args.depformer_frames, args.seed, args.reduce_every_microbatch,
+    )  # fmt: skip
+
+
 def forward_backward(
     model: TrainingLM, batches: list[Batch], scale: Tensor, world: World, steps: int | None = None,
-    drift_weight: float = 0.0, phase: int = 0,
+    drift_weight: float = 0.0, step: int = 0, audio_share: float = 1.0, seed: int = 0, reduce_every: bool = False,
 ) -> Tensor:  # fmt: skip
     """Compute the gradients of a step; return [3, 2 + dep_q] of this rank: cross-entropies, correct predictions and
     divergences from the base, which stand for all frames.
@@ -53,28 +64,37 @@ def forward_backward(
     Args:
         scale: factors of `loss_scales`.
         steps: of the depformer.
-        drift_weight: of the divergence; 0: it is not computed.
-        phase: which of DRIFT_EVERY frames it is computed on.
+        drift_weight: of the divergence, which is computed on one of DRIFT_EVERY frames; 0: it is not computed.
+        step: decides, with `seed` and the names of the windows, which frames are sampled.
+        audio_share: of the frames with loss, those that reach the depformer.
+        reduce_every: reduce the gradients of each microbatch over the ranks, not their sum.
     """
     sums = torch.zeros(3, len(scale), device=world.device)
+    stands_for = torch.ones(len(scale))  # frames, by group
+    stands_for[AUDIO_GROUPS] = 1 / audio_share
+    stands_for = stands_for.to(world.device, non_blocking=True)
     for i, batch in enumerate(batches):
-        model.set_requires_gradient_sync(i == len(batches) - 1)
+        model.set_requires_gradient_sync(reduce_every or i == len(batches) - 1)
         rows = None
+        if audio_share < 1:
+            batch = batch.thin_audio(audio_share, [random.Random(f"{seed} {step} {name}") for name in batch.names])
         if drift_weight:
-            rows = sample_rows(batch.targets, batch.codes.shape[2], DRIFT_EVERY, phase % DRIFT_EVERY)
+            rows = sample_rows(batch.targets, batch.codes.shape[2], DRIFT_EVERY, step % DRIFT_EVERY)
         batch = batch.to(world.device)
         out = model(
             batch.codes, batch.loss_mask, batch.embeddings, batch.lengths, targets=batch.targets, steps=steps,
             drift=rows,
         )  # fmt: skip
-        loss = (out.ce * scale).sum()
+        ce = out.ce * stands_for
+        loss = (ce * scale).sum()
         if out.drift is not None:
-            loss = loss + drift_weight * DRIFT_EVERY * (out.drift * scale).sum()
-            sums[2] += DRIFT_EVERY * out.drift.detach()
+            drift = DRIFT_EVERY * stands_for * out.drift
+            loss = loss + drift_weight * (drift * scale).sum()
+            sums[2] += drift.detach()
         # FSDP averages gradients over the ranks, but `scale` is meant for their sum: hence the factor.
         (loss * world.size).backward()
-        sums[0] += out.ce.detach()
-        sums[1] += out.correct
+        sums[0] += ce.detach()
+        sums[1] += stands_for * out.correct
     return sums
 
 
@@ -166,10 +186,7 @@ def find_culprits(run: TrainingRun, batches: list[Batch], scale: Tensor) -> list
             run.optimizer.zero_grad()
             batch, i = own[number] if rank == run.world.rank else (batches[0], 0)
             alone = batch.window(i, run.model.lm.delays, run.model.lm.dep_q, with_loss=rank == run.world.rank)
-            sums = run.world.sum(forward_backward(
-                run.model, [alone], scale, run.world, run.depformer_steps, run.args.lora.drift_weight,
-                run.progress.step - 1,
-            ))  # fmt: skip
+            sums = run.world.sum(compute_gradients(run, [alone], scale, run.progress.step - 1))
             trained = [p for p in run.model.parameters() if p.requires_grad]
             values = torch.stack([loss_of(run, sums, scale), clip_gradients(trained, run.args.max_norm)])
             if not values.isfinite().all():

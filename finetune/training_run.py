@@ -19,6 +19,7 @@ from finetune.model.training_lm import TrainingLM
 from finetune.optim import Schedule
 from finetune.profiling import StepMeter
 from finetune.progress import RunClock
+from finetune.saver import Saver
 
 SLOWER = 0.5  # factor of the learning rate after the run has gone back to an earlier checkpoint
 
@@ -86,6 +87,7 @@ class TrainingRun:
         self.weights = group_weights(self.args, self.model.lm.dep_q)
         self.depformer_steps = depformer_steps(self.args, self.model.lm.dep_q)
         self.windows_per_step = self.args.batch_size * self.args.num_microbatches * self.world.size
+        self.saver = Saver(self.folder, self.world, self.artefact, self.args.num_ckpt_keep)
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
         self.problems: set[str] = set()  # why this rank skipped windows
         rows, held_out = (read_rows(self.metrics.path(k)) if self.world.is_main else [] for k in ("train", "eval"))

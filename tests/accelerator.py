@@ -45,7 +45,7 @@ class Accelerator:
     def __init__(self, monkeypatch):
         self.mode = FakeTensorMode(allow_non_fake_inputs=False)
         self.waits: list[str] = []
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)  # a group of one
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)  # a group of one
         optimizer = sys.modules[torch.optim.Optimizer.__module__]  # torch.optim deletes the name of the module
         monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["lazy", "cpu"])
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from finetune import evaluate, step
 from finetune.args import TrainArgs
 from finetune.audio import codec
+from finetune.data import batch as batch_module
 from finetune.data.batch import Sample, TextStats, collate
 from finetune.distributed import World
 from finetune.generate import decode_codes, generate
@@ -53,7 +54,7 @@ def make_run(accelerator, **settings):
     if args.base_dtype != "bf16":
         lm = lm.to("meta")
     make_trainable(lm, args)
-    model = accelerator.move(TrainingLM(lm, args.gradient_checkpointing))
+    model = accelerator.move(TrainingLM(lm, args.recomputation))
     model.set_requires_gradient_sync = lambda _: None  # of FSDP
     with accelerator.on():
         optimizer = build_optimizer(lm, args.optim)
@@ -69,8 +70,7 @@ def train_step(run, stream):
     """As in finetune.loop.train."""
     batches, _, counts, requests = step.read_step(run, stream)
     scale = loss_scales(counts, run.weights.to(run.world.device, non_blocking=True))
-    drift = run.args.lora.drift_weight
-    own = step.forward_backward(run.model, batches, scale, run.world, run.depformer_steps, drift, run.progress.step)
+    own = step.compute_gradients(run, batches, scale, run.progress.step)
     return step.update(run, batches, own, scale, requests)
 
 
@@ -83,6 +83,7 @@ def train_step(run, stream):
     {"base_dtype": "nf4"},
     {"base_dtype": "int8"},
     {"audio_loss_weight": 0.0},
+    {"depformer_frames": 0.5},
     {"param_dtype": "float32", "deterministic": True},
 ], ids=str)  # fmt: skip
 def test_a_training_step_waits_once(accelerator, monkeypatch, settings):
@@ -90,14 +91,18 @@ def test_a_training_step_waits_once(accelerator, monkeypatch, settings):
     # With and without the embeddings of a .pt voice.
     on_host = [collate([sample(2 * i, i == 1), sample(2 * i + 1)], [], DELAYS, 16) for i in range(2)]
     batches = accelerator.host(on_host)
-    # Which frames measure the drift is decided on the host, from values that fakes do not have.
+    # Which frames are sampled is decided on the host, from values that fakes do not have.
     real = {id(fake.targets): batch.targets for fake, batch in zip(batches, on_host)}
 
-    def sample_rows(targets, *where):
-        with unset_fake_temporarily():
-            return accelerator.host(targets_module.sample_rows(real[id(targets)], *where))
+    def with_values(function):
+        def call(targets, *where):
+            with unset_fake_temporarily():
+                return accelerator.host(function(real[id(targets)], *where))
 
-    monkeypatch.setattr(step, "sample_rows", sample_rows)
+        return call
+
+    monkeypatch.setattr(step, "sample_rows", with_values(targets_module.sample_rows))
+    monkeypatch.setattr(batch_module, "thin_audio", with_values(targets_module.thin_audio))
     with accelerator.on():
         sums, norms, _ = train_step(run, iter(batches))
         assert accelerator.waits == ["read"], "of the loss, the norm and the requests together"

@@ -68,7 +68,7 @@ DEFAULTS = {
     "optim.heads_lr": None, "optim.schedule": "cosine", "text_loss_weight": 1.0, "audio_loss_weight": 1.0,
     "max_bad_steps": 0, "early_stop": None, "guard.action": "warn", "guard.max_rollbacks": 2,
     "prompt.reserve_sec": 0.0, "prompt.allow_voiceless": False, "base_dtype": "bf16",
-    "deterministic": False,
+    "deterministic": False, "depformer_frames": 1.0, "reduce_every_microbatch": False,
 }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_each_setting_arrives_from_the_file_and_from_the_command_line(config, tm
         "optim.heads_lr": 1e-6, "optim.schedule": "wsd", "text_loss_weight": 0.5, "audio_loss_weight": 0.0,
         "max_bad_steps": 2, "early_stop": 3, "guard.action": "off", "guard.max_rollbacks": 1,
         "prompt.reserve_sec": 1.0, "prompt.allow_voiceless": True, "base_dtype": "bf16",
-        "deterministic": True,
+        "deterministic": True, "depformer_frames": 0.25, "reduce_every_microbatch": True,
     }  # fmt: skip
     expected = values | {"optim.betas": (0.0, 0.99)}
     assert values.keys() == DEFAULTS.keys()
@@ -153,6 +153,7 @@ def test_what_may_change_when_a_run_is_resumed():
         "eval_free_samples", "eval_free_sec", "eval_freq", "eval_max_samples", "gradient_checkpointing", "log_freq",
         "max_steps", "num_ckpt_keep", "num_microbatches", "overwrite_run_dir", "run_dir", "save_adapters", "sharding",
         "tensorboard", "wandb", "prompt.allow_voiceless", "data.skip", "max_bad_steps", "guard", "optim", "early_stop",
+        "reduce_every_microbatch",
     }  # fmt: skip
     assert changeable == CHANGEABLE
 
@@ -187,7 +188,9 @@ VALUES = [
     ("data.speakers", "[A, 1]", "1 text"), ("param_dtype", "fp8", "'fp8' 'bfloat16' 'float32'"),
     ("device", "tpu", "'tpu' 'auto' 'cpu' 'cuda'"), ("sharding", "half", "'half' 'full' 'hybrid' 'none'"),
     ("gradient_checkpointing", "5"), ("gradient_checkpointing", "-1", "-1 true false number layers"),
-    ("gradient_checkpointing", "auto", "'auto' true false"), ("gradient_checkpointing", "1.0", "1.0 true false"),
+    ("gradient_checkpointing", "auto"), ("gradient_checkpointing", "most", "'most' true false auto"),
+    ("gradient_checkpointing", "1.0", "1.0 true false"), ("depformer_frames", "0", "0 greater"),
+    ("depformer_frames", "1.1", "1.1 1"), ("depformer_frames", "0.25"),
     ("optim", "3", "3 section"), ("optim", "[1]", "[1] section"), ("data", "x", "'x' section"),
 ]  # fmt: skip
 

@@ -133,7 +133,7 @@ def test_srun_without_torchrun_and_without_sharding(world, tmp_path, alone):
 
 
 TWO_RANKS = """
-import os, time, torch
+import os, threading, time, torch
 from finetune.cli import UserError
 from finetune.distributed import session
 with session("cpu") as world:
@@ -155,6 +155,16 @@ with session("cpu") as world:
             raise UserError("no voice")
     except UserError as error:
         assert world.gather(str(error))[1] != "no voice"
+    apart, found = world.apart(), []
+    beside = threading.Thread(target=lambda: found.extend([*apart.gather(world.rank), apart.broadcast(world.rank)]))
+    if world.rank == 0:  # each rank begins the collectives of its two threads in another order
+        beside.start()
+        time.sleep(0.5)
+    assert world.gather(f"rank {world.rank}") == ["rank 0", "rank 1"]
+    if world.rank == 1:
+        beside.start()
+    beside.join()
+    assert found == [0, 1, 0] and (apart.rank, apart.size, apart.device.type) == (world.rank, 2, "cpu")
     if world.rank == 1:
         raise UserError("rank 1 leaves")
     world.sum(own)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import logging
 import math
@@ -23,12 +24,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
-from finetune import held_out, loop, training_run
+from finetune import held_out, loop, saver, training_run
 from finetune import step as steps
 from finetune.args import TrainArgs
+from finetune.checkpointing import newest_complete
 from finetune.cli import UserError
 from finetune.data.batch import Sample, TextStats, collate
 from finetune.distributed import make_mesh, session, shard
+from finetune.loss import loss_scales
 from finetune.metrics import Metrics, read_rows
 from finetune.model.consolidated import Artefact
 from finetune.model.pretrained import PERSONAPLEX
@@ -36,7 +39,7 @@ from finetune.model.training_lm import TrainingLM
 from finetune.optim import build_optimizer
 from finetune.run_dir import list_checkpoints
 from tests.engine import DELAYS, random_frames, tiny_lm
-from tests.support import PERSONAPLEX_CODES, ROOT, rows, run_ranks, script, train_here, write_config
+from tests.support import PERSONAPLEX_CODES, ROOT, rows, run_ranks, script, train_here, wait_for, write_config
 
 # --- a loop over a tiny model and windows of noise -----------------------------------------------------------------
 
@@ -118,13 +121,14 @@ def saved(monkeypatch):
     """Steps and states that are saved, in place of checkpoints. None among `fails`."""
     calls = SimpleNamespace(steps=[], states=[], fails=(), keep=None)
 
-    def save_checkpoint(folder, step, lm, optimizer, state, world, artefact, keep, best=None):
+    def write_checkpoint(folder, tensors, consolidated, state, world, artefact, keep, best=None):
+        step = state["step"]
         calls.steps.append(step)
         calls.states.append(dict(state))
         calls.keep = keep
         return None if step in calls.fails else folder / str(step)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(saver, "write_checkpoint", write_checkpoint)
     return calls
 
 
@@ -138,6 +142,23 @@ def at_step(monkeypatch, step, action):
         return read_step(run, stream)
 
     monkeypatch.setattr(loop, "read_step", act_and_read)
+
+
+def write_late(patch, *late):
+    """The checkpoints of some steps are written when the second step after them begins to read its data."""
+    read_step, write, begun = loop.read_step, saver.write_checkpoint, [0]
+
+    def note_and_read(run, stream):
+        begun[0] = run.progress.step + 1
+        return read_step(run, stream)
+
+    def wait_and_write(folder, state, consolidated, train_state, *rest):
+        step = train_state["step"]
+        wait_for(lambda: step not in late or begun[0] >= step + 2)
+        return write(folder, state, consolidated, train_state, *rest)
+
+    patch(loop, "read_step", note_and_read)
+    patch(saver, "write_checkpoint", wait_and_write)
 
 
 def kill(number=signal.SIGTERM):
@@ -222,6 +243,50 @@ def test_a_rank_adds_up_its_microbatches_and_makes_up_for_the_average_over_ranks
     assert ce.tolist() == (3 * torch.arange(18.0) + 600).tolist() and not ce.requires_grad
     assert correct.tolist() == (3 * torch.arange(18.0) + 6).tolist()
     torch.testing.assert_close(model.weight.grad, 5 * (ce * scale).sum())
+
+
+def test_fewer_frames_in_the_depformer_leave_the_mean_of_losses_and_gradients(begin, monkeypatch):
+    """Two windows in every combination of four phases, against all frames."""
+    run = begin(dep_q=16, batch_size=2, depformer_frames=0.25)
+    [batch] = [run.data.batch(0, 1)]
+    scale = loss_scales(batch.counts, run.weights)
+    parameters = list(run.model.parameters())
+
+    def compute(share):
+        run.optimizer.zero_grad()
+        sums = steps.forward_backward(run.model, [batch], scale, run.world, audio_share=share)
+        return sums, [torch.zeros_like(whole(p)) if p.grad is None else whole(p.grad) for p in parameters]
+
+    expected, expected_gradients = compute(1.0)
+    found = []
+    for first, second in itertools.product((0.1, 0.35, 0.6, 0.85), repeat=2):
+        draws = {"w0": first, "w1": second}
+        draw = lambda key, draws=draws: SimpleNamespace(random=lambda: draws[key.split()[-1]])
+        monkeypatch.setattr(steps.random, "Random", draw)
+        found.append(compute(0.25))
+    sums, gradients = zip(*found)
+    assert not torch.equal(sums[0][0, 2:], sums[1][0, 2:]) and torch.equal(sums[0][0, :2], sums[1][0, :2])
+    torch.testing.assert_close(torch.stack(sums).mean(0), expected, rtol=1e-5, atol=1e-5)
+    for means, gradient in zip(zip(*gradients), expected_gradients, strict=True):
+        torch.testing.assert_close(torch.stack(means).mean(0), gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_other_frames_reach_the_depformer_in_each_step_and_window(begin):
+    run = begin(dep_q=16, batch_size=1, num_microbatches=2, max_steps=4, depformer_frames=0.2, optim_lr=1e-12)
+    given, forward = [], run.model.forward
+
+    def watched(*args, targets, **kwargs):
+        given.append(targets)
+        return forward(*args, targets=targets, **kwargs)
+
+    run.model.forward = watched
+    run.data.batches = lambda position: itertools.repeat(run.data.batch(0))
+    assert loop.train(run) == 0
+    drawn = [tuple(targets.audio_rows.tolist()) for targets in given]
+    assert drawn[::2] == drawn[1::2], "of the same window in one step"
+    assert len(set(drawn)) > 1 and all(len(own) < run.data.FRAMES - 1 for own in drawn)
+    losses = [row["text_loss"] for row in rows(run.folder)]
+    assert losses == pytest.approx([losses[0]] * 4)
 
 
 def test_the_learning_rate_follows_the_schedule(begin):
@@ -362,6 +427,56 @@ def test_the_checkpoint_comes_before_the_evaluation(begin, saved, monkeypatch):
     monkeypatch.setattr(held_out, "evaluate", fail_at_step_2)
     with pytest.raises(UserError, match="the evaluation fails"):
         loop.train(run)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(begin, monkeypatch, caplog):
+    run, weights, step = begin(max_steps=8, do_ckpt=True, ckpt_freq=4, log_freq=1), [], steps.update
+    update = lambda *args: (step(*args), weights.append(whole(run.model.lm.text_linear.weight)))[0]
+    monkeypatch.setattr(loop, "update", update)
+    write_late(monkeypatch.setattr, 4)
+    at_step(monkeypatch, 7, lambda: wait_for(lambda: run.saver.is_complete))
+    with caplog.at_level(logging.INFO):
+        assert loop.train(run) == 0
+    for number in (4, 8):
+        path = run.folder / f"checkpoints/checkpoint_{number:06d}"
+        stored = load_file(path / "consolidated/consolidated.safetensors")
+        assert torch.equal(stored["text_linear.weight"], weights[number - 1])
+        state = json.loads((path / "train_state.json").read_text())
+        assert (state["step"], state["position"]) == (number, number * run.windows_per_step)
+    first, last = (row for row in read_rows(run.folder / "metrics.train.jsonl") if row.get("event") == "saved")
+    assert first["seconds"] < first["total_seconds"]
+    assert last["seconds"] >= last["total_seconds"], "the end of the run waits"
+    said = [line.split()[0] for line in records(caplog) if line.startswith(("step", "saved"))]
+    assert said == ["step"] * 7 + ["saved", "step", "saved"], "said as soon as it is complete"
+
+
+def test_a_checkpoint_that_fails_while_training_goes_on_does_not_end_the_run(begin, monkeypatch, caplog):
+    run = begin(max_steps=6, do_ckpt=True, ckpt_freq=2)
+    write_late(monkeypatch.setattr, 2)
+    checkpoints = run.folder / "checkpoints"
+    checkpoints.write_text("not a folder")
+    at_step(monkeypatch, 5, lambda: (run.saver._future.exception(), checkpoints.unlink()))
+    assert loop.train(run) == 0
+    assert "the checkpoint of step 2 could not be written" in caplog.text
+    assert [step for step, _ in list_checkpoints(run.folder)] == [6]
+    shutil.rmtree(checkpoints)
+    checkpoints.write_text("not a folder")
+    with pytest.raises(UserError, match="the last checkpoint could not be written"):
+        loop.train(begin(max_steps=3, do_ckpt=True))
+
+
+def test_an_error_of_training_does_not_cost_the_checkpoint_that_is_being_written(begin, monkeypatch):
+    run = begin(max_steps=6, do_ckpt=True, ckpt_freq=2)
+
+    def raise_error():
+        raise UserError("a bad window")
+
+    at_step(monkeypatch, 4, raise_error)
+    write_late(monkeypatch.setattr, 2)
+    with pytest.raises(UserError, match="a bad window"):
+        loop.train(run)
+    assert [step for step, _ in list_checkpoints(run.folder)] == [2]
+    assert [row["step"] for row in read_rows(run.folder / "metrics.train.jsonl") if row.get("event")] == [2]
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(begin, saved):
@@ -600,6 +715,15 @@ def test_a_signal_ends_the_run_after_its_step(begin, saved, monkeypatch, caplog,
     assert saved.steps == [2] and [row["step"] for row in rows(run.folder)] == [1, 2]
     assert [row["step"] for row in rows(run.folder, "eval")] == [0], "the evaluation is left to the next run"
     assert records(caplog)[-1] == f"{number.name}: stopped after step 2, saved; the same command continues from here"
+
+
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it_and_saves(begin, monkeypatch):
+    run = begin(max_steps=9, do_ckpt=True, ckpt_freq=2)
+    at_step(monkeypatch, 4, kill())
+    write_late(monkeypatch.setattr, 2)
+    assert loop.train(run) == 75
+    assert [step for step, _ in list_checkpoints(run.folder)] == [2, 4] and run.progress.step == 4
+    assert not list(run.folder.glob("checkpoints/.*"))
 
 
 @pytest.mark.parametrize(
@@ -906,6 +1030,82 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_one_rank_continues(straight
     assert_nearly_same_end(tmp_path / "run", straight)
 
 
+# train_personaplex.py, with a checkpoint that is written late, and something that happens to one rank meanwhile.
+BESIDE = """
+import os, runpy, signal, sys, time
+from pathlib import Path
+from finetune import checkpointing, loop
+from finetune.cli import UserError
+from tests.support import wait_for
+from tests.test_loop import write_late
+event, rank, late, run_dir, *sys.argv = sys.argv[1:]
+read_step, publish = loop.read_step, checkpointing._publish
+def act_and_read(run, stream):
+    if run.progress.step + 1 == int(late) + 2 and run.world.rank == int(rank):
+        if event == "error":
+            raise UserError("one rank alone")
+        if event == "kill":
+            partial = Path(run_dir, f"checkpoints/.checkpoint_00000{late}.tmp")
+            wait_for(lambda: (partial / "consolidated/config.json").exists())
+            os.kill(os.getpid(), signal.SIGKILL)
+    return read_step(run, stream)
+def publish_late(*parts):
+    time.sleep(30 if event == "kill" else 0)
+    publish(*parts)
+loop.read_step, checkpointing._publish = act_and_read, publish_late
+write_late(setattr, int(late))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def beside(tmp_path, event, rank, config, late=3):
+    """Its command line."""
+    (tmp_path / "beside.py").write_text(BESIDE)
+    return tmp_path / "beside.py", event, rank, late, tmp_path / "run", ROOT / "train_personaplex.py", config
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_training_beside_a_save_and_resuming_from_it_give_the_same_bits(straight, world, tmp_path, ranks):
+    settings = SETTINGS | {"batch_size": 2 // ranks, "data.num_workers": 1}
+    config = write_config(tmp_path, world, PERSONAPLEX_CODES, **settings)
+    if ranks == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            write_late(patch.setattr, 3)
+            assert train_here(config, PERSONAPLEX) == 0
+        assert_same_end(tmp_path / "run", straight)
+    else:
+        run_ranks(*beside(tmp_path, "nothing", 0, config))
+        assert_nearly_same_end(tmp_path / "run", straight)
+    (tmp_path / "run").rename(tmp_path / "beside")
+    config = copy_of(tmp_path / "beside", tmp_path, world, **settings)
+    if ranks == 1:
+        assert train_here(config, PERSONAPLEX) == 0
+    else:
+        run_ranks("train_personaplex.py", config)
+    assert_same_end(tmp_path / "run", tmp_path / "beside")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_alone_leaves_when_the_checkpoint_is_complete(world, tmp_path, rank):
+    settings = SETTINGS | {"batch_size": 1, "data.num_workers": 1}
+    config = write_config(tmp_path, world, PERSONAPLEX_CODES, **settings)
+    outputs = run_ranks(*beside(tmp_path, "error", rank, config), codes=None, timeout=60)
+    assert "one rank alone" in outputs[rank] and "one rank alone" not in outputs[1 - rank]
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [3]
+    with session("cpu") as own:
+        assert newest_complete(tmp_path / "run", own)[1]["step"] == 3
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(straight, world, tmp_path):
+    config = write_config(tmp_path, world, PERSONAPLEX_CODES, **SETTINGS | {"ckpt_freq": 2})
+    done = script(*beside(tmp_path, "kill", 0, config, late=4), check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2]
+    assert list((tmp_path / "run").glob("checkpoints/.checkpoint_000004.tmp/state/*.distcp"))
+    assert train_here(config, PERSONAPLEX) == 0
+    assert_same_end(tmp_path / "run", straight)
+
+
 def test_a_killed_rank_is_restarted_and_the_run_ends_like_a_straight_one(straight, world, tmp_path):
     """Two ranks continue from the checkpoint of one, save another, and restart from it."""
     config = copy_of(straight, tmp_path, world, batch_size=1, ckpt_freq=1)
@@ -913,7 +1113,8 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_like_a_straight_one(straigh
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
         *signalled(tmp_path, "SIGKILL", 5, config), timeout=250,
     )  # fmt: skip
-    assert (tmp_path / "once").exists() and "checkpoint_000004" in done.stderr
+    # The checkpoint of step 4 is being written when the rank is killed.
+    assert (tmp_path / "once").exists() and re.search("continuing from .*checkpoint_00000[34]", done.stderr)
     assert_nearly_same_end(tmp_path / "run", straight)
 
 

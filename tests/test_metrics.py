@@ -147,6 +147,15 @@ def test_wandb_continues_the_curves_of_a_resumed_run(tmp_path, wandb):
     assert wandb.log == [({"eval/loss": 2.5}, 0), ({"eval/loss": 2.5}, 5)] and wandb.finished == 2
 
 
+def test_wandb_gets_no_row_of_an_earlier_step(tmp_path, wandb):
+    """It would warn of each. A checkpoint may be complete some steps after its own."""
+    metrics = Metrics(tmp_path, settings(wandb=WandbArgs(project="p")), is_main=True, resumed_step=0)
+    metrics.write("train", 3, {"loss": 2.5})
+    metrics.write("train", 2, {"event": "saved", "seconds": 1.0})
+    assert wandb.log == [({"train/loss": 2.5}, 3)]
+    assert [row["step"] for row in read_rows(metrics.path("train"))] == [3, 2]
+
+
 def test_without_settings_there_are_no_other_views(tmp_path, wandb, metrics):
     metrics.write("train", 1, {"loss": 1.0})
     metrics.close()

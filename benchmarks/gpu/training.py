@@ -35,7 +35,7 @@ class Training:
         self.bench, self.args, self.world = bench, args, world
         lm = build_lm(bench.scale.config, bench.dtype())
         make_trainable(lm, args)
-        self.model = TrainingLM(lm, args.gradient_checkpointing)
+        self.model = TrainingLM(lm, args.recomputation)
         mesh = make_mesh(world, args.sharding)
         shard(self.model, [*lm.transformer.layers, *lm.depformer.layers], mesh, bench.dtype())
         self.model.to_empty(device=bench.device)
@@ -43,10 +43,11 @@ class Training:
         self.optimizer = build_optimizer(lm, args.optim)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.weights = group_weights(args, DEP_Q).to(bench.device)
+        self.audio_share = 1.0  # as depformer_frames
 
     def step(self, batch: Batch) -> None:
         scale = loss_scales(self.world.sum(batch.counts), self.weights)
-        forward_backward(self.model, [batch], scale, self.world)
+        forward_backward(self.model, [batch], scale, self.world, audio_share=self.audio_share)
         clip_gradients(self.trained, self.args.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -93,8 +94,10 @@ def run_steps(bench: Bench, base_dtype: str) -> Iterator[tuple[str, Values]]:
             yield "batch 1, gradient_checkpointing true", {"plan_gib": sizes.total(1, True) / GIB, "fits": False}
             return
         training = Training(bench, args, world)
+        fewer = RunSizes(args.model_copy(update={"depformer_frames": 0.25}), bench.scale.config, prompts=True)
         cases: list[tuple[int, bool | int]] = []
-        for windows in sorted({1, max(1, largest // 4)}):
+        quarter = max(1, largest // 4)
+        for windows in sorted({1, quarter}):
             layers = sizes.most_kept(room, windows)
             cases += [(windows, True), *([(windows, layers)] if layers else [])]
         cases += [(largest, True)] if largest > 1 else []
@@ -103,6 +106,10 @@ def run_steps(bench: Bench, base_dtype: str) -> Iterator[tuple[str, Values]]:
             batch = random_batch(bench, [sizes.frames] * windows)
             name = f"batch {windows}, gradient_checkpointing {str(value).lower()}"
             yield name, measure(bench, training, batch, sizes.total(windows, value))
+            if windows == quarter:
+                training.audio_share = 0.25
+                yield f"{name}, depformer_frames 0.25", measure(bench, training, batch, fewer.total(windows, value))
+                training.audio_share = 1.0
 
 
 def measure(bench: Bench, training: Training, batch: Batch, planned: int) -> Values:

@@ -39,27 +39,23 @@ class Artefact:
             # Without `lora`: moshi would put random adapters on top of merged weights.
             self.config["moshi_name"] = "consolidated.safetensors"
 
-    def write(self, lm: nn.Module, folder: Path, is_main: bool) -> str | None:
-        """Write both files on the main rank, while every rank takes part in gathering. Returns an error, or None."""
+    def gather(self, lm: nn.Module, is_main: bool) -> dict[str, Tensor]:
+        """Return copies of the tensors to write, in file order and in the memory of the host, on the main rank. The
+        others take part in gathering and return none."""
         if self.adapters_only:
-            self.config["lora_rank"] = rank = common_rank(lm)
-            shapes, tensors = adapter_shapes(lm, rank), adapter_tensors(lm, rank)
+            self.config["lora_rank"] = common_rank(lm)
+            tensors = adapter_tensors(lm, self.config["lora_rank"])
         else:
-            saved = {name: parameter for name, parameter in lm.named_parameters() if not is_adapter(name)}
-            shapes = {stock_name(name): tuple(parameter.shape) for name, parameter in saved.items()}
-            tensors = merged_tensors(lm, saved)
-        error = None
-        if is_main:
-            layout = {name: (self.dtype, shape) for name, shape in shapes.items()}
-            file = "lora.safetensors" if self.adapters_only else "consolidated.safetensors"
-            try:
-                write_safetensors(folder / file, layout, tensors)
-                (folder / "config.json").write_text(json.dumps(self.config, indent=2))
-            except OSError as failure:
-                error = str(failure)
-        for _ in tensors:  # gathering is collective: on the other ranks, and on the main rank after an error
-            pass
-        return error
+            tensors = merged_tensors(lm)
+        # Converted on the device: half as many bytes leave it.
+        return {name: values.to(self.dtype, copy=True).cpu() for name, values in tensors if is_main}
+
+    def write(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Write both files. Raises OSError."""
+        file = "lora.safetensors" if self.adapters_only else "consolidated.safetensors"
+        layout = {name: (self.dtype, tuple(values.shape)) for name, values in tensors.items()}
+        write_safetensors(folder / file, layout, tensors.items())
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2))
 
 
 def common_rank(lm: nn.Module) -> int:
@@ -88,10 +84,12 @@ def adapter_tensors(lm: nn.Module, rank: int) -> Iterator[tuple[str, Tensor]]:
         yield name, F.pad(values, (0, shape[1] - values.shape[1], 0, shape[0] - values.shape[0]))
 
 
-def merged_tensors(lm: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+def merged_tensors(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(stock name, full tensor) of each parameter, one at a time; adapters are added to their base in float32."""
     modules = dict(lm.named_modules())
-    for name, parameter in parameters.items():
+    for name, parameter in lm.named_parameters():
+        if is_adapter(name):
+            continue
         values = _full(parameter)
         if ".frozen_W." in name:
             linear = modules[name.split(".frozen_W.")[0]]

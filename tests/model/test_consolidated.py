@@ -24,6 +24,11 @@ def lm():
     return adapted(tiny_lm(8), tables=True)
 
 
+def write(lm, folder, scaling=SCALING, dtype=torch.float32):
+    artefact = Artefact(CONFIG, scaling, dtype)
+    artefact.write(artefact.gather(lm, is_main=True), folder)
+
+
 def merged(lm) -> dict[str, torch.Tensor]:
     """W + scaling * B A of every linear in float64, under stock names."""
     parameters = {name: p.detach().double() for name, p in lm.named_parameters()}
@@ -38,7 +43,7 @@ def merged(lm) -> dict[str, torch.Tensor]:
 
 
 def test_adapters_and_trained_tables_alone(lm, tmp_path):
-    assert Artefact(CONFIG, SCALING, torch.float32).write(lm, tmp_path, is_main=True) is None
+    write(lm, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"lora.safetensors", "config.json"}
     stored = load_file(tmp_path / "lora.safetensors")
     parameters = dict(lm.named_parameters())
@@ -58,7 +63,7 @@ def test_stock_moshi_loads_adapters_of_some_parts(tmp_path):
         if is_adapter(name):
             parent, _, leaf = name.rpartition(".")
             setattr(lm.get_submodule(parent), leaf, torch.nn.Parameter(torch.randn(parameter.shape) * 0.1))
-    assert Artefact(CONFIG, SCALING, torch.float32).write(lm, tmp_path, is_main=True) is None
+    write(lm, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["lora_rank"] == 3
     with torch.device("meta"):
@@ -76,7 +81,7 @@ def test_stock_moshi_loads_adapters_of_some_parts(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_weights_with_adapters_merged(lm, tmp_path, dtype):
-    assert Artefact(CONFIG, None, dtype).write(lm, tmp_path, is_main=True) is None
+    write(lm, tmp_path, None, dtype)
     assert {p.name for p in tmp_path.iterdir()} == {"consolidated.safetensors", "config.json"}
     stored, expected = load_file(tmp_path / "consolidated.safetensors"), merged(lm)
     assert stored.keys() == expected.keys() == dict(tiny_lm(8).named_parameters()).keys()
@@ -92,24 +97,33 @@ def test_all_weights_with_adapters_merged(lm, tmp_path, dtype):
 @pytest.mark.parametrize("adapters", [SCALING, None])
 def test_sharded_parameters_are_gathered(lm, tmp_path, adapters):
     (tmp_path / "plain").mkdir(), (tmp_path / "sharded").mkdir()
-    Artefact(CONFIG, adapters, torch.float32).write(lm, tmp_path / "plain", is_main=True)
+    write(lm, tmp_path / "plain", adapters)
     sharded = copy.deepcopy(lm)
     with session("cpu") as world:
         layers = [*sharded.transformer.layers, *sharded.depformer.layers]
         shard(TrainingLM(sharded, False), layers, make_mesh(world, "full"), torch.float32)
-        assert Artefact(CONFIG, adapters, torch.float32).write(sharded, tmp_path / "sharded", is_main=True) is None
+        write(sharded, tmp_path / "sharded", adapters)
     for file in (tmp_path / "plain").iterdir():
         assert (tmp_path / "sharded" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_other_ranks_write_nothing_and_every_rank_gathers_everything_even_after_an_error(lm, tmp_path, monkeypatch):
+@pytest.mark.parametrize("adapters", [SCALING, None])
+def test_other_ranks_gather_everything_and_hold_nothing(lm, monkeypatch, adapters):
     gathered = []
     monkeypatch.setattr("finetune.model.consolidated._full", lambda p: gathered.append(1) or p.detach())
-    names = [name for name, _ in lm.named_parameters()]
-    artefact = Artefact(CONFIG, None, torch.float32)
-    assert artefact.write(lm, tmp_path / "other", is_main=False) is None and not (tmp_path / "other").exists()
-    assert len(gathered) == len(names)  # a base with its two adapters, and every other parameter
-    gathered.clear()
-    (tmp_path / "file").write_text("")
-    error = artefact.write(lm, tmp_path / "file", is_main=True)  # not a folder
-    assert "file" in error and len(gathered) == len(names)
+    assert Artefact(CONFIG, adapters, torch.float32).gather(lm, is_main=False) == {}
+    trained = [name for name, p in lm.named_parameters() if is_adapter(name) or is_embedding(name) or adapters is None]
+    assert len(gathered) == len(trained)  # a base with its two adapters, and every other parameter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_gathered_does_not_follow_training(dtype):
+    """Also on a CPU, where the file has the dtype of the parameters."""
+    lm = adapted(tiny_lm(8)).to(dtype)
+    for adapters in (SCALING, None):
+        tensors = Artefact(CONFIG, adapters, dtype).gather(lm, is_main=True)
+        before = {name: values.clone() for name, values in tensors.items()}
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                parameter.add_(1)
+        assert all(torch.equal(tensors[name], values) for name, values in before.items())

@@ -59,7 +59,7 @@ def save_checkpoint(folder: Path, base: Path, lm: LMModel, adapters: bool, spec=
     checkpoint = Pretrained(str(base))
     config = inference_config(checkpoint, lm_kwargs(checkpoint, spec))
     artefact = Artefact(config, SCALING if adapters else None, torch.float32)
-    assert artefact.write(lm, folder, is_main=True) is None
+    artefact.write(artefact.gather(lm, is_main=True), folder)
     return folder
 
 

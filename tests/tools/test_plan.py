@@ -28,7 +28,7 @@ from finetune.lora import add_adapters, is_adapter, is_embedding
 from finetune.model.build import build_lm, local_rows, make_trainable
 from finetune.model.products import rms_norm
 from finetune.model.quantised import quantised_linears
-from finetune.model.targets import make_targets
+from finetune.model.targets import make_targets, thin_audio
 from finetune.model.training_lm import TrainingLM
 from finetune.optim import build_optimizer, clip_gradients
 from finetune.tools.plan.command import GIB, main, read_plan_settings
@@ -67,7 +67,7 @@ def build(args: TrainArgs, kwargs: dict, world: World) -> TrainingLM:
     dtype = getattr(torch, args.param_dtype)
     lm = build_lm(kwargs, dtype)
     make_trainable(lm, args)
-    training = TrainingLM(lm, args.gradient_checkpointing)
+    training = TrainingLM(lm, args.recomputation)
     shard(training, [*lm.transformer.layers, *lm.depformer.layers], make_mesh(world, args.sharding), dtype)
     return training
 
@@ -115,13 +115,15 @@ def measured_step(args: TrainArgs, kwargs: dict, group, prompt: int = 0) -> int:
     with group as world:
         training = build(args, kwargs, world)
         targets = make_targets(codes, mask, kwargs["delays"], kwargs["dep_q"])
+        targets = thin_audio(targets, frames, args.depformer_frames, [0.0] * args.batch_size)
         with allocator() as peak:
             fill(training)
             trained = [p for p in training.parameters() if p.requires_grad]
             optimizer = build_optimizer(training.lm, args.optim)
             for _ in range(2):
                 for i in range(args.num_microbatches):
-                    training.set_requires_gradient_sync(i == args.num_microbatches - 1)
+                    last = i == args.num_microbatches - 1
+                    training.set_requires_gradient_sync(last or args.reduce_every_microbatch)
                     training(codes, mask, targets=targets).ce.sum().backward()
                 clip_gradients(trained, 1.0)
                 optimizer.step()
@@ -157,6 +159,12 @@ CASES = {
     "full of few frames on 4 ranks, 3 microbatches": (FULL, {"duration_sec": 1.0, "num_microbatches": 3}, {}, 4),
     "full without checkpointing": (FULL, {"duration_sec": 6.0, "gradient_checkpointing": False}, {}, 1),
     "full on 4 ranks, 3 microbatches": (FULL, {"duration_sec": 4.0, "num_microbatches": 3}, {"dep_q": 16}, 4),
+    "full on 4 ranks, 3 microbatches, each reduced": (
+        FULL, {"duration_sec": 4.0, "num_microbatches": 3, "reduce_every_microbatch": True}, {"dep_q": 16}, 4,
+    ),
+    "a quarter of the frames in the depformer, which learns": (
+        LORA, {"duration_sec": 8.0, "depformer_frames": 0.25, "gradient_checkpointing": False}, {"dep_q": 16}, 1,
+    ),
     "full on 2 nodes of 2, float32": (
         FULL, {"duration_sec": 8.0, "sharding": "hybrid", "param_dtype": "float32"}, {}, 4,
     ),
@@ -543,6 +551,12 @@ def test_the_plan_says_how_many_layers_fit(config, capsys):
     assert code == 0 and kept == 2
     assert plan(capsys, *run, "gradient_checkpointing=2")[0] == 0
     assert plan(capsys, *run, "gradient_checkpointing=3")[0] == 1
+    code, text = plan(capsys, *run, "gradient_checkpointing=auto")
+    assert code == 0 and "planned: 2\n" in text and re.search(r"checkpointing: +true +2 +false\n", text)
+    code, text = plan(
+        capsys, config, "batch_size=2", "--reserve", 0.01, "gradient_checkpointing=auto", "--gpu-memory", 0.02
+    )
+    assert code == 1 and "planned: 0\n" in text, "too small for any"
     # Of a quantised base, only what is allowed is shown.
     assert re.search(r"gradient_checkpointing: +true\n", plan(capsys, *run, "base_dtype=nf4")[1])
 

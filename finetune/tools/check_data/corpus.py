@@ -244,4 +244,4 @@ def planned_memory(result: CheckResult) -> int:
     """Return the bytes that a process needs which trains alone, evaluation included (finetune.tools.plan)."""
     live = any("codes_path" not in own.line.fields for own in result.facts)
     sizes, *_ = open_sizes(result.args, live, result.prompts, ranks=1, ranks_per_node=1)
-    return sizes.total(result.args.batch_size, result.args.gradient_checkpointing)
+    return sizes.total(result.args.batch_size, result.args.recomputation)

@@ -74,7 +74,7 @@ def describe_plan(
     `tflops` is the peak of a GPU, and `price` that of one for an hour (None: no cost is shown).
     """
     args, state, evaluation, flops = sizes.args, sizes.state, sizes.evaluation, sizes.flops()
-    own, batch, room = args.gradient_checkpointing, args.batch_size, memory - reserve
+    own, batch, room = args.recomputation, args.batch_size, memory - reserve
     windows, frames = batch * args.num_microbatches * sizes.ranks, sizes.frames + sizes.prompt_frames
     # false is refused for a quantised base.
     values = [True, *([] if isinstance(own, bool) else [own]), *([False] if args.base_dtype == "bf16" else [])]
@@ -183,6 +183,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{given.config}: fits a card of {given.fit:g} GB with none of the settings that were tried")
         return 1
     sizes, name, notes = open_with(found)
+    if sizes.args.gradient_checkpointing == "auto":
+        layers = sizes.most_kept(memory - reserve, sizes.args.batch_size)
+        notes.append(f"gradient_checkpointing is auto, with which a run measures what fits; planned: {max(layers, 0)}")
+        sizes, name, _ = open_with([*found, f"gradient_checkpointing={max(layers, 0)}"])
     args = sizes.args
     with contextlib.suppress(UserError):  # the data may not be there yet
         drawn = args.max_steps * args.batch_size * args.num_microbatches * given.gpus

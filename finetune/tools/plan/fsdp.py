@@ -52,13 +52,18 @@ class FsdpMemory:
     the copies of gloo and of uneven gradients (NOTES.md).
 
     Args:
-        accumulated: earlier microbatches have left their gradients, which stay unsharded in float32 until the last one.
+        accumulated: earlier microbatches have left their gradients, in float32.
+        reduced: as shards (reduce_every_microbatch); otherwise they stay unsharded until the last one.
         on_cpu: uneven gradients are copied for padding (torch._chunk_cat).
         over_gloo: gloo, unlike NCCL, works on a copy of what it gathers or reduces.
     """
 
-    def __init__(self, lm: TrainingLM, shards: int, meter: Meter, accumulated: bool, on_cpu: bool, over_gloo: bool):
-        self.meter, self.shards, self.accumulated = meter, shards, accumulated
+    def __init__(
+        self, lm: TrainingLM, shards: int, meter: Meter, accumulated: bool, reduced: bool, on_cpu: bool,
+        over_gloo: bool,
+    ):  # fmt: skip
+        self.meter, self.shards, self.accumulated = meter, shards, accumulated and not reduced
+        self.earlier_shards = accumulated and reduced
         self.on_cpu, self.over_gloo = on_cpu, over_gloo
         self.layers = [*lm.lm.transformer.layers, *lm.lm.depformer.layers]
         in_layers = {id(p) for layer in self.layers for p in layer.parameters()}
@@ -74,8 +79,9 @@ class FsdpMemory:
         for i, layer in enumerate(self.layers):
             handles.append(layer.register_forward_pre_hook(functools.partial(self._before_forward, i)))
             handles.append(layer.register_forward_hook(functools.partial(self._after_forward, i)))
-        if self.accumulated:
-            self.meter.hold("gradients", sum(unit.gradient for unit in self.units))
+        if self.accumulated or self.earlier_shards:
+            shards = self.shards if self.earlier_shards else 1
+            self.meter.hold("gradients", sum(unit.gradient // shards for unit in self.units))
         self._gather(self.units[-1])
         yield
         for handle in handles:
@@ -128,5 +134,7 @@ class FsdpMemory:
         copied = sum(4 * p.numel() if self.accumulated else p.nbytes for p in unit.uneven)
         self._hold_briefly(copied * self.on_cpu)
         unit.drop_gradients()
-        self.meter.hold("gradients", unit.gradient // self.shards - unit.gradient * self.accumulated)
+        own = unit.gradient // self.shards
+        self.meter.hold("gradients", own - unit.gradient * self.accumulated)
+        self.meter.hold("gradients", -own * self.earlier_shards)  # added to those of earlier microbatches
         self._hold_briefly(unit.gradient * self.over_gloo)

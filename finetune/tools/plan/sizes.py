@@ -1,6 +1,7 @@
 """The memory, FLOPs and least time of a run, and the largest batch that fits."""
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +96,7 @@ class RunSizes:
             for module in quantised:
                 for name, buffer in module.named_buffers():
                     setattr(module, name, self._tensor(buffer.shape, dtype=buffer.dtype))
-        self.lm = TrainingLM(lm, args.gradient_checkpointing)
+        self.lm = TrainingLM(lm, args.recomputation)
         self.layers = len(lm.transformer.layers) + len(lm.depformer.layers)
         self.counted: Callable[[], object] = lambda: None
         self._step = functools.lru_cache(None, typed=True)(self._count_step)  # typed: true is not 1 here
@@ -108,10 +109,13 @@ class RunSizes:
         tokens = functools.partial(self._tensor, dtype=torch.int64)
         frames, rows = self.prompt_frames + self.frames, batch * self.frames
         words = -(-rows // 3)
-        parts = ((1, words), (1, rows - words), (self.lm.lm.dep_q, rows))
+        parts = ((1, words), (1, rows - words), (self.lm.lm.dep_q, self._audio_rows(batch)))
         targets = Targets(*(tensor for heads, n in parts for tensor in (tokens(n), tokens(heads, n))))
         codes, mask = tokens(batch, N_STREAMS, frames), tokens(batch, frames).bool()
         return self.lm(codes, mask, targets=targets, steps=depformer_steps(self.args, self.lm.lm.dep_q)).ce.sum()
+
+    def _audio_rows(self, batch: int) -> int:
+        return math.ceil(batch * self.frames * self.args.depformer_frames)
 
     def step(self, batch: int, checkpointing: bool | int, windows: int | None = None) -> Meter:
         """Meter the forward and backward pass of the last microbatch of a step."""
@@ -121,7 +125,8 @@ class RunSizes:
     def _count_step(self, batch: int, checkpointing: bool | int, accumulated: bool) -> Meter:
         self.lm.gradient_checkpointing = checkpointing
         with self._fake, Meter() as meter:
-            memory = FsdpMemory(self.lm, self.shards, meter, accumulated, self.on_cpu, self.over_gloo)
+            every = self.args.reduce_every_microbatch
+            memory = FsdpMemory(self.lm, self.shards, meter, accumulated, every, self.on_cpu, self.over_gloo)
             with memory.follow():
                 self._forward(batch).backward()
         self.gathered = sum(unit.size for unit in memory.units)
@@ -143,16 +148,15 @@ class RunSizes:
         """
         with self._fake, torch.no_grad(), Meter() as forward:
             self._forward(1)
-        plain, own = (self.step(1, checkpointing).flops for checkpointing in (False, self.args.gradient_checkpointing))
+        plain, own = (self.step(1, checkpointing).flops for checkpointing in (False, self.args.recomputation))
         each = {"forward": forward.flops, "backward": plain - forward.flops, "recompute": own - plain}
         windows = self.args.batch_size * self.args.num_microbatches * self.ranks
         return {name: windows * flops for name, flops in each.items()}
 
     def logits(self, batch: int) -> int:
         """Return the peak of logits, probabilities and gradients in an output head, which works in chunks of rows."""
-        lm, rows = self.lm.lm, batch * self.frames
-        peaks = []
-        for modules in ([lm.text_linear], lm.linears):
+        lm, peaks = self.lm.lm, []
+        for modules, rows in (([lm.text_linear], batch * self.frames), (lm.linears, self._audio_rows(batch))):
             with self._fake:
                 head = Linears.of(modules, lm.text_emb.weight.dtype)
                 x = self._tensor(len(modules), rows, head.weight.shape[2], dtype=head.weight.dtype, requires_grad=True)
