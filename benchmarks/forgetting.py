@@ -39,6 +39,7 @@ ARMS: dict[str, dict] = {
     "drift": {"lora.drift_weight": 1.0},
     "replay": {},
     "more replay": {},
+    "more replay, twice as long": {"max_steps": 240},
     "rank 4": {"lora.rank": 4},
     "rank 128": {"lora.rank": 128},
     "no depformer": {"lora.depformer_rank": 0},
@@ -48,7 +49,8 @@ ARMS: dict[str, dict] = {
     "twice as long": {"max_steps": 240},
 }
 
-REPLAY = {"replay": (200, 0.5), "more replay": (600, 0.75)}  # conversations of the base, and their share of the windows
+# Conversations of the base, and their share of the windows.
+REPLAY = {"replay": (200, 0.5), "more replay": (600, 0.75), "more replay, twice as long": (600, 0.75)}
 
 
 def make_second_task(manifest: Path, folder: Path, renamed: dict[str, str]) -> Path:
@@ -105,7 +107,7 @@ def main() -> int:
     data = {split: make_second_task(path, args.folder / split, renamed) for split, path in own.items()}
     data["first"] = own["eval"]
     for arm, (count, _) in REPLAY.items():
-        folder = args.folder / arm.replace(" ", "_")
+        folder = args.folder / f"replay_{count}"
         data[arm] = folder / "replay.jsonl"
         if not data[arm].is_file():  # users of the training calls: the held-out ones are judged
             settings = {

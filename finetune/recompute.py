@@ -26,8 +26,8 @@ def choose_layers(run: TrainingRun, steps: int, batches: list[Batch]) -> None:
     steps: how many it has taken. batches: those of this rank in the step.
     """
     args, model, device = run.args, run.model, run.world.device
-    if args.gradient_checkpointing != "auto" or steps > 2:
-        return
+    if args.gradient_checkpointing != "auto" or steps > 2 or model.gradient_checkpointing is not True:
+        return  # chosen before; after a rollback steps are counted again
     if steps == 1:
         if device.type == "cuda":  # so that the peak is that of a step, not of an evaluation
             torch.cuda.reset_peak_memory_stats(device)

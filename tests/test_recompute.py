@@ -1,6 +1,7 @@
 """gradient_checkpointing: auto. How many layers it keeps, against the plan; and that a run is the same without it."""
 
 import mmap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,3 +78,14 @@ def test_the_memory_of_this_process():
     assert 2**27 < used <= peak and more > used + 2**27 and higher >= more and limit > used
     assert recompute.memory_of(torch.device("cpu"), 4)[2] < limit
     block.close()
+
+
+def test_what_was_chosen_stays():
+    """Also when a rollback has set the steps of the run back: the peak would now include what is kept."""
+    run = SimpleNamespace(
+        args=SimpleNamespace(gradient_checkpointing="auto"), model=SimpleNamespace(gradient_checkpointing=3),
+        world=SimpleNamespace(device=torch.device("cpu")),
+    )  # fmt: skip
+    for steps in (1, 2):
+        recompute.choose_layers(run, steps, [])
+    assert run.model.gradient_checkpointing == 3
