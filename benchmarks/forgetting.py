@@ -11,9 +11,9 @@ another one, in the text stream. LoRA learns it
     replay    with half of the windows from 200 conversations of the base (finetune.tools.make_replay), or, as `more
               replay`, three quarters of them from 600
 
-and alone with other ranks, weights of padding, lengths, and without adapters in the depformer. Prints, for each, the
-accuracy on words of held-out calls of both tasks, and how much its replies speak. Five seeds; all runs take an hour on
-two cores, the base and its conversations ten minutes more. Finished runs are not repeated.
+and alone with other ranks and weights of padding, half as long, and without adapters in the depformer. Prints, for
+each, the accuracy on words of held-out calls of both tasks, and how much its replies speak. Five seeds; all runs take
+an hour on two cores, the base and its conversations ten minutes more. Finished runs are not repeated.
 """
 
 import json
@@ -45,7 +45,6 @@ ARMS: dict[str, dict] = {
     "padding 0.1": {"text_padding_weight": 0.1},
     "padding 2": {"text_padding_weight": 2.0},
     "half as long": {"max_steps": 60},
-    "twice as long": {"max_steps": 240},
 }
 
 REPLAY = {"replay": (200, 0.5), "more replay": (600, 0.75)}  # conversations of the base, and their share of the windows
