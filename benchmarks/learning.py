@@ -1,13 +1,12 @@
-"""Do settings that save memory or time learn as well? LoRA in the tiny world, over seeds.
+"""Does a quantised base learn as well? LoRA in the tiny world, over seeds.
 
     make demo
     python -m benchmarks.learning runs/demo runs/learning --seeds 5
 
 Trains PersonaPlex on the demo's data (example/tiny.yaml, with gradient checkpointing), all runs from the Moshi that the
 demo trained. Prints, for each setting, held-out losses in nats after training, mean and standard deviation over the
-seeds, and the difference from the plain run with the same seed. Plain means a frozen base in float32 and every frame in
-the depformer; by the roofline of a GPU, 52 of its steps take as long as 60 with a quarter of the frames. Two runs at a
-time; finished ones are not repeated. `benchmarks.parts` and `benchmarks.quantised` measure times.
+seeds, and the difference from the plain run with the same seed. Plain means a frozen base in float32. Two runs at a
+time; finished ones are not repeated. `benchmarks.quantised` measures times.
 """
 
 import statistics
@@ -23,9 +22,6 @@ ARMS: dict[str, dict] = {
     "plain": {},
     "base_dtype int8": {"base_dtype": "int8"},
     "base_dtype nf4": {"base_dtype": "nf4"},
-    "depformer_frames 0.5": {"depformer_frames": 0.5},
-    "depformer_frames 0.25": {"depformer_frames": 0.25},
-    "plain, 52 steps": {"max_steps": 52},
 }
 LOSSES = ("loss", "text_loss", "agent_loss", "user_loss")
 

@@ -21,7 +21,7 @@ from finetune.args import TrainArgs
 from finetune.cli import run
 from finetune.loss import depformer_steps
 from finetune.model.build import build_lm, make_trainable
-from finetune.model.targets import Targets, make_targets, thin_audio
+from finetune.model.targets import Targets, make_targets
 from finetune.model.training_lm import TrainingLM
 from finetune.parser import Parser
 from finetune.tools.plan.meter import GpuKernels, Meter
@@ -32,7 +32,6 @@ VARIANTS = {
     "no adapters in the depformer": {"lora": {"depformer_rank": 0}},
     "user_audio_loss_weight 0": {"user_audio_loss_weight": 0.0},
     "both": {"lora": {"depformer_rank": 0}, "user_audio_loss_weight": 0.0},
-    "depformer_frames 0.25": {"depformer_frames": 0.25},
     "text only (audio_loss_weight 0)": {"audio_loss_weight": 0.0},
 }
 
@@ -57,8 +56,7 @@ def count(changes: dict) -> Meter:
     for parameter in lm.parameters():  # FSDP casts what it gathers
         parameter.data = parameter.data.to(torch.bfloat16)
     codes, mask = make_batch(1625, 375, 8)
-    targets = thin_audio(make_targets(codes, mask, DELAYS, DEP_Q), 1625, args.depformer_frames, [0.0] * 8)
-    targets = Targets(*(tensor.to("meta") for tensor in targets))
+    targets = Targets(*(tensor.to("meta") for tensor in make_targets(codes, mask, DELAYS, DEP_Q)))
     with GpuKernels(), Meter() as meter:
         out = TrainingLM(lm, True)(
             codes.to("meta"), mask.to("meta"), targets=targets, steps=depformer_steps(args, DEP_Q)
@@ -77,13 +75,12 @@ def time_variants(repeats: int, frames: int = 250) -> dict[str, float]:
         torch.manual_seed(0)
         for parameter in lm.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-        models[name] = TrainingLM(lm, True), depformer_steps(args, DEP_Q), args.depformer_frames
+        models[name] = TrainingLM(lm, True), depformer_steps(args, DEP_Q)
     codes, mask = make_batch(frames, frames // 4, 2)
-    all_targets = make_targets(codes, mask, DELAYS, DEP_Q)
+    targets = make_targets(codes, mask, DELAYS, DEP_Q)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(repeats + 1):
-        for name, (model, steps, share) in models.items():
-            targets = thin_audio(all_targets, frames, share, [0.0] * 2)
+        for name, (model, steps) in models.items():
             start = time.perf_counter()
             model(codes, mask, targets=targets, steps=steps).ce.sum().backward()
             if turn:  # the first warms up

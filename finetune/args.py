@@ -12,7 +12,6 @@ T = TypeVar("T")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML has lists only
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -179,11 +178,6 @@ class TrainArgs(Settings):
     audio_loss_weight: NonNegative = Field(
         1.0, description="Loss weight of the audio streams; at 0 the depformer does not run and is not trained."
     )
-
-    depformer_frames: Share = Field(
-        1.0, description="Share of the frames that the depformer is trained on, others in each step: the audio losses "
-        "keep their mean, and scatter more.",
-    )  # fmt: skip
 
     log_freq: Count = Field(1, description="Steps between metrics.")
     profile_step: Count | None = Field(None, description="Write a profile of this step to run_dir (trace and memory).")

@@ -32,13 +32,11 @@ def choose_layers(run: TrainingRun, steps: int, batches: list[Batch]) -> None:
         if device.type == "cuda":  # so that the peak is that of a step, not of an evaluation
             torch.cuda.reset_peak_memory_stats(device)
         return
-    window = run.data.window_frames
-    prompt = run.data.prompter.max_frames if run.data.prompter else 0
-    rows = args.batch_size * (window + prompt)
+    audio_rows = args.batch_size * run.data.window_frames
+    rows = audio_rows + args.batch_size * (run.data.prompter.max_frames if run.data.prompter else 0)
     used, peak, limit = memory_of(device, run.world.local_size)
     longest = max(1.0, rows / max(batch.loss_mask.numel() for batch in batches))
     room = limit - used - int((peak - used) * longest)
-    audio_rows = int(args.batch_size * window * args.depformer_frames)
     dtype = getattr(torch, args.param_dtype)
     layers = min(run.world.gather(layers_that_fit(model, room, dtype, rows, audio_rows, run.depformer_steps)))
     model.gradient_checkpointing = layers or True

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import random
 import time
 from collections.abc import Iterator
 
@@ -16,7 +15,6 @@ from finetune.data.batch import Batch
 from finetune.data.run_data import what_to_do
 from finetune.distributed import World
 from finetune.lora import part_of
-from finetune.loss import AUDIO_GROUPS
 from finetune.model.targets import sample_rows
 from finetune.model.training_lm import TrainingLM
 from finetune.optim import clip_gradients, set_lr
@@ -50,13 +48,13 @@ def compute_gradients(run: TrainingRun, batches: list[Batch], scale: Tensor, ste
     args = run.args
     return forward_backward(
         run.model, batches, scale, run.world, run.depformer_steps, args.lora.drift_weight, step,
-        args.depformer_frames, args.seed, args.reduce_every_microbatch,
+        args.reduce_every_microbatch,
     )  # fmt: skip
 
 
 def forward_backward(
     model: TrainingLM, batches: list[Batch], scale: Tensor, world: World, steps: int | None = None,
-    drift_weight: float = 0.0, step: int = 0, audio_share: float = 1.0, seed: int = 0, reduce_every: bool = False,
+    drift_weight: float = 0.0, step: int = 0, reduce_every: bool = False,
 ) -> Tensor:  # fmt: skip
     """Compute the gradients of a step; return [3, 2 + dep_q] of this rank: cross-entropies, correct predictions and
     divergences from the base, which stand for all frames.
@@ -64,20 +62,14 @@ def forward_backward(
     Args:
         scale: factors of `loss_scales`.
         steps: of the depformer.
-        drift_weight: of the divergence, which is computed on one of DRIFT_EVERY frames; 0: it is not computed.
-        step: decides, with `seed` and the names of the windows, which frames are sampled.
-        audio_share: of the frames with loss, those that reach the depformer.
+        drift_weight: of the divergence; 0: it is not computed.
+        step: which of DRIFT_EVERY frames it is computed on.
         reduce_every: reduce the gradients of each microbatch over the ranks, not their sum.
     """
     sums = torch.zeros(3, len(scale), device=world.device)
-    stands_for = torch.ones(len(scale))  # frames, by group
-    stands_for[AUDIO_GROUPS] = 1 / audio_share
-    stands_for = stands_for.to(world.device, non_blocking=True)
     for i, batch in enumerate(batches):
         model.set_requires_gradient_sync(reduce_every or i == len(batches) - 1)
         rows = None
-        if audio_share < 1:
-            batch = batch.thin_audio(audio_share, [random.Random(f"{seed} {step} {name}") for name in batch.names])
         if drift_weight:
             rows = sample_rows(batch.targets, batch.codes.shape[2], DRIFT_EVERY, step % DRIFT_EVERY)
         batch = batch.to(world.device)
@@ -85,16 +77,14 @@ def forward_backward(
             batch.codes, batch.loss_mask, batch.embeddings, batch.lengths, targets=batch.targets, steps=steps,
             drift=rows,
         )  # fmt: skip
-        ce = out.ce * stands_for
-        loss = (ce * scale).sum()
+        loss = (out.ce * scale).sum()
         if out.drift is not None:
-            drift = DRIFT_EVERY * stands_for * out.drift
-            loss = loss + drift_weight * (drift * scale).sum()
-            sums[2] += drift.detach()
+            loss = loss + drift_weight * DRIFT_EVERY * (out.drift * scale).sum()
+            sums[2] += DRIFT_EVERY * out.drift.detach()
         # FSDP averages gradients over the ranks, but `scale` is meant for their sum: hence the factor.
         (loss * world.size).backward()
-        sums[0] += ce.detach()
-        sums[1] += stands_for * out.correct
+        sums[0] += out.ce.detach()
+        sums[1] += out.correct
     return sums
 
 

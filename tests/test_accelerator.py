@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from finetune import evaluate, step
 from finetune.args import TrainArgs
 from finetune.audio import codec
-from finetune.data import batch as batch_module
 from finetune.data.batch import Sample, TextStats, collate
 from finetune.distributed import World
 from finetune.generate import decode_codes, generate
@@ -83,7 +82,6 @@ def train_step(run, stream):
     {"base_dtype": "nf4"},
     {"base_dtype": "int8"},
     {"audio_loss_weight": 0.0},
-    {"depformer_frames": 0.5},
     {"param_dtype": "float32", "deterministic": True},
 ], ids=str)  # fmt: skip
 def test_a_training_step_waits_once(accelerator, monkeypatch, settings):
@@ -91,18 +89,14 @@ def test_a_training_step_waits_once(accelerator, monkeypatch, settings):
     # With and without the embeddings of a .pt voice.
     on_host = [collate([sample(2 * i, i == 1), sample(2 * i + 1)], [], DELAYS, 16) for i in range(2)]
     batches = accelerator.host(on_host)
-    # Which frames are sampled is decided on the host, from values that fakes do not have.
+    # Which frames measure the drift is decided on the host, from values that fakes do not have.
     real = {id(fake.targets): batch.targets for fake, batch in zip(batches, on_host)}
 
-    def with_values(function):
-        def call(targets, *where):
-            with unset_fake_temporarily():
-                return accelerator.host(function(real[id(targets)], *where))
+    def sample_rows(targets, *where):
+        with unset_fake_temporarily():
+            return accelerator.host(targets_module.sample_rows(real[id(targets)], *where))
 
-        return call
-
-    monkeypatch.setattr(step, "sample_rows", with_values(targets_module.sample_rows))
-    monkeypatch.setattr(batch_module, "thin_audio", with_values(targets_module.thin_audio))
+    monkeypatch.setattr(step, "sample_rows", sample_rows)
     with accelerator.on():
         sums, norms, _ = train_step(run, iter(batches))
         assert accelerator.waits == ["read"], "of the loss, the norm and the requests together"

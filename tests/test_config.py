@@ -68,7 +68,7 @@ DEFAULTS = {
     "optim.heads_lr": None, "optim.schedule": "cosine", "text_loss_weight": 1.0, "audio_loss_weight": 1.0,
     "max_bad_steps": 0, "early_stop": None, "guard.action": "warn", "guard.max_rollbacks": 2,
     "prompt.reserve_sec": 0.0, "prompt.allow_voiceless": False, "base_dtype": "bf16",
-    "deterministic": False, "depformer_frames": 1.0, "reduce_every_microbatch": False,
+    "deterministic": False, "reduce_every_microbatch": False,
 }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_each_setting_arrives_from_the_file_and_from_the_command_line(config, tm
         "optim.heads_lr": 1e-6, "optim.schedule": "wsd", "text_loss_weight": 0.5, "audio_loss_weight": 0.0,
         "max_bad_steps": 2, "early_stop": 3, "guard.action": "off", "guard.max_rollbacks": 1,
         "prompt.reserve_sec": 1.0, "prompt.allow_voiceless": True, "base_dtype": "bf16",
-        "deterministic": True, "depformer_frames": 0.25, "reduce_every_microbatch": True,
+        "deterministic": True, "reduce_every_microbatch": True,
     }  # fmt: skip
     expected = values | {"optim.betas": (0.0, 0.99)}
     assert values.keys() == DEFAULTS.keys()
@@ -189,8 +189,7 @@ VALUES = [
     ("device", "tpu", "'tpu' 'auto' 'cpu' 'cuda'"), ("sharding", "half", "'half' 'full' 'hybrid' 'none'"),
     ("gradient_checkpointing", "5"), ("gradient_checkpointing", "-1", "-1 true false number layers"),
     ("gradient_checkpointing", "auto"), ("gradient_checkpointing", "most", "'most' true false auto"),
-    ("gradient_checkpointing", "1.0", "1.0 true false"), ("depformer_frames", "0", "0 greater"),
-    ("depformer_frames", "1.1", "1.1 1"), ("depformer_frames", "0.25"),
+    ("gradient_checkpointing", "1.0", "1.0 true false"),
     ("optim", "3", "3 section"), ("optim", "[1]", "[1] section"), ("data", "x", "'x' section"),
 ]  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import itertools
 import json
 import logging
 import math
@@ -31,7 +30,6 @@ from finetune.checkpointing import newest_complete
 from finetune.cli import UserError
 from finetune.data.batch import Sample, TextStats, collate
 from finetune.distributed import make_mesh, session, shard
-from finetune.loss import loss_scales
 from finetune.metrics import Metrics, read_rows
 from finetune.model.consolidated import Artefact
 from finetune.model.pretrained import PERSONAPLEX
@@ -243,50 +241,6 @@ def test_a_rank_adds_up_its_microbatches_and_makes_up_for_the_average_over_ranks
     assert ce.tolist() == (3 * torch.arange(18.0) + 600).tolist() and not ce.requires_grad
     assert correct.tolist() == (3 * torch.arange(18.0) + 6).tolist()
     torch.testing.assert_close(model.weight.grad, 5 * (ce * scale).sum())
-
-
-def test_fewer_frames_in_the_depformer_leave_the_mean_of_losses_and_gradients(begin, monkeypatch):
-    """Two windows in every combination of four phases, against all frames."""
-    run = begin(dep_q=16, batch_size=2, depformer_frames=0.25)
-    [batch] = [run.data.batch(0, 1)]
-    scale = loss_scales(batch.counts, run.weights)
-    parameters = list(run.model.parameters())
-
-    def compute(share):
-        run.optimizer.zero_grad()
-        sums = steps.forward_backward(run.model, [batch], scale, run.world, audio_share=share)
-        return sums, [torch.zeros_like(whole(p)) if p.grad is None else whole(p.grad) for p in parameters]
-
-    expected, expected_gradients = compute(1.0)
-    found = []
-    for first, second in itertools.product((0.1, 0.35, 0.6, 0.85), repeat=2):
-        draws = {"w0": first, "w1": second}
-        draw = lambda key, draws=draws: SimpleNamespace(random=lambda: draws[key.split()[-1]])
-        monkeypatch.setattr(steps.random, "Random", draw)
-        found.append(compute(0.25))
-    sums, gradients = zip(*found)
-    assert not torch.equal(sums[0][0, 2:], sums[1][0, 2:]) and torch.equal(sums[0][0, :2], sums[1][0, :2])
-    torch.testing.assert_close(torch.stack(sums).mean(0), expected, rtol=1e-5, atol=1e-5)
-    for means, gradient in zip(zip(*gradients), expected_gradients, strict=True):
-        torch.testing.assert_close(torch.stack(means).mean(0), gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_other_frames_reach_the_depformer_in_each_step_and_window(begin):
-    run = begin(dep_q=16, batch_size=1, num_microbatches=2, max_steps=4, depformer_frames=0.2, optim_lr=1e-12)
-    given, forward = [], run.model.forward
-
-    def watched(*args, targets, **kwargs):
-        given.append(targets)
-        return forward(*args, targets=targets, **kwargs)
-
-    run.model.forward = watched
-    run.data.batches = lambda position: itertools.repeat(run.data.batch(0))
-    assert loop.train(run) == 0
-    drawn = [tuple(targets.audio_rows.tolist()) for targets in given]
-    assert drawn[::2] == drawn[1::2], "of the same window in one step"
-    assert len(set(drawn)) > 1 and all(len(own) < run.data.FRAMES - 1 for own in drawn)
-    losses = [row["text_loss"] for row in rows(run.folder)]
-    assert losses == pytest.approx([losses[0]] * 4)
 
 
 def test_the_learning_rate_follows_the_schedule(begin):

@@ -251,8 +251,8 @@ train.train(sys.argv[1])
 
 @pytest.mark.parametrize("sharding", ["full", "none"])
 def test_parts_that_do_not_learn_are_the_same_in_any_division(world, tmp_path, sharding):
-    """Frozen layers, steps that do not run, frames that do not reach the depformer, and the drift, which is measured on
-    other frames in each step. Resumed on two ranks after one step; adapters grow until they drift."""
+    """Frozen layers, steps that do not run, and the drift, which is measured on other frames in each step. Resumed on
+    two ranks after one step; adapters grow until they drift."""
     found = {}
     for name, batch, micro, processes in (("4x1", 4, 1, 1), ("1x2 on 2 ranks", 1, 2, 2)):
         folder = tmp_path / name.replace(" ", "_")
@@ -261,7 +261,7 @@ def test_parts_that_do_not_learn_are_the_same_in_any_division(world, tmp_path, s
             "batch_size": batch, "num_microbatches": micro, "do_eval": False, "duration_sec": 4.3, "sharding": sharding,
             "lora.depformer_rank": 0, "lora.heads_rank": 2, "user_audio_loss_weight": 0.0, "lora.drift_weight": 0.5,
             "optim.heads_lr": 1e-2, "optim.pct_start": 0.0, "optim.schedule": "constant", "ckpt_freq": 1,
-            "depformer_frames": 0.5, "reduce_every_microbatch": processes > 1,
+            "reduce_every_microbatch": processes > 1,
         }  # fmt: skip
         config = write_config(folder, world, PERSONAPLEX_CODES, **settings | {"max_steps": 4})
         if processes == 1:

@@ -12,9 +12,9 @@ part failed. The parts:
 
 bf16, nf4
     Steps of LoRA training (windows of 100 s and prompts of 30 s), with the largest batch that fits by the plan, a
-    quarter of it, and 1; gradient_checkpointing is true, or the number of layers that fits by the plan; the quarter
-    also with depformer_frames 0.25. plan_gib and peak_gib are the memory planned and allocated; frames_per_sec counts
-    all frames, prompts included; tflops include what is recomputed.
+    quarter of it, and 1; gradient_checkpointing is true, or the number of layers that fits by the plan. plan_gib and
+    peak_gib are the memory planned and allocated; frames_per_sec counts all frames, prompts included; tflops include
+    what is recomputed.
 profile
     Kernels of a step, the share of it in which one runs, the longest gap between two, and how often the host waits for
     the GPU (training waits once more, to read the loss). The kernels that take longest are in the JSON.

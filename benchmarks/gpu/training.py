@@ -43,11 +43,10 @@ class Training:
         self.optimizer = build_optimizer(lm, args.optim)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.weights = group_weights(args, DEP_Q).to(bench.device)
-        self.audio_share = 1.0  # as depformer_frames
 
     def step(self, batch: Batch) -> None:
         scale = loss_scales(self.world.sum(batch.counts), self.weights)
-        forward_backward(self.model, [batch], scale, self.world, audio_share=self.audio_share)
+        forward_backward(self.model, [batch], scale, self.world)
         clip_gradients(self.trained, self.args.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -94,10 +93,8 @@ def run_steps(bench: Bench, base_dtype: str) -> Iterator[tuple[str, Values]]:
             yield "batch 1, gradient_checkpointing true", {"plan_gib": sizes.total(1, True) / GIB, "fits": False}
             return
         training = Training(bench, args, world)
-        fewer = RunSizes(args.model_copy(update={"depformer_frames": 0.25}), bench.scale.config, prompts=True)
         cases: list[tuple[int, bool | int]] = []
-        quarter = max(1, largest // 4)
-        for windows in sorted({1, quarter}):
+        for windows in sorted({1, max(1, largest // 4)}):
             layers = sizes.most_kept(room, windows)
             cases += [(windows, True), *([(windows, layers)] if layers else [])]
         cases += [(largest, True)] if largest > 1 else []
@@ -106,10 +103,6 @@ def run_steps(bench: Bench, base_dtype: str) -> Iterator[tuple[str, Values]]:
             batch = random_batch(bench, [sizes.frames] * windows)
             name = f"batch {windows}, gradient_checkpointing {str(value).lower()}"
             yield name, measure(bench, training, batch, sizes.total(windows, value))
-            if windows == quarter:
-                training.audio_share = 0.25
-                yield f"{name}, depformer_frames 0.25", measure(bench, training, batch, fewer.total(windows, value))
-                training.audio_share = 1.0
 
 
 def measure(bench: Bench, training: Training, batch: Batch, planned: int) -> Values:

@@ -1,6 +1,5 @@
 """Samples, and batches of samples."""
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from finetune.model.targets import Targets, make_targets, thin_audio
+from finetune.model.targets import Targets, make_targets
 from finetune.streams import N_STREAMS, ZERO
 
 
@@ -82,13 +81,6 @@ class Batch:
             self, codes=codes, loss_mask=mask, embeddings=rows(self.embeddings), lengths=rows(self.lengths),
             targets=targets, counts=targets.counts(), names=self.names[i : i + 1],
         )  # fmt: skip
-
-    def thin_audio(self, share: float, generators: list[random.Random]) -> "Batch":
-        """Return the batch with a share of its audio targets (see `thin_audio`), as the window's generator draws."""
-        phases = [generator.random() for generator in generators] or [0.0]  # without samples there is one empty window
-        targets = thin_audio(self.targets, self.codes.shape[2], share, phases)
-        pin = Tensor.pin_memory if self.codes.is_pinned() else lambda tensor: tensor
-        return replace(self, targets=Targets(*map(pin, targets)))
 
     def pin_memory(self) -> "Batch":
         """Copy them to pinned memory, so that a copy to a GPU is asynchronous. DataLoader calls this by its name."""

@@ -40,18 +40,6 @@ def make_targets(codes: Tensor, loss_mask: Tensor, delays: Sequence[int], dep_q:
     return Targets(*(tensor for row, part in zip(rows, parts) for tensor in (row, part[:, row])))
 
 
-def thin_audio(targets: Targets, frames: int, share: float, phases: Sequence[float]) -> Targets:
-    """Keep a share of the audio rows, evenly spread over each window of `frames` frames.
-
-    With phases[b] of window b uniform in [0, 1), each row is kept with probability `share`, so that sums over the kept
-    rows, divided by it, have the sums over all rows as their mean."""
-    rows = targets.audio_rows
-    level = share * (rows % frames) + torch.tensor(phases, dtype=torch.float64)[rows // frames]
-    kept = ((level + share).floor() > level.floor()).nonzero()[:, 0]
-    audio = targets.audio_targets[:, kept] if len(kept) else torch.full_like(targets.audio_targets[:, :1], ZERO)
-    return targets._replace(audio_rows=rows[kept] if len(kept) else rows[:1], audio_targets=audio)
-
-
 class DriftRows(NamedTuple):
     """A sample of the frames that carry loss."""
 

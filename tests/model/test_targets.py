@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.model.targets import delay_streams, make_targets, thin_audio
+from finetune.model.targets import delay_streams, make_targets
 from tests.engine import DELAYS
 from tests.model.stock import random_batch, stock_lm
 
@@ -57,28 +57,3 @@ def test_counts_are_those_of_the_stock_masks(dep_q):
     text = out.text_mask[:, 0] & mask
     expected = [(text & ~padding).sum(), (text & padding).sum(), *(out.mask & mask[:, None]).sum((0, 2))]
     assert make_targets(codes, mask, DELAYS, dep_q).counts().tolist() == [int(n) for n in expected]
-
-
-@pytest.mark.parametrize(("share", "phases"), [(0.25, 4), (0.4, 5), (0.75, 4)])
-def test_each_audio_row_is_kept_with_the_probability_of_the_share(share, phases):
-    """Over all phases, which stand for equal parts of [0, 1); the second window has another phase than the first."""
-    codes, mask = (torch.cat([part] * 7, -1) for part in window())
-    targets = make_targets(codes, mask, DELAYS, 16)
-    frames, kept = codes.shape[2], []
-    for i in range(phases):
-        own = [(2 * i + 1) / (2 * phases), (2 * ((i + 1) % phases) + 1) / (2 * phases)]
-        thin = thin_audio(targets, frames, share, own)
-        where = torch.searchsorted(targets.audio_rows, thin.audio_rows)
-        assert torch.equal(targets.audio_targets[:, where], thin.audio_targets)
-        assert all(own is given for own, given in zip(thin[:4], targets[:4])), "text stays"
-        kept.append(thin.audio_rows)
-    rows, times = torch.cat(kept).unique(return_counts=True)
-    assert torch.equal(rows, targets.audio_rows) and (times == round(share * phases)).all()
-
-
-def test_all_rows_are_a_share_of_1_and_a_share_is_never_without_a_row():
-    codes, mask = window()
-    targets = make_targets(codes, mask, DELAYS, 8)
-    assert torch.equal(thin_audio(targets, 4, 1.0, [0.3, 0.9]).audio_rows, targets.audio_rows)
-    empty = thin_audio(targets, 4, 0.01, [0.0, 0.0])
-    assert len(empty.audio_rows) == 1 and (empty.audio_targets == -1).all() and empty.audio_targets.shape == (8, 1)

@@ -28,7 +28,7 @@ from finetune.lora import add_adapters, is_adapter, is_embedding
 from finetune.model.build import build_lm, local_rows, make_trainable
 from finetune.model.products import rms_norm
 from finetune.model.quantised import quantised_linears
-from finetune.model.targets import make_targets, thin_audio
+from finetune.model.targets import make_targets
 from finetune.model.training_lm import TrainingLM
 from finetune.optim import build_optimizer, clip_gradients
 from finetune.tools.plan.command import GIB, main, read_plan_settings
@@ -115,7 +115,6 @@ def measured_step(args: TrainArgs, kwargs: dict, group, prompt: int = 0) -> int:
     with group as world:
         training = build(args, kwargs, world)
         targets = make_targets(codes, mask, kwargs["delays"], kwargs["dep_q"])
-        targets = thin_audio(targets, frames, args.depformer_frames, [0.0] * args.batch_size)
         with allocator() as peak:
             fill(training)
             trained = [p for p in training.parameters() if p.requires_grad]
@@ -161,9 +160,6 @@ CASES = {
     "full on 4 ranks, 3 microbatches": (FULL, {"duration_sec": 4.0, "num_microbatches": 3}, {"dep_q": 16}, 4),
     "full on 4 ranks, 3 microbatches, each reduced": (
         FULL, {"duration_sec": 4.0, "num_microbatches": 3, "reduce_every_microbatch": True}, {"dep_q": 16}, 4,
-    ),
-    "a quarter of the frames in the depformer, which learns": (
-        LORA, {"duration_sec": 8.0, "depformer_frames": 0.25, "gradient_checkpointing": False}, {"dep_q": 16}, 1,
     ),
     "full on 2 nodes of 2, float32": (
         FULL, {"duration_sec": 8.0, "sharding": "hybrid", "param_dtype": "float32"}, {}, 4,

@@ -1,7 +1,6 @@
 """The memory, FLOPs and least time of a run, and the largest batch that fits."""
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -109,13 +108,10 @@ class RunSizes:
         tokens = functools.partial(self._tensor, dtype=torch.int64)
         frames, rows = self.prompt_frames + self.frames, batch * self.frames
         words = -(-rows // 3)
-        parts = ((1, words), (1, rows - words), (self.lm.lm.dep_q, self._audio_rows(batch)))
+        parts = ((1, words), (1, rows - words), (self.lm.lm.dep_q, rows))
         targets = Targets(*(tensor for heads, n in parts for tensor in (tokens(n), tokens(heads, n))))
         codes, mask = tokens(batch, N_STREAMS, frames), tokens(batch, frames).bool()
         return self.lm(codes, mask, targets=targets, steps=depformer_steps(self.args, self.lm.lm.dep_q)).ce.sum()
-
-    def _audio_rows(self, batch: int) -> int:
-        return math.ceil(batch * self.frames * self.args.depformer_frames)
 
     def step(self, batch: int, checkpointing: bool | int, windows: int | None = None) -> Meter:
         """Meter the forward and backward pass of the last microbatch of a step."""
@@ -155,8 +151,9 @@ class RunSizes:
 
     def logits(self, batch: int) -> int:
         """Return the peak of logits, probabilities and gradients in an output head, which works in chunks of rows."""
-        lm, peaks = self.lm.lm, []
-        for modules, rows in (([lm.text_linear], batch * self.frames), (lm.linears, self._audio_rows(batch))):
+        lm, rows = self.lm.lm, batch * self.frames
+        peaks = []
+        for modules in ([lm.text_linear], lm.linears):
             with self._fake:
                 head = Linears.of(modules, lm.text_emb.weight.dtype)
                 x = self._tensor(len(modules), rows, head.weight.shape[2], dtype=head.weight.dtype, requires_grad=True)
