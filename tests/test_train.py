@@ -222,10 +222,8 @@ def test_deterministic_runs_equal_others_on_a_cpu(world, tmp_path):
         for value in values:
             steps = 2 if value == values[-1] else 1
             overrides = (f"deterministic={value}", f"max_steps={steps}", "optim.schedule=constant")
-            if value == "true":  # in a process of its own, because torch has it set from then on
-                script("train_personaplex.py", config, *overrides)
-            else:
-                assert train_here(config, PERSONAPLEX, overrides) == 0
+            # In processes of their own: torch has it set from then on, and other tests leave other things set.
+            script("train_personaplex.py", config, *overrides)
         run = tmp_path / name / "run"
         losses = {(kind, row["step"]): row["loss"] for kind in ("train", "eval") for row in rows(run, kind)}
         found.append((losses, load_file(consolidated(run, 2) / "lora.safetensors")))
