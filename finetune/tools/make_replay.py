@@ -2,7 +2,7 @@
 
     python -m finetune.tools.make_replay config.yaml replay --count 200
     python -m finetune.tools.make_replay config.yaml replay --users data_encoded/others_precomputed.jsonl
-    torchrun train_personaplex.py config.yaml data.train_data=mine.jsonl:0.8,replay/replay.jsonl:0.2
+    torchrun train_personaplex.py config.yaml data.train_data=mine.jsonl:0.5,replay/replay.jsonl:0.5
 
 Mixed into the training data, they keep what the base can do where one's own data do not show it.
 
@@ -142,7 +142,7 @@ def _write(path: Path, content: str) -> None:
 
 def _mixture(args: TrainArgs, manifest: Path) -> str:
     own = args.data.train_data
-    return f"{own}:0.8,{manifest}:0.2" if own and not {":", ","} & set(own) else f"{manifest}:0.2"
+    return f"{own}:0.5,{manifest}:0.5" if own and not {":", ","} & set(own) else f"{manifest}:0.5"
 
 
 if __name__ == "__main__":
