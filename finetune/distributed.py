@@ -131,6 +131,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if number >= count:
         what = f"there is no GPU {name}" if index else f"process {number} of this node has no GPU"
         raise UserError(f"{what}: torch sees {count}; start at most one process per GPU, or set device: cpu")
+    # Windows differ in length, and without this torch keeps a block for each length. It is read when CUDA starts.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return torch.device("cuda", number)
 
 
@@ -176,8 +178,6 @@ def session(device: str = "auto") -> Iterator[World]:
     rank, size, local_rank, local_size = _environment()
     own_device = pick_device(device, local_rank)
     if own_device.type == "cuda":
-        # Windows differ in length, and without this torch keeps a block for each length (read at the first allocation).
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(own_device)
     backend = "cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo"
     alone = size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ

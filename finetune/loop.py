@@ -110,8 +110,7 @@ def log_step(run: TrainingRun, sums: Tensor, counts: Tensor, norms: dict[str, fl
     computed[2 + run.depformer_steps :] = 0
     row = with_objective(loss_report(sums[0], sums[1], computed, run.weights), args)
     if args.lora.drift_weight:
-        scale = loss_scales(counts, run.weights).to(sums.device)
-        row["drift"] = float((sums[2] * scale).sum())
+        row["drift"] = float((sums[2].cpu() * loss_scales(counts.cpu(), run.weights)).sum())
     row |= {"lr": optim.lr * run.rate_factor(step)} | norms
     for key, name in (("depformer_lr", "depformer."), ("heads_lr", "text_linear.")):
         if getattr(optim, key) is not None:

@@ -27,8 +27,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is _READ and args[0].device == DEVICE:
-            self.waits.append("read")
+        if function is _READ:
+            self.waits += ["read"] * (args[0].device == DEVICE)
             return 1.0 if args[0].is_floating_point() else 1
         out = function(*args, **kwargs)
         if function in _COPIES:

@@ -11,7 +11,7 @@ import torch
 from moshi.utils.compile import no_compile, no_cuda_graph
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from finetune import evaluate, step
+from finetune import evaluate, loop, step
 from finetune.args import TrainArgs
 from finetune.audio import codec
 from finetune.data.batch import Sample, TextStats, collate
@@ -106,6 +106,23 @@ def test_a_training_step_waits_once(accelerator, monkeypatch, settings):
     trained = [p for p in run.model.parameters() if p.requires_grad]
     state = run.optimizer.state
     assert trained and all(state[p]["exp_avg"].device == DEVICE for p in trained if p in state)
+
+
+def test_a_row_of_metrics_is_made_on_the_host(accelerator, monkeypatch):
+    """Also of the drift."""
+    run = make_run(accelerator, lora={"enable": True, "rank": 4, "drift_weight": 0.5})
+    rows = []
+    run.metrics = SimpleNamespace(write=lambda kind, step, row: rows.append(row))
+    run.meter = SimpleNamespace(rates=lambda rate: {})
+    run.clock = SimpleNamespace(add_row=lambda *_: None)
+    monkeypatch.setattr(loop, "peak_memory_gb", lambda device: 0.0)
+    monkeypatch.setattr(loop, "console_line", lambda *_: "")
+    monkeypatch.setattr(loop, "report_totals", lambda *_: {"interval_sec": 1.0})
+    with accelerator.on():
+        sums, counts = torch.zeros(3, 18, device=DEVICE), torch.zeros(18, dtype=torch.int64, device=DEVICE)
+        loop.log_step(run, sums, counts, {"grad_norm": 1.0}, torch.ones(10, dtype=torch.float64))
+    (row,) = rows
+    assert {"loss", "agent_loss", "text_loss", "drift"} <= row.keys()
 
 
 def test_an_evaluation_waits_at_its_end(accelerator, monkeypatch):

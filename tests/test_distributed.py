@@ -18,8 +18,9 @@ from finetune.cli import UserError
 from finetune.distributed import World, _environment, make_mesh, pick_device, session, shard
 from finetune.model.pretrained import PERSONAPLEX
 from tests.engine import tiny_lm
-from tests.support import PERSONAPLEX_CODES, ROOT, rows, run_ranks, train_here, write_config
+from tests.support import PERSONAPLEX_CODES, ROOT, rows, run_ranks, script, train_here, write_config
 
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 SETTINGS = {"max_steps": 2, "do_eval": False, "do_ckpt": False, "batch_size": 1, "num_microbatches": 1}
 
 
@@ -45,6 +46,8 @@ def environment(monkeypatch):
     for name in list(os.environ):
         if name.startswith(("SLURM_", "MASTER_", "TORCHELASTIC_")) or name.endswith(("RANK", "WORLD_SIZE")):
             monkeypatch.delenv(name)
+    monkeypatch.setenv(ALLOCATOR, "")  # so that the end of the test takes back what pick_device sets
+    monkeypatch.delenv(ALLOCATOR)
 
     def set_variables(**variables):
         for name, value in variables.items():
@@ -356,6 +359,25 @@ def test_the_form_of_cuda_visible_devices_does_not_matter(environment, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert str(pick_device("auto", 3)) == "cuda:3"
+
+
+@pytest.mark.parametrize("own", [None, "max_split_size_mb:512"])
+def test_before_cuda_starts_its_memory_becomes_expandable(environment, monkeypatch, own):
+    """Unless the user has decided otherwise; a CPU needs nothing, and torch would warn."""
+    environment(**{} if own is None else {ALLOCATOR: own})
+    pick_device("cpu")
+    assert os.environ.get(ALLOCATOR) == own
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    pick_device("auto")
+    assert os.environ[ALLOCATOR] == (own or "expandable_segments:True")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_memory_of_a_gpu_is_expandable():
+    program = "import torch\nfrom finetune.distributed import pick_device\ntorch.zeros(1, device=pick_device('cuda'))\n"
+    program += "print(all(segment['is_expandable'] for segment in torch.cuda.memory_snapshot()))"
+    assert script("-c", program).stdout.split() == ["True"]
 
 
 def test_fully_shard_refuses_moshis_modules_without_our_remedy():

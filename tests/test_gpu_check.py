@@ -15,7 +15,7 @@ REAL_TIME = {"times_real_time", "ms_per_frame"}
 VALUES = {
     "bf16": SPEED, "nf4": SPEED, "profile": {"kernels", "step_ms", "busy_share", "longest_gap_ms", "ms_by_kernel"},
     "resume": {"losses_equal", "adapters_equal", "last_loss"}, "mimi": REAL_TIME, "reply": REAL_TIME,
-    "allocator": {"allocated_gib", "reserved_gib"},
+    "allocator": {"allocated_gib", "reserved_gib", "frames_per_sec"},
 }  # fmt: skip
 
 

@@ -16,8 +16,9 @@ bf16, nf4
     peak_gib are the memory planned and allocated; frames_per_sec counts all frames, prompts included; tflops include
     what is recomputed.
 profile
-    Kernels of a step, the share of it in which one runs, the longest gap between two, and how often the host waits for
-    the GPU (training waits once more, to read the loss). The kernels that take longest are in the JSON.
+    Kernels of a step, the share of it in which one runs, the longest gap between two (with the profiler, which adds to
+    it), and how often the host waits for the GPU (training waits once more, to read the loss). The kernels that take
+    longest are in the JSON.
 resume
     A run in the tiny world that ends and continues, against one that does not: whether losses and adapters are equal
     bit for bit.
@@ -27,7 +28,7 @@ reply
     Seconds of free-running replies in a second, each, for numbers of conversations at once, prompt included; and the
     time of a frame in them, which must be under 80 ms.
 allocator
-    Memory reserved and allocated at most, in steps with windows of 20 to 100 s.
+    Memory reserved and allocated at most, and frames per second, in steps with windows of 20 to 100 s.
 
 On a CPU, memory is that of the tensors of a step, reserved_gib the peak of the process, and kernels are operations.
 """

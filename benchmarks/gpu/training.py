@@ -130,20 +130,20 @@ def run_profile(bench: Bench) -> Iterator[tuple[str, Values]]:
         training = Training(bench, args, world)
         for windows in (1, 4):
             batch = random_batch(bench, [to_frames(args.duration_sec)] * windows)
-            for _ in range(2):
-                training.step(batch)
+            seconds = min(bench.seconds(lambda batch=batch: training.step(batch)) for _ in range(4))
             kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.on_gpu else [])]
             with profile(activities=kinds) as profiler:
                 training.step(batch)
                 bench.finish()
-            values = kernels(profiler, bench.on_gpu)
+            values = kernels(profiler, seconds, bench.on_gpu)
             if bench.on_gpu:
                 values["host_waits"] = count_waits(lambda batch=batch: training.step(batch))
             yield f"batch {windows}", values
 
 
-def kernels(profiler: profile, on_gpu: bool) -> Values:
-    """Number of kernels, the time in which any runs, the gaps, and those that take the most time."""
+def kernels(profiler: profile, seconds: float, on_gpu: bool) -> Values:
+    """Number of kernels, the share of a step of `seconds` in which any runs, the longest gap, and those that take the
+    most time. Between kernels the profiler adds to the gaps, so the step is one without it."""
     events = [event for event in profiler.events() if not getattr(event, "is_user_annotation", False)]
     if on_gpu:
         own = [event for event in events if event.device_type == DeviceType.CUDA]
@@ -154,12 +154,13 @@ def kernels(profiler: profile, on_gpu: bool) -> Values:
     for start, stop in spans[1:]:
         gaps.append(max(0.0, start - end))
         end = max(end, stop)
+    busy = (end - first - sum(gaps)) / 1e6
     times: dict[str, float] = {}
     for event in own:
         times[event.name[:80]] = times.get(event.name[:80], 0.0) + event.time_range.elapsed_us() / 1000
     longest = dict(sorted(times.items(), key=lambda item: -item[1])[:12])
     return {
-        "kernels": len(own), "step_ms": (end - first) / 1000, "busy_share": 1 - sum(gaps) / (end - first),
+        "kernels": len(own), "step_ms": 1000 * seconds, "busy_share": busy / seconds,
         "longest_gap_ms": max(gaps, default=0.0) / 1000, "ms_by_kernel": longest,
     }  # fmt: skip
 
@@ -184,11 +185,18 @@ def vary_lengths(bench: Bench) -> Iterator[tuple[str, Values]]:
         longest, generator = to_frames(args.duration_sec), torch.Generator().manual_seed(0)
         lengths = torch.randint(longest // 5, longest + 1, (bench.scale.steps, 4), generator=generator)
 
-        def train() -> None:
-            for own in lengths.tolist():
-                training.step(random_batch(bench, own))
+        frames, seconds = 0, []
 
-        values: Values = {"allocated_gib": training.peak(train) / GIB}
+        def train() -> None:
+            nonlocal frames
+            for own in lengths.tolist():
+                batch = random_batch(bench, own)
+                frames += batch.loss_mask.numel()
+                training.step(batch)
+
+        training.step(random_batch(bench, [longest // 5] * 4))  # allocates moments, loads kernels
+        values: Values = {"allocated_gib": training.peak(lambda: seconds.append(bench.seconds(train))) / GIB}
+        values["frames_per_sec"] = frames / seconds[0]
         if bench.on_gpu:
             statistics = torch.cuda.memory_stats(bench.device)
             values["reserved_gib"] = torch.cuda.max_memory_reserved(bench.device) / GIB

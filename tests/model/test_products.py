@@ -68,12 +68,24 @@ def test_frozen_tensors_cost_no_gradient(first):
     assert meter.flops == 2 * Q * N * products
 
 
-def test_gate_is_silu_of_the_first_half_times_the_second():
-    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
-    expected = F.silu(x[..., :4]) * x[..., 4:]
-    torch.testing.assert_close(Gate.apply(x), expected)
-    dy = torch.randn_like(expected)
-    torch.testing.assert_close(*(torch.autograd.grad(y, x, dy)[0] for y in (Gate.apply(x), expected)))
+@pytest.mark.parametrize("adapters", [False, True])
+def test_halves_give_the_channels_of_the_whole(adapters):
+    linears = random_linears(adapters)
+    leaves = [t for t in linears[:3] if t is not None]
+    x = torch.randn(Q, N, IN, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(Q, N, OUT, dtype=torch.float64)
+    halves = torch.cat([half(x) for half in linears.halves()], -1)
+    torch.testing.assert_close(halves, linears(x))
+    found, wanted = (torch.autograd.grad(y, [x, *leaves], dy) for y in (halves, linears(x)))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_gate_is_silu_of_one_half_times_the_other():
+    x, y = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    expected = F.silu(x) * y
+    torch.testing.assert_close(Gate.apply(x, y), expected)
+    d = torch.randn_like(expected)
+    torch.testing.assert_close(*(torch.autograd.grad(out, [x, y], d) for out in (Gate.apply(x, y), expected)))
 
 
 @pytest.mark.parametrize("adapters", [False, True])

@@ -32,11 +32,9 @@ from finetune.data.manifest import parse_sources, read_manifest
 from finetune.data.windows import many_epochs, open_windows
 from finetune.jobs.bars import show_bars
 from finetune.parser import Parser
-from finetune.profiling import PEAK_TFLOPS
 from finetune.progress import track
 from finetune.streams import N_STREAMS
-from finetune.tools.plan.fit import DRIVER_GIB, find_fit
-from finetune.tools.plan.hours import describe_hours
+from finetune.tools.plan.fit import DRIVER_GIB, find_fit, usual_tflops
 from finetune.tools.plan.sizes import RunSizes, open_sizes
 
 GIB = 2**30
@@ -114,7 +112,7 @@ def describe_plan(
         verdict = f"fits {memory / GIB:g} GiB"
         layers = 0 if own is False or args.device == "cpu" else sizes.most_kept(room, batch)
         if layers > own:
-            share = sizes.step_sec(batch, layers) / sizes.step_sec(batch, own)
+            share = sizes.step_sec(batch, layers, tflops=tflops) / sizes.step_sec(batch, own, tflops=tflops)
             verdict += f"; so would gradient_checkpointing: {layers}, in {share:.0%} of the time"
     elif largest[chosen]:
         verdict += f"; {largest[chosen]} would"
@@ -133,13 +131,24 @@ def describe_plan(
         f"of {frames:,} frames ({sizes.prompt_frames} of prompt) = {windows * frames:,} frames, "
         f"{windows * frames * N_STREAMS:,} tokens",
         "PFLOP per step: " + ", ".join(f"{kind} {count / 1e15:.4g}" for kind, count in flops.items()),
-        *describe_hours(sum(flops.values()) * args.max_steps / sizes.ranks, sizes.ranks, tflops, price),
+        *describe_hours(sizes.step_sec(batch, own, tflops=tflops), args.max_steps, sizes.ranks, price),
         "",
         *(f"{label:<58}" + "".join(f"{cell:>10}" for cell in cells) for label, *cells in table),
         "",
         verdict,
     ]
     return "\n".join(lines), totals[chosen] <= memory
+
+
+def describe_hours(step_sec: float, steps: int, gpus: int, price: float | None) -> list[str]:
+    """Return lines: the time of a step and of all, and what they cost (price of one GPU for an hour; None: no cost)."""
+    hours = step_sec * steps / 3600
+    cost = [] if price is None else [f"cost at {price:g} per GPU and hour: {hours * gpus * price:,.2f}"]
+    return [
+        f"hours of all steps: {hours:.1f}, {step_sec:.2f} s each", *cost,
+        "    (by what an H100 was measured to reach, in proportion to --tflops; for windows of full length, without "
+        "evaluations and checkpoints)",
+    ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,14 +163,17 @@ def main(argv: list[str] | None = None) -> int:
         help=f"find settings for GPUs of this size ({DRIVER_GIB} GiB are left to the driver); replaces --gpu-memory",
     )  # fmt: skip
     parser.add_argument("--reserve", type=float, default=3.0, help="GiB of it to keep free")
-    peak = PEAK_TFLOPS["H100"]
-    parser.add_argument("--tflops", type=float, default=peak, help="peak of one GPU in bfloat16, for the hours")
+    parser.add_argument(
+        "--tflops", type=float, help="peak of one GPU in bfloat16; if absent, that of a usual card of its memory"
+    )
     parser.add_argument("--price", type=float, help="of one GPU for an hour: also say what the run costs")
     parser.add_argument(
         "--personaplex", action=argparse.BooleanOptionalAction,
         help="plan for train_personaplex.py; if absent: if there are prompt settings or the model has 16 codebooks",
     )  # fmt: skip
     given = parser.parse_args(argv)
+    if given.tflops is None:
+        given.tflops = usual_tflops(given.gpu_memory if given.fit is None else given.fit)
     if given.fit is not None:
         given.gpu_memory = given.fit - DRIVER_GIB
     if min(given.gpus, given.gpus_per_node) < 1:
@@ -170,6 +182,8 @@ def main(argv: list[str] | None = None) -> int:
         what = f"--gpu-memory {given.gpu_memory:g}" if given.fit is None else f"--fit {given.fit:g}"
         least = f"--reserve {given.reserve:g}" + f" and {DRIVER_GIB} for the driver" * (given.fit is not None)
         raise UserError(f"{what}: must be more than {least}")
+    if not given.tflops > 0 or not (given.price is None or 0 <= given.price < math.inf):
+        raise UserError(f"--tflops {given.tflops:g}, --price {given.price or 0:g}: must be above 0, and not negative")
     memory, reserve = int(given.gpu_memory * GIB), int(given.reserve * GIB)
     show_bars()
 
@@ -178,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         sizes, name, more_notes = open_sizes(args, live, given.personaplex, given.gpus, given.gpus_per_node)
         return sizes, name, notes + more_notes
 
-    found = [] if given.fit is None else find_fit(lambda more: open_with(more)[0], memory - reserve)
+    fit = lambda: find_fit(lambda more: open_with(more)[0], memory - reserve, given.tflops)
+    found = [] if given.fit is None else fit()
     if found is None:
         print(f"{given.config}: fits a card of {given.fit:g} GB with none of the settings that were tried")
         return 1
@@ -191,8 +206,6 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.suppress(UserError):  # the data may not be there yet
         drawn = args.max_steps * args.batch_size * args.num_microbatches * given.gpus
         notes += filter(None, [many_epochs(open_windows(args.data.train_data, to_frames(args.duration_sec)), drawn)])
-    if not given.tflops > 0 or not (given.price is None or 0 <= given.price < math.inf):
-        raise UserError(f"--tflops {given.tflops:g}, --price {given.price or 0:g}: must be above 0, and not negative")
     passes = [1] * USUAL_PASSES
     with track("counting", len(passes)) as advance:
         sizes.counted = lambda: advance(passes.pop() if passes else 0)

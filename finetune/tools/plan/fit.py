@@ -3,16 +3,23 @@
 from collections.abc import Callable, Iterator
 
 from finetune.args import LoraArgs, TrainArgs
+from finetune.profiling import PEAK_TFLOPS
 from finetune.progress import track
 from finetune.tools.plan.sizes import RunSizes
 
 DRIVER_GIB = 0.5  # of a card's memory, taken by the driver and the screen
+CARDS = {24: "RTX 4090", 32: "RTX 5090", 48: "A100"}  # up to so many GB, what a card computes; more: an H100
 RANKS = (32, 16, 8)
 SHORTER = (0.75, 0.5, 0.375, 0.25, 0.125)  # of duration_sec
 MIN_SEC = 10.0
 
 
-def find_fit(open_with: Callable[[list[str]], RunSizes], room: int) -> list[str] | None:
+def usual_tflops(memory: float) -> float:
+    """Return the peak of a card with so many GB, in bfloat16."""
+    return PEAK_TFLOPS[next((card for size, card in CARDS.items() if memory <= size), "H100")]
+
+
+def find_fit(open_with: Callable[[list[str]], RunSizes], room: int, tflops: float) -> list[str] | None:
     """Return the overrides, `key=value`, with which a run fits into `room` bytes; None if there are none.
 
     The windows of a step stay. The frozen base is stored as exactly as possible; with that, the split of the windows
@@ -21,6 +28,7 @@ def find_fit(open_with: Callable[[list[str]], RunSizes], room: int) -> list[str]
 
     Args:
         open_with: the sizes of the run with other overrides.
+        tflops: the peak of the card.
     """
     given = open_with([])
     windows = given.args.batch_size * given.args.num_microbatches
@@ -40,7 +48,7 @@ def find_fit(open_with: Callable[[list[str]], RunSizes], room: int) -> list[str]
         for batch in batches:
             value = _checkpointing(sizes, batch, windows, room)
             if value is not None:
-                found.append((sizes.step_sec(batch, value, windows), batch, value))
+                found.append((sizes.step_sec(batch, value, windows, tflops), batch, value))
             advance(1)
     _, batch, value = min(found, key=lambda each: each[0])
     split = [f"batch_size={batch}", f"num_microbatches={windows // batch}"]

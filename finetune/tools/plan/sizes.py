@@ -23,12 +23,16 @@ from finetune.model.products import Linears
 from finetune.model.quantised import quantised_linears, refuse_shards
 from finetune.model.targets import Targets
 from finetune.model.training_lm import TrainingLM
+from finetune.profiling import PEAK_TFLOPS
 from finetune.streams import DEP_Q, N_STREAMS
 from finetune.tools.plan.fsdp import FsdpMemory, fsdp_parameters, sharded_numel
 from finetune.tools.plan.meter import GpuKernels, Meter
 
 MAX_BATCH = {"cpu": 64, "meta": 512}  # larger batches are not tried
-LAUNCH_SEC = 10e-6  # for Python, autograd and the driver to start a kernel; an estimate
+# Measured on an H100 (NOTES.md, 30): the share of the limits that its kernels reach with 14 to 59 windows in a
+# microbatch; and, with one window, the time that Python, autograd and the driver take for each kernel counted here.
+REACHED_SHARE = 0.72
+LAUNCH_SEC = 70e-6
 NVLINK_BYTES = 450e9  # per second and direction, between the H100s of a node (NVIDIA's data sheet)
 BUILT_IN = {"kyutai/moshika-pytorch-bf16", MOSHI.default_repo, PERSONAPLEX.default_repo}  # config known to moshi
 
@@ -129,13 +133,16 @@ class RunSizes:
         self.counted()
         return meter
 
-    def step_sec(self, batch: int, checkpointing: bool | int, windows: int | None = None) -> float:
-        """Return the least seconds that a step takes on H100s, without the optimizer: as long as its kernels need at
-        the limits of the card, or their launches; and what is sharded is gathered in both passes over NVLink."""
+    def step_sec(
+        self, batch: int, checkpointing: bool | int, windows: int | None = None, tflops: float = PEAK_TFLOPS["H100"]
+    ) -> float:
+        """Return the seconds that a step takes, without the optimizer: its kernels as long as on an H100, in proportion
+        to the peak of the card, `tflops`; or their launches; and what is sharded is gathered in both passes."""
         meter = self.step(batch, checkpointing, windows)
         microbatches = self.args.num_microbatches if windows is None else windows // batch
         gathering = 2 * self.gathered / NVLINK_BYTES if self.shards > 1 else 0
-        return microbatches * (max(meter.roofline_sec, LAUNCH_SEC * meter.operations) + gathering)
+        kernels = meter.roofline_sec / REACHED_SHARE * PEAK_TFLOPS["H100"] / tflops
+        return microbatches * (max(kernels, LAUNCH_SEC * meter.operations) + gathering)
 
     def flops(self) -> dict[str, int]:
         """Return the FLOPs of a step over all ranks, by pass.
