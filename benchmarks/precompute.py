@@ -116,7 +116,7 @@ def ours(manifest: Path, model: Path, options: list[str]) -> float:
     """Speed of precompute_codes.py, from the moment its codec is loaded until the last file is written."""
     with tempfile.TemporaryDirectory() as out:
         command = [str(manifest), "--output-dir", out, "--hf-repo", str(model), *options]
-        outcome = precompute_codes.encode_shard(precompute_codes.parse_args(command), 0, 1)
+        outcome = precompute_codes.encode_shard(precompute_codes.parse_args(command), None, 0, 1)
     if outcome.failed:
         raise UserError(next(iter(outcome.failed.values())))
     return 2 * outcome.encoded_sec / outcome.wall_sec

@@ -19,20 +19,15 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 _aten = torch.ops.aten
 # What torch counts, and what it leaves out: products that are added to in place (adapters), and attention on a CPU.
-FLOPS = flop_registry | {
-    _aten.baddbmm_: flop_registry[_aten.baddbmm],
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _aten._scaled_dot_product_flash_attention_backward
-    ],
-}
+_flash = "_scaled_dot_product_flash_attention"
+FLOPS = flop_registry | {_aten.baddbmm_: flop_registry[_aten.baddbmm]}
+for _end in ("", "_backward"):
+    FLOPS[getattr(_aten, f"{_flash}_for_cpu{_end}")] = flop_registry[getattr(_aten, _flash + _end)]
 
 
 def peak_tflops(device: torch.device) -> float | None:
     """Return the peak of a GPU in TFLOP/s (bfloat16, dense); None for a CPU or a card that is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((float(peak) for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 

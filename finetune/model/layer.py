@@ -19,7 +19,7 @@ class Products(NamedTuple):
 
     attended: Attended | None = None
     projected: Tensor | None = None  # [Q, N, dim], of the output projection of attention
-    gates: tuple[Tensor, Tensor] | None = None  # [Q, N, hidden] each, of the halves of linear_in
+    gates: tuple[Tensor, Tensor] | None = None  # [Q, N, hidden] each, of linear_in
 
 
 class TrainingLayer(StreamingTransformerLayer):
@@ -40,10 +40,9 @@ class TrainingLayer(StreamingTransformerLayer):
         return self.run(x, self.weights(x.dtype, len(x)), attend)[0]
 
     def weights(self, dtype: torch.dtype, steps: int) -> list[Tensor]:
-        """The parameters of the first `steps` as `run` takes them: both norms, then the tensors of five `Linears`, of
-        which the third and the fourth are the halves of linear_in."""
-        in_proj, out_proj, linear_in, linear_out = (Linears.of(modules, dtype) for modules in self._linears(steps))
-        parts = (part for linears in (in_proj, out_proj, *linear_in.halves(), linear_out) for part in linears[:3])
+        """The parameters of the first `steps` as `run` takes them: both norms, then the tensors of four `Linears`."""
+        linears = (Linears.of(modules, dtype, count) for modules, count in zip(self._linears(steps), (1, 1, 2, 1)))
+        parts = (part for own in linears for part in own[:3])
         return [self.norm1.alpha.flatten(), self.norm2.alpha.flatten(), *(part for part in parts if part is not None)]
 
     def _linears(self, steps: int) -> Iterator[Sequence[nn.Module]]:
@@ -67,18 +66,16 @@ class TrainingLayer(StreamingTransformerLayer):
         channels). Products that are `known` are part of the graph without being computed."""
         alpha1, alpha2, *rest = weights
         parts = iter(rest)
-        before, after, inner, last = (first for first, *_ in self._linears(1))
-        in_proj, out_proj, silu_half, other_half, linear_out = (
-            Linears(*(next(parts) for _ in range(3)), scaling=module.scaling)
-            if isinstance(module, LoRALinear) else Linears(next(parts))
-            for module in (before, after, inner, inner, last)
+        in_proj, out_proj, linear_in, linear_out = (
+            Linears(*(next(parts) for _ in range(3)), scaling=first.scaling)
+            if isinstance(first, LoRALinear) else Linears(next(parts))
+            for first, *_ in self._linears(1)
         )  # fmt: skip
         attended, projected, gates = known or Products()
         y, attended = self._attend(rms_norm(x, alpha1, self.norm1.eps), in_proj, attend, keep, attended)
         y = out_proj(y, projected)
         x = x + y
-        z = rms_norm(x, alpha2, self.norm2.eps)
-        gates = tuple(half(z, part) for half, part in zip((silu_half, other_half), gates or (None, None)))
+        gates = linear_in.halves(rms_norm(x, alpha2, self.norm2.eps), gates)
         return x, Gate.apply(*gates), linear_out, Products(attended, y, gates) if keep else None
 
     def _attend(

@@ -42,33 +42,32 @@ def rms_norm(x: Tensor, alpha: Tensor, eps: float) -> Tensor:
 class Linears(NamedTuple):
     """One linear per step, stacked, in the dtype of the activations; adapters may be stored in another one."""
 
-    weight: Tensor  # [Q, out, in]
+    weight: Tensor  # [Q, out, in], or as halves of the channels, each contiguous, [2, Q, out / 2, in]
     a: Tensor | None = None  # [Q, rank, in]
-    b: Tensor | None = None  # [Q, out, rank]
+    b: Tensor | None = None  # [Q, out, rank] or [2, Q, out / 2, rank]
     scaling: float = 0.0
 
     @classmethod
-    def of(cls, modules: Iterable[nn.Linear | LoRALinear], dtype: torch.dtype) -> "Linears":
+    def of(cls, modules: Iterable[nn.Linear | LoRALinear], dtype: torch.dtype, parts: int = 1) -> "Linears":
         modules = list(modules)
         if not isinstance(modules[0], LoRALinear):
-            return cls(_stack(modules, dtype))
-        parts = ([getattr(module, part) for module in modules] for part in ("frozen_W", "lora_A", "lora_B"))
-        return cls(*(_stack(part, dtype) for part in parts), modules[0].scaling)
+            return cls(_stack(modules, dtype, parts))
+        kinds = (("frozen_W", parts), ("lora_A", 1), ("lora_B", parts))
+        stacked = (_stack([getattr(module, kind) for module in modules], dtype, count) for kind, count in kinds)
+        return cls(*stacked, modules[0].scaling)
 
     def __call__(self, x: Tensor, known: Tensor | None = None) -> Tensor:
         """x: [Q, N, in] -> [Q, N, out]; the output is not computed if it is `known`."""
-        return _BatchedLinear.apply(x, *self, known)
+        return _BatchedLinear.apply(x, *self, known)[0]
+
+    def halves(self, x: Tensor, known: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """x: [Q, N, in] -> both halves of the channels, [Q, N, out / 2] each. A GPU goes through these several times as
+        fast as through halves of one tensor, which are not contiguous."""
+        return _BatchedLinear.apply(x, *self, *(known or (None,)))
 
     def backward_only(self, x: Tensor) -> Tensor:
         """The same node of the graph without computing the output, whose values are undefined."""
         return self(x, x.new_empty(1).expand(*x.shape[:2], self.weight.shape[1]))
-
-    def halves(self) -> tuple["Linears", "Linears"]:
-        """The first half of the output channels, and the second. Kernels that go through each of them run several times
-        as fast on a GPU as on halves of one tensor, which are not contiguous."""
-        weights = self.weight.chunk(2, 1)
-        bs = (None, None) if self.b is None else self.b.chunk(2, 1)
-        return tuple(Linears(weight, self.a, b, self.scaling) for weight, b in zip(weights, bs))
 
     def fan_out(self, x: Tensor) -> Tensor:
         """x: [N, in], the same input for every step -> [Q, N, out]; one product forward, one for the gradient of x."""
@@ -87,63 +86,81 @@ class Linears(NamedTuple):
         return _HeadLoss.apply(x, targets, *self, torch.is_grad_enabled(), reference)[0]
 
 
-def _stack(layers: list[nn.Linear], dtype: torch.dtype) -> Tensor:
+def _stack(layers: list[nn.Linear], dtype: torch.dtype, parts: int = 1) -> Tensor:
+    """[Q, out, in], or the parts of the output channels [parts, Q, out / parts, in]."""
     first = layers[0]
     if isinstance(first, QuantisedLinear):
-        stacked = first.scales.new_empty(len(layers), first.out_features, first.in_features, dtype=dtype)
-        for own, layer in zip(stacked, layers):
-            layer.dequantise(own)
-        return stacked
-    weights = [layer.weight for layer in layers]
-    stacked = weights[0][None] if len(weights) == 1 else torch.stack(weights)  # temporal layers are not copied
-    return stacked.to(dtype)
+        shape = parts, len(layers), first.out_features // parts, first.in_features
+        stacked = first.scales.new_empty(shape, dtype=dtype)
+        for part, rows in enumerate(stacked):
+            for own, layer in zip(rows, layers):
+                layer.dequantise(own, part)
+    else:
+        weights = [layer.weight.unflatten(0, (parts, -1)) for layer in layers]
+        stacked = weights[0][:, None] if len(weights) == 1 else torch.stack(weights, 1)  # temporal layers: not copied
+    return (stacked.squeeze(0) if parts == 1 else stacked).to(dtype)
+
+
+def _parts(matrix: Tensor) -> Sequence[Tensor]:
+    return matrix.unbind() if matrix.ndim == 4 else (matrix,)
 
 
 class _BatchedLinear(torch.autograd.Function):
-    """x W^T + scaling (x A^T) B^T for each step. Autograd would add the adapter's part to copies of outputs and
-    gradients, and would return the gradients of weights transposed, which costs another copy."""
+    """The parts of x W^T + scaling (x A^T) B^T for each step. Autograd would copy outputs and gradients to add the
+    adapter's part, and the gradients of weights to transpose them."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float, known: Tensor | None
-    ) -> Tensor:
-        if known is None:
-            y, low = _linear(x, weight, a, b, scaling)
+        ctx, x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float, *known: Tensor | None
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        if known[0] is None:
+            ys, low = _linear(x, weight, a, b, scaling)
         else:
-            y, low = known.view_as(known), None if a is None else torch.bmm(x, a.mT)
+            ys, low = tuple(y.view_as(y) for y in known), None if a is None else torch.bmm(x, a.mT)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scaling = scaling
-        return y
+        return ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_linear_gradients(dy, *ctx.saved_tensors, ctx.scaling, ctx.needs_input_grad[:4]), None, None
+    def backward(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _linear_gradients(dys, *ctx.saved_tensors, ctx.scaling, ctx.needs_input_grad[:4])
+        return *gradients, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
-def _linear(x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
-    """(y, x A^T)."""
-    y = torch.bmm(x, weight.mT)
+def _linear(x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> tuple:
+    """(the parts of y, x A^T)."""
+    ys = tuple(torch.bmm(x, part.mT) for part in _parts(weight))
     if a is None:
-        return y, None
+        return ys, None
     low = torch.bmm(x, a.mT)
-    return y.baddbmm_(low, b.mT, alpha=scaling), low
+    return tuple(y.baddbmm_(low, part.mT, alpha=scaling) for y, part in zip(ys, _parts(b))), low
 
 
 def _linear_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, low: Tensor | None, scaling: float,
-    needed: Sequence[bool],
+    dys: Sequence[Tensor], x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, low: Tensor | None,
+    scaling: float, needed: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of x, weight, a and b; None for those not `needed`."""
-    dx = torch.bmm(dy, weight) if needed[0] else None
-    dweight = torch.bmm(dy.mT, x) if needed[1] else None
+    """Gradients of x, weight, a and b, given those of the parts of y; None for those not `needed`."""
+    of_parts = lambda x: torch.stack([torch.bmm(dy.mT, x) for dy in dys]) if len(dys) > 1 else torch.bmm(dys[0].mT, x)
+    dx = _sum_of_products(dys, weight) if needed[0] else None
+    dweight = of_parts(x) if needed[1] else None
     da = db = None
     if a is not None:
-        dlow = torch.bmm(dy, b).mul_(scaling)
+        dlow = _sum_of_products(dys, b).mul_(scaling)
         dx = dx.baddbmm_(dlow, a) if needed[0] else None
         da = torch.bmm(dlow.mT, x) if needed[2] else None
-        db = torch.bmm(dy.mT, low).mul_(scaling) if needed[3] else None
+        db = of_parts(low).mul_(scaling) if needed[3] else None
     return [dx, dweight, da, db]
+
+
+def _sum_of_products(dys: Sequence[Tensor], matrix: Tensor) -> Tensor:
+    """The gradient of what a matrix was applied to, whose parts gave those of y."""
+    pairs = zip(dys, _parts(matrix))
+    total = torch.bmm(*next(pairs))
+    for pair in pairs:
+        total.baddbmm_(*pair)
+    return total
 
 
 class Gate(torch.autograd.Function):
@@ -181,7 +198,7 @@ class _HeadLoss(torch.autograd.Function):
         for chunk, target, dchunk, base in zip(*chunks):
             valid, index = target != ZERO, target.clamp(min=0)
             chunk = chunk * valid  # zero rows give weights no gradient; cheaper than zeroing gradients of all logits
-            logits, low = _linear(chunk, weight, a, b, scaling)
+            (logits,), low = _linear(chunk, weight, a, b, scaling)
             probability = logits.softmax(-1, dtype=torch.float32)
             highest, best = probability.max(-1, keepdim=True)
             if reference is None:
@@ -197,7 +214,7 @@ class _HeadLoss(torch.autograd.Function):
                     dlogits = probability.scatter_add_(-1, index, torch.full_like(highest, -1)).to(x.dtype)
                 else:
                     dlogits = probability.sub_(wanted.exp_()).to(x.dtype)
-                gradients = _linear_gradients(dlogits, chunk, weight, a, b, low, scaling, needed)
+                gradients = _linear_gradients([dlogits], chunk, weight, a, b, low, scaling, needed)
                 torch.mul(gradients[0], valid, out=dchunk)
                 totals = accumulate(totals, gradients[1:])
         ctx.save_for_backward(dx, *(total if total is None else total.to(x.dtype) for total in totals))

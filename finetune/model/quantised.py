@@ -51,19 +51,20 @@ class QuantisedLinear(nn.Linear):
         return self.dequantise(self.scales.new_empty(self.out_features, self.in_features))
 
     @torch.no_grad()
-    def dequantise(self, out: Tensor) -> Tensor:
-        """Write the weights to `out` [out, in], contiguous and of any float dtype, and return it. Products are computed
-        in float32 and rounded once."""
+    def dequantise(self, out: Tensor, part: int = 0) -> Tensor:
+        """Write the weights, or a `part` of them, to `out` [rows, in], contiguous and of any float dtype; return it.
+        Products are computed in float32 and rounded once."""
         blocks = out.view(-1, BLOCK)
+        own = slice(part * len(blocks), (part + 1) * len(blocks))
         size = DEQUANTISED_PER_CHUNK["cpu" if out.device.type == "cpu" else "cuda"] // BLOCK
-        for own, codes, scales in zip(blocks.split(size), self.codes.split(size), self.scales.split(size)):
+        for target, codes, scales in zip(blocks.split(size), self.codes[own].split(size), self.scales[own].split(size)):
             if self.kind == "nf4":
                 # Both floats of a byte are looked up as one number of 64 bits.
                 pairs = self.levels.view(torch.int64).flatten().index_select(0, codes.flatten().int())
                 values = pairs.view(torch.float32).view(-1, BLOCK)
             else:
                 values = codes.float()
-            torch.mul(values, scales, out=own)
+            torch.mul(values, scales, out=target)
         return out
 
     @torch.no_grad()
@@ -110,7 +111,8 @@ def quantise_layers(lm: nn.Module, kind: str) -> None:
     for name, linear in list(lm.named_modules()):
         *path, child = name.split(".")
         frozen = isinstance(linear, nn.Linear) and is_in_layer(name) and child not in ("lora_A", "lora_B")
-        if frozen and linear.weight.numel() % BLOCK == 0:
+        halves = 1 + ("linear_in" in name)  # which are dequantised apart
+        if frozen and linear.weight.numel() % (halves * BLOCK) == 0:
             made = QuantisedLinear(
                 linear.in_features, linear.out_features, kind, linear.weight.dtype, torch.device("meta")
             )

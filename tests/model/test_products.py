@@ -72,12 +72,18 @@ def test_frozen_tensors_cost_no_gradient(first):
 def test_halves_give_the_channels_of_the_whole(adapters):
     linears = random_linears(adapters)
     leaves = [t for t in linears[:3] if t is not None]
+    apart = lambda t: None if t is None else t.unflatten(1, (2, -1)).transpose(0, 1).contiguous()
+    split = Linears(apart(linears.weight), linears.a, apart(linears.b), linears.scaling)
     x = torch.randn(Q, N, IN, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(Q, N, OUT, dtype=torch.float64)
-    halves = torch.cat([half(x) for half in linears.halves()], -1)
-    torch.testing.assert_close(halves, linears(x))
-    found, wanted = (torch.autograd.grad(y, [x, *leaves], dy) for y in (halves, linears(x)))
-    torch.testing.assert_close(found, wanted)
+    halves = split.halves(x)
+    assert all(half.is_contiguous() for half in halves)
+    torch.testing.assert_close(torch.cat(halves, -1), linears(x))
+    known = tuple(half.detach() for half in halves)
+    expected = torch.autograd.grad(linears(x), [x, *leaves], dy)
+    for found in (halves, split.halves(x, known)):
+        gradients = torch.autograd.grad(found, [x, *leaves], dy.chunk(2, -1), retain_graph=True)
+        torch.testing.assert_close(gradients, expected)
 
 
 def test_gate_is_silu_of_one_half_times_the_other():
