@@ -185,18 +185,11 @@ def vary_lengths(bench: Bench) -> Iterator[tuple[str, Values]]:
         longest, generator = to_frames(args.duration_sec), torch.Generator().manual_seed(0)
         lengths = torch.randint(longest // 5, longest + 1, (bench.scale.steps, 4), generator=generator)
 
-        frames, seconds = 0, []
-
-        def train() -> None:
-            nonlocal frames
-            for own in lengths.tolist():
-                batch = random_batch(bench, own)
-                frames += batch.loss_mask.numel()
-                training.step(batch)
-
+        batches, seconds = [random_batch(bench, own) for own in lengths.tolist()], []
+        train = lambda: seconds.append(bench.seconds(lambda: [training.step(batch) for batch in batches]))
         training.step(random_batch(bench, [longest // 5] * 4))  # allocates moments, loads kernels
-        values: Values = {"allocated_gib": training.peak(lambda: seconds.append(bench.seconds(train))) / GIB}
-        values["frames_per_sec"] = frames / seconds[0]
+        values: Values = {"allocated_gib": training.peak(train) / GIB}
+        values["frames_per_sec"] = sum(batch.loss_mask.numel() for batch in batches) / seconds[0]
         if bench.on_gpu:
             statistics = torch.cuda.memory_stats(bench.device)
             values["reserved_gib"] = torch.cuda.max_memory_reserved(bench.device) / GIB

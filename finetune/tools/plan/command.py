@@ -192,14 +192,14 @@ def main(argv: list[str] | None = None) -> int:
         sizes, name, more_notes = open_sizes(args, live, given.personaplex, given.gpus, given.gpus_per_node)
         return sizes, name, notes + more_notes
 
-    fit = lambda: find_fit(lambda more: open_with(more)[0], memory - reserve, given.tflops)
-    found = [] if given.fit is None else fit()
+    room = memory - reserve
+    found = [] if given.fit is None else find_fit(lambda more: open_with(more)[0], room, given.tflops)
     if found is None:
         print(f"{given.config}: fits a card of {given.fit:g} GB with none of the settings that were tried")
         return 1
     sizes, name, notes = open_with(found)
     if sizes.args.gradient_checkpointing == "auto":
-        layers = sizes.most_kept(memory - reserve, sizes.args.batch_size)
+        layers = sizes.most_kept(room, sizes.args.batch_size)
         notes.append(f"gradient_checkpointing is auto, with which a run measures what fits; planned: {max(layers, 0)}")
         sizes, name, _ = open_with([*found, f"gradient_checkpointing={max(layers, 0)}"])
     args = sizes.args
