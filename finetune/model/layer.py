@@ -40,7 +40,7 @@ class TrainingLayer(StreamingTransformerLayer):
         return self.run(x, self.weights(x.dtype, len(x)), attend)[0]
 
     def weights(self, dtype: torch.dtype, steps: int) -> list[Tensor]:
-        """The parameters of the first `steps` as `run` takes them: both norms, then four `Linears`, linear_in in halves."""
+        """The parameters of the first `steps` as `run` takes them: both norms, four `Linears`, linear_in in halves."""
         linears = (Linears.of(modules, dtype, count) for modules, count in zip(self._linears(steps), (1, 1, 2, 1)))
         parts = (part for own in linears for part in own[:3])
         return [self.norm1.alpha.flatten(), self.norm2.alpha.flatten(), *(part for part in parts if part is not None)]
