@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
 
 logger = logging.getLogger(__name__)
 
@@ -17,12 +17,12 @@ PEAK_TFLOPS = {
     "L40": 181, "L4": 121, "RTX PRO 6000": 503, "RTX 6000 Ada": 364, "RTX A6000": 155, "A10": 125, "RTX 5090": 210,
     "RTX 4090": 165, "RTX 3090": 71, "V100": 125,
 }  # fmt: skip
-_aten = torch.ops.aten
 # What torch counts, and what it leaves out: products that are added to in place (adapters), and attention on a CPU.
-_flash = "_scaled_dot_product_flash_attention"
-FLOPS = flop_registry | {_aten.baddbmm_: flop_registry[_aten.baddbmm]}
-for _end in ("", "_backward"):
-    FLOPS[getattr(_aten, f"{_flash}_for_cpu{_end}")] = flop_registry[getattr(_aten, _flash + _end)]
+FLOPS = flop_registry | {
+    torch.ops.aten.baddbmm_: baddbmm_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -41,17 +41,17 @@ class TrainingLayer(StreamingTransformerLayer):
 
     def weights(self, dtype: torch.dtype, steps: int) -> list[Tensor]:
         """The parameters of the first `steps` as `run` takes them: both norms, four `Linears`, linear_in in halves."""
-        linears = (Linears.of(modules, dtype, count) for modules, count in zip(self._linears(steps), (1, 1, 2, 1)))
-        parts = (part for own in linears for part in own[:3])
-        return [self.norm1.alpha.flatten(), self.norm2.alpha.flatten(), *(part for part in parts if part is not None)]
+        linears = (Linears.of(modules, dtype, parts) for modules, parts in self._linears(steps))
+        tensors = (tensor for own in linears for tensor in own[:3] if tensor is not None)
+        return [self.norm1.alpha.flatten(), self.norm2.alpha.flatten(), *tensors]
 
-    def _linears(self, steps: int) -> Iterator[Sequence[nn.Module]]:
-        """Each of the four products of a layer as the linears of its first steps."""
+    def _linears(self, steps: int) -> Iterator[tuple[Sequence[nn.Module], int]]:
+        """Each of the four products of a layer as (the linears of its first steps, in how many parts to take them)."""
         gatings = gatings_of(self)[:steps]
-        yield self.self_attn.in_projs[:steps]
-        yield self.self_attn.out_projs[:steps]
-        yield [gating.linear_in for gating in gatings]
-        yield [gating.linear_out for gating in gatings]
+        yield self.self_attn.in_projs[:steps], 1
+        yield self.self_attn.out_projs[:steps], 1
+        yield [gating.linear_in for gating in gatings], 2
+        yield [gating.linear_out for gating in gatings], 1
 
     def run(
         self, x: Tensor, weights: list[Tensor], attend: Attention, keep: bool = False
@@ -65,11 +65,11 @@ class TrainingLayer(StreamingTransformerLayer):
         """(residual, gated channels, last linear, products to keep); the layer's output is residual + last linear(gated
         channels). Products that are `known` are part of the graph without being computed."""
         alpha1, alpha2, *rest = weights
-        parts = iter(rest)
+        tensors = iter(rest)
         in_proj, out_proj, linear_in, linear_out = (
-            Linears(*(next(parts) for _ in range(3)), scaling=first.scaling)
-            if isinstance(first, LoRALinear) else Linears(next(parts))
-            for first, *_ in self._linears(1)
+            Linears(*(next(tensors) for _ in range(3)), scaling=first.scaling)
+            if isinstance(first, LoRALinear) else Linears(next(tensors))
+            for (first,), _ in self._linears(1)
         )  # fmt: skip
         attended, projected, gates = known or Products()
         y, attended = self._attend(rms_norm(x, alpha1, self.norm1.eps), in_proj, attend, keep, attended)
