@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fully_shard as fsdp2
+from torch.distributed.tensor import DTensor
 
 from finetune.cli import UserError
 
@@ -42,7 +43,7 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks, on every rank."""
         tensor = tensor.to(self.device, copy=True, non_blocking=True)
         dist.all_reduce(tensor, group=self.group)
@@ -226,6 +227,20 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def local_rows(parameter: Tensor) -> tuple[int, Tensor]:
+    """(first row, rows) of the part of a parameter that this rank holds; all of it if it is not sharded."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.data
+    mesh = parameter.device_mesh  # whose last dimension is that of the shards; FSDP2 makes them like torch.chunk
+    size = -(-parameter.shape[0] // mesh.size(-1))
+    return min(size * mesh.get_local_rank(mesh.ndim - 1), parameter.shape[0]), parameter.to_local().data
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The whole of a parameter, on every rank; if it is sharded, every rank has to call this."""
+    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def _register(cls: type) -> None:

@@ -1,11 +1,12 @@
 """AdamW with two learning rates, the schedule as a function of the step, and gradient clipping."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from finetune.args import OptimArgs
@@ -81,7 +82,18 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients to a norm over all ranks of at most `max_norm`; return the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = gradient_norm(gradients)
+    torch._foreach_mul_([gradient.to_local() for gradient in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+@torch.no_grad()
+def gradient_norm(gradients: Sequence[DTensor]) -> Tensor:
+    """The norm over all ranks. torch's own took 5 s in a first step, for the shards of PersonaPlex's 1,090 adapters."""
+    square = torch.nn.utils.get_total_norm([gradient.to_local() for gradient in gradients]).double().square()
+    dist.all_reduce(square, group=gradients[0].device_mesh.get_group(-1))
+    return square.sqrt().float()

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from finetune.checkpointing import trained_state, write_checkpoint
-from finetune.distributed import World
+from finetune.distributed import World, local_rows
 from finetune.model.consolidated import Artefact
 
 
@@ -65,8 +64,7 @@ class Saver:
             tensors.clear()
             # torch.save leaves reference cycles, which would hold the memory until the garbage collector runs.
             for tensor in state.values():
-                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-                local.untyped_storage().resize_(0)
+                local_rows(tensor)[1].untyped_storage().resize_(0)
         return path, time.perf_counter() - self._began
 
     @property

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from finetune.cli import UserError
 from finetune.data.batch import Batch
@@ -17,7 +16,7 @@ from finetune.distributed import World
 from finetune.lora import part_of
 from finetune.model.targets import sample_rows
 from finetune.model.training_lm import TrainingLM
-from finetune.optim import clip_gradients, set_lr
+from finetune.optim import clip_gradients, gradient_norm, set_lr
 from finetune.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -100,7 +99,7 @@ def update(
     args, progress = run.args, run.progress
     logged = (progress.step + 1) % args.log_freq == 0 or progress.step + 1 == args.max_steps
     norms = gradient_norms(run.model.lm) if logged else {}
-    norms = {"grad_norm": clip_gradients([p for p in run.model.parameters() if p.requires_grad], args.max_norm)} | norms
+    norms = {"grad_norm": clip_gradients(run.model.parameters(), args.max_norm)} | norms
     sums = run.world.sum(own)
     # The one point of a step at which the host waits for the GPU.
     loss, *numbers = torch.stack([loss_of(run, sums, scale), *norms.values(), *requests.float()]).tolist()
@@ -130,8 +129,7 @@ def gradient_norms(lm: torch.nn.Module) -> dict[str, Tensor]:
     for name, parameter in lm.named_parameters():
         if parameter.grad is not None:
             gradients.setdefault(f"grad_norm_{part_of(name).partition('.')[0]}", []).append(parameter.grad)
-    norms = {part: torch.nn.utils.get_total_norm(own) for part, own in sorted(gradients.items())}
-    return {part: norm.full_tensor() if isinstance(norm, DTensor) else norm for part, norm in norms.items()}
+    return {part: gradient_norm(own) for part, own in sorted(gradients.items())}
 
 
 def report_bad_step(
@@ -177,8 +175,7 @@ def find_culprits(run: TrainingRun, batches: list[Batch], scale: Tensor) -> list
             batch, i = own[number] if rank == run.world.rank else (batches[0], 0)
             alone = batch.window(i, run.model.lm.delays, run.model.lm.dep_q, with_loss=rank == run.world.rank)
             sums = run.world.sum(compute_gradients(run, [alone], scale, run.progress.step - 1))
-            trained = [p for p in run.model.parameters() if p.requires_grad]
-            values = torch.stack([loss_of(run, sums, scale), clip_gradients(trained, run.args.max_norm)])
+            values = torch.stack([loss_of(run, sums, scale), clip_gradients(run.model.parameters(), run.args.max_norm)])
             if not values.isfinite().all():
                 name = run.world.gather(batch.names[i] if rank == run.world.rank else None)[rank]
                 found.append(f"{name} (rank {rank})")

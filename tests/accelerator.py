@@ -7,6 +7,7 @@ recorded. torch calls the device "lazy"; nothing in the package knows the name.
 import contextlib
 import sys
 from dataclasses import fields, is_dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,9 @@ class Accelerator:
         self.mode = FakeTensorMode(allow_non_fake_inputs=False)
         self.waits: list[str] = []
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)  # a group of one
+        mesh = SimpleNamespace(get_group=lambda dim: None)  # FSDP's, whose gradients these stand for
+        monkeypatch.setattr(FakeTensor, "device_mesh", mesh, raising=False)
+        monkeypatch.setattr(FakeTensor, "to_local", lambda tensor: tensor, raising=False)
         optimizer = sys.modules[torch.optim.Optimizer.__module__]  # torch.optim deletes the name of the module
         monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["lazy", "cpu"])
 

@@ -129,13 +129,17 @@ def test_only_trainable_parameters_are_optimised():
 
 
 def test_clipping_scales_to_the_norm_of_all_gradients_and_returns_the_one_before():
-    parameters = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
-    for parameter, value in zip(parameters, (1.5, 2.0)):  # norms 3 and 4
-        parameter.grad = torch.full((4,), value)
-    assert float(clip_gradients(parameters, 1.0)) == 5.0
-    assert [float(p.grad.norm()) for p in parameters] == pytest.approx([0.6, 0.8], rel=1e-5)
-    assert float(clip_gradients(parameters, 2.0)) == pytest.approx(1.0)  # small enough already
-    assert [float(p.grad.norm()) for p in parameters] == pytest.approx([0.6, 0.8], rel=1e-5)
+    with session("cpu") as world:
+        module = torch.nn.Sequential(*(torch.nn.Linear(2, 2, bias=False) for _ in range(2)))
+        shard(module, [module[0]], make_mesh(world, "none"), torch.float32)
+        parameters = list(module.parameters())
+        for parameter, value in zip(parameters, (1.5, 2.0)):  # norms 3 and 4
+            parameter.grad = torch.full_like(parameter, value)
+        norms = lambda: [float(parameter.grad.full_tensor().norm()) for parameter in parameters]
+        assert float(clip_gradients(parameters, 1.0)) == 5.0
+        assert norms() == pytest.approx([0.6, 0.8], rel=1e-5)
+        assert float(clip_gradients(parameters, 2.0)) == pytest.approx(1.0)  # small enough already
+        assert norms() == pytest.approx([0.6, 0.8], rel=1e-5)
 
 
 def test_the_norm_of_sharded_gradients_is_a_plain_tensor():

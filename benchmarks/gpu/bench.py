@@ -8,8 +8,7 @@ import torch
 from moshi.models import LMModel, loaders
 
 from finetune.args import TrainArgs
-from finetune.distributed import multiplies_bfloat16
-from finetune.model.build import local_rows
+from finetune.distributed import local_rows, multiplies_bfloat16
 from finetune.model.quantised import NF4_LEVELS, quantised_linears
 from finetune.streams import DEP_Q
 from finetune.tools.toy.mimi import MIMI_CONFIG as TOY_MIMI

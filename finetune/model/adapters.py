@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from finetune.cli import UserError
+from finetune.distributed import local_rows
 from finetune.files import expand
 from finetune.guard import best_checkpoint
 from finetune.lora import initial_adapter, is_adapter, is_embedding
-from finetune.model.build import local_rows
 from finetune.model.pretrained import Pretrained
 from finetune.model.weights import WeightFile
 from finetune.run_dir import list_checkpoints, run_of

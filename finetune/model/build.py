@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from moshi.models import LMModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from finetune.args import TrainArgs
 from finetune.cli import UserError
+from finetune.distributed import local_rows
 from finetune.lora import add_adapters, initial_adapter, is_adapter, is_embedding, part_of, stock_name
 from finetune.model.expansion import NEW_EMBEDDING, expansion_sources
 from finetune.model.quantised import QuantisedLinear, quantise_layers, quantised_linears
@@ -177,7 +177,7 @@ def check_memory(lm: LMModel, device: torch.device, ranks: int, frames: float = 
         )
     state = sum(buffer.nbytes for _, module in quantised_linears(lm) for buffer in module.buffers())
     for parameter in lm.parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = local_rows(parameter)[1]
         state += local.numel() * (local.element_size() + 12 * parameter.requires_grad)  # float32: gradient, two moments
     inputs = int(frames * len(lm.transformer.layers) * lm.dim * torch.bfloat16.itemsize)
     if device.type == "cuda":
@@ -191,16 +191,3 @@ def check_memory(lm: LMModel, device: torch.device, ranks: int, frames: float = 
             f"{'lora.rank' if state > inputs else 'batch_size or duration_sec'}, or use more GPUs; "
             "`python -m finetune.tools.plan config.yaml` says what fits"
         )
-
-
-def local_rows(parameter: Tensor) -> tuple[int, Tensor]:
-    """(first row, rows) of the part of a parameter that this rank holds; all of it if it is not sharded."""
-    if not isinstance(parameter, DTensor):
-        return 0, parameter.data
-    local = parameter.to_local()
-    for dim, placement in enumerate(parameter.placements):
-        if placement.is_shard():  # FSDP2 shards rows like torch.chunk: equal pieces, the last ones shorter
-            size = -(-parameter.shape[0] // parameter.device_mesh.size(dim))
-            start = min(size * parameter.device_mesh.get_local_rank(dim), parameter.shape[0])
-            return start, local.data
-    return 0, local.data

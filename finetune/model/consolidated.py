@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from moshi.modules.lora import LoRALinear
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from finetune.distributed import whole
 from finetune.lora import is_adapter, merge_adapter, stock_name
 from finetune.model.pretrained import Pretrained
 from finetune.model.weights import write_safetensors
@@ -80,7 +80,7 @@ def adapter_tensors(lm: nn.Module, rank: int) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) in the order of `adapter_shapes`."""
     parameters = dict(lm.named_parameters())
     for name, shape in adapter_shapes(lm, rank).items():
-        values = torch.zeros(shape) if name not in parameters else _full(parameters[name])
+        values = torch.zeros(shape) if name not in parameters else whole(parameters[name])
         yield name, F.pad(values, (0, shape[1] - values.shape[1], 0, shape[0] - values.shape[0]))
 
 
@@ -90,12 +90,8 @@ def merged_tensors(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in lm.named_parameters():
         if is_adapter(name):
             continue
-        values = _full(parameter)
+        values = whole(parameter)
         if ".frozen_W." in name:
             linear = modules[name.split(".frozen_W.")[0]]
-            values = merge_adapter(values, _full(linear.lora_A.weight), _full(linear.lora_B.weight), linear.scaling)
+            values = merge_adapter(values, whole(linear.lora_A.weight), whole(linear.lora_B.weight), linear.scaling)
         yield stock_name(name), values
-
-
-def _full(parameter: Tensor) -> Tensor:
-    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()

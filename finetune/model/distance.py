@@ -3,11 +3,10 @@
 import torch
 from moshi.modules.lora import LoRALinear
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from finetune.distributed import World
+from finetune.distributed import World, local_rows, whole
 from finetune.lora import is_adapter, part_of, stock_name
-from finetune.model.build import StoredWeights, local_rows
+from finetune.model.build import StoredWeights
 
 
 @torch.no_grad()
@@ -26,7 +25,7 @@ def weight_distances(lm: nn.Module, base: StoredWeights, world: World) -> dict[s
 
     for name, module in lm.named_modules():
         if isinstance(module, LoRALinear):
-            a, (_, b) = _full(module.lora_A.weight), local_rows(module.lora_B.weight)
+            a, (_, b) = whole(module.lora_A.weight), local_rows(module.lora_B.weight)
             product = ((b.T.float() @ b.float()) * (a.float() @ a.float().T)).sum()
             add(name, module.scaling**2 * product, local_rows(module.frozen_W.weight)[1])
     for name, parameter in lm.named_parameters():
@@ -39,7 +38,3 @@ def weight_distances(lm: nn.Module, base: StoredWeights, world: World) -> dict[s
     # Replicated rows count once per replica in both sums, which leaves their ratio as it is.
     sums = {part: world.sum(own) for part, own in sorted(squares.items())}
     return {part: float((own[0] / own[1].clamp(min=1e-30)).clamp(min=0).sqrt()) for part, own in sums.items()}
-
-
-def _full(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()

@@ -16,9 +16,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.cli import UserError
-from finetune.distributed import World, make_mesh, shard
+from finetune.distributed import World, local_rows, make_mesh, shard
 from finetune.lora import add_adapters, initial_adapter, is_adapter, stock_name
-from finetune.model.build import StoredWeights, build_lm, load_weights, local_rows, set_trainable
+from finetune.model.build import StoredWeights, build_lm, load_weights, set_trainable
 from finetune.model.expansion import expand_moshiko_to_personaplex
 from finetune.model.pretrained import MOSHI, PERSONAPLEX, Pretrained, lm_kwargs
 from finetune.model.training_lm import TrainingLM

@@ -21,11 +21,11 @@ from finetune.args import TrainArgs
 from finetune.cli import UserError, run
 from finetune.config import load_args
 from finetune.data.batch import Sample, TextStats
-from finetune.distributed import World, make_mesh, session, shard
+from finetune.distributed import World, local_rows, make_mesh, session, shard
 from finetune.evaluate import free_run
 from finetune.jobs import bars
 from finetune.lora import add_adapters, is_adapter, is_embedding
-from finetune.model.build import build_lm, local_rows, make_trainable
+from finetune.model.build import build_lm, make_trainable
 from finetune.model.products import rms_norm
 from finetune.model.quantised import quantised_linears
 from finetune.model.targets import make_targets
