@@ -272,6 +272,8 @@ SETTINGS = [
     setting("duration_sec 0.1 2", duration_sec=0.1),
     setting("duration_sec 300 prompt.max_sec 30 240", command="train_personaplex", duration_sec=300),
     setting("full_finetuning lora.enable", full_finetuning=True),
+    setting("lora.targets audio_loss_weight", lora__targets=["heads.audio"], audio_loss_weight=0.0),
+    setting("lora.targets optim.depformer_lr", lora__targets=["depformer.gating"], optim__depformer_lr=0.0),
     setting("full_finetuning lora.enable", lora__enable=False),
     setting("run_dir empty", run_dir=""),
     setting(("data.train_data", "['a.jsonl']"), data__train_data=["a.jsonl"]),

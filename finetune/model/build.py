@@ -82,10 +82,8 @@ def build_lm(kwargs: dict, dtype: torch.dtype) -> LMModel:
 
 
 def make_trainable(lm: nn.Module, args: TrainArgs) -> None:
-    """Add adapters to a meta-device model, if there are to be any, quantise what base_dtype says, and choose the
-    parameters to train.
-
-    A parameter without a rate or a loss is not trained: without loss, weight decay alone would change it."""
+    """Add the adapters of `lora` to a meta-device model, quantise what base_dtype says, and choose what is trained: not
+    what has no rate or no loss, which weight decay alone would change. Raises UserError if that leaves nothing."""
 
     def learns(name: str) -> bool:
         weight = args.audio_loss_weight if is_depth(name) else args.text_loss_weight or name != "text_linear.weight"
@@ -97,13 +95,14 @@ def make_trainable(lm: nn.Module, args: TrainArgs) -> None:
     if args.base_dtype != "bf16":
         quantise_layers(lm, args.base_dtype)
     set_trainable(lm, args.full_finetuning, args.lora.ft_embed, learns)
+    if not any(parameter.requires_grad for parameter in lm.parameters()):
+        found = "nothing is trained: what lora.targets names has no loss or no learning rate"
+        raise UserError(f"{found} (text_loss_weight, audio_loss_weight, optim.depformer_lr, optim.heads_lr)")
 
 
 def set_trainable(lm: nn.Module, full: bool, ft_embed: bool, learns: Callable[[str], bool] = lambda _: True) -> None:
-    """Choose the parameters to train and make them float32; the frozen ones keep their dtype.
-
-    `full` trains everything, otherwise adapters only; `ft_embed` (of moshi-finetune) trains embedding tables too; but
-    only what `learns`, given its name."""
+    """Choose the parameters to train and make them float32: all if `full`, otherwise adapters, with `ft_embed` (of
+    moshi-finetune) also embedding tables; of these only what `learns`, given its name. The others keep their dtype."""
     for name, parameter in lm.named_parameters():
         chosen = full or is_adapter(name) or (ft_embed and is_embedding(name))
         parameter.requires_grad_(chosen and learns(name))
