@@ -5,20 +5,19 @@ import signal
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two threads collapse when another process takes a core
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; a network would be waited for
 ROOT = str(Path(__file__).parents[1])
 sys.path[:0] = [ROOT] if sys.path[0] != ROOT else []
 os.environ["PYTHONPATH"] = ROOT  # processes that tests start run this tree too, not an installed copy
 
 import pytest
-import torch
 
 import precompute_codes
 from finetune.tools.toy.corpus import make_corpus
 from finetune.tools.toy.model import make_model
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children would
-torch.set_num_threads(1)  # two threads collapse when another process takes a core
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -43,7 +43,7 @@ def script(*command: object, processes: int | None = None, timeout: float = 120,
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
         [*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+        env=os.environ | env,
     )  # fmt: skip
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -205,7 +205,7 @@ def run_ranks(*command: object, codes: tuple[int, ...] | None = (0, 0), timeout:
     processes = [
         subprocess.Popen(
             [sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | group | {"RANK": rank, "LOCAL_RANK": rank} | env,
+            env=os.environ | group | {"RANK": rank, "LOCAL_RANK": rank} | env,
         )
         for rank in "01"
     ]  # fmt: skip

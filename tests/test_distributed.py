@@ -78,10 +78,7 @@ def torchrun_agents(script, *arguments, per_node, restarts=0, timeout=150):
         f"--max-restarts={restarts}", script, *arguments,
     ]  # fmt: skip
     processes = [
-        subprocess.Popen(
-            list(map(str, agent)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        subprocess.Popen(list(map(str, agent)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for _ in range(2)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=timeout)[0] for process in processes]

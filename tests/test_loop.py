@@ -1003,9 +1003,9 @@ def act_and_read(run, stream):
             wait_for(lambda: (partial / "consolidated/config.json").exists())
             os.kill(os.getpid(), signal.SIGKILL)
     return read_step(run, stream)
-def publish_late(*parts):
-    time.sleep(30 if event == "kill" else 0)
-    publish(*parts)
+def publish_late(partial, *parts):
+    time.sleep(30 if event == "kill" and partial.name == f".checkpoint_00000{late}.tmp" else 0)
+    publish(partial, *parts)
 loop.read_step, checkpointing._publish = act_and_read, publish_late
 write_late(setattr, int(late))
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import precompute_codes
+from benchmarks.precompute import make_files, ours
 from finetune.audio.codec import encode_streams
 from finetune.audio.codes import audio_fingerprint, check_codes, fingerprint_mimi, load_codes
 from finetune.audio.files import read_audio, to_frames
@@ -573,3 +574,8 @@ def test_voices_are_copied_under_their_contents(encode, data, out, capsys):
     assert capsys.readouterr().out.rstrip().endswith("NATF2")
     (data / "w.wav").write_bytes(b"5")
     assert copied() == [b"1", b"5", b"4"], "a voice that has changed is copied again"
+
+
+def test_the_benchmark_runs_the_command(world, tmp_path):
+    manifest = make_files(tmp_path, "short", [1.0, 1.5])
+    assert ours(manifest, world / "model", ["--device", "cpu", "--slots", "2"]) > 0

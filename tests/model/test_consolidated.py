@@ -110,7 +110,7 @@ def test_sharded_parameters_are_gathered(lm, tmp_path, adapters):
 @pytest.mark.parametrize("adapters", [SCALING, None])
 def test_other_ranks_gather_everything_and_hold_nothing(lm, monkeypatch, adapters):
     gathered = []
-    monkeypatch.setattr("finetune.model.consolidated._full", lambda p: gathered.append(1) or p.detach())
+    monkeypatch.setattr("finetune.model.consolidated.whole", lambda p: gathered.append(1) or p.detach())
     assert Artefact(CONFIG, adapters, torch.float32).gather(lm, is_main=False) == {}
     trained = [name for name, p in lm.named_parameters() if is_adapter(name) or is_embedding(name) or adapters is None]
     assert len(gathered) == len(trained)  # a base with its two adapters, and every other parameter
