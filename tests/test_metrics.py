@@ -204,7 +204,8 @@ def test_curves_show_training_and_held_out_data(tmp_path, metrics, plotted):
     assert image.imread(tmp_path / "curves.png").shape == (880, 1650, 4)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.train.jsonl", "metrics.eval.jsonl", "curves.png"}
     found = [
-        (axis.get_title(loc="left"), [tuple(xy) for xy in zip(*points)], kw["label"]) for axis, points, kw in plotted
+        (axis.get_title(loc="left").partition(",")[0], [tuple(xy) for xy in zip(*points)], kw["label"])
+        for axis, points, kw in plotted
     ]
     steps = lambda value: [(1, value), (2, value), (3, value)]
     assert found == [
